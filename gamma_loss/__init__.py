@@ -1,0 +1,34 @@
+"""γ-PO: preference losses with exact dynamic target margins, for torch, NumPy and JAX.
+
+The reference implementation of Sun et al., *Robust Preference Optimization via Dynamic Target
+Margins*, Findings of ACL 2025, arXiv:2506.03690. Importing it imports no array library; each one
+is used when its arrays arrive.
+"""
+
+from gamma_loss.losses import (
+    GammaLossAux,
+    gamma_dpo_loss,
+    gamma_preference_loss,
+    gamma_simpo_loss,
+    preference_loss,
+)
+from gamma_loss.margins import MarginSolution, solve_margins
+from gamma_loss.metrics import metrics
+from gamma_loss.presets import PUBLISHED_SETTINGS
+from gamma_loss.smoothing import label_smoothing_from_shift, shift_from_label_smoothing
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PUBLISHED_SETTINGS",
+    "GammaLossAux",
+    "MarginSolution",
+    "gamma_dpo_loss",
+    "gamma_preference_loss",
+    "gamma_simpo_loss",
+    "label_smoothing_from_shift",
+    "metrics",
+    "preference_loss",
+    "shift_from_label_smoothing",
+    "solve_margins",
+]

@@ -1,0 +1,73 @@
+"""The array library behind an argument, and the few operations that differ between libraries."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
+
+# Arrays of any library that follows the array API standard; there is no common type to name yet.
+Array: TypeAlias = Any
+Namespace: TypeAlias = Any
+
+State = TypeVar("State", bound=tuple[Any, ...])
+
+
+def _is_torch(array: object) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def _is_jax(array: object) -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(array, jax.Array)
+
+
+def namespace(array: object) -> Namespace:
+    """Return the array API namespace of an array, or raise TypeError if it is not one."""
+    if _is_torch(array):
+        # Not array_namespace(): its lru_cache makes torch.compile warn.
+        import array_api_compat.torch
+
+        return array_api_compat.torch
+    import array_api_compat
+
+    return array_api_compat.array_namespace(array)
+
+
+def device(array: Array) -> Any:
+    """Return an array's device; None for JAX, which checks devices itself and hides a tracer's."""
+    return None if _is_jax(array) else array.device
+
+
+def detach(array: Array) -> Array:
+    """Return the array as a constant for automatic differentiation."""
+    if _is_torch(array):
+        return array.detach()
+    if _is_jax(array):
+        return sys.modules["jax"].lax.stop_gradient(array)
+    return array
+
+
+def repeat(times: int, step: Callable[[int, State], State], state: State) -> State:
+    """Apply ``state = step(i, state)`` a fixed number of times.
+
+    A loop in the traced program for JAX, whose compile time would otherwise grow with ``times``;
+    straight-line code elsewhere.
+    """
+    if _is_jax(state[0]):
+        result: State = sys.modules["jax"].lax.fori_loop(0, times, step, state)
+        return result
+    for i in range(times):
+        state = step(i, state)
+    return state
+
+
+def softplus(xp: Namespace, x: Array) -> Array:
+    """log(1 + exp(x)), without overflow."""
+    return xp.logaddexp(x, xp.zeros_like(x))
+
+
+def sigmoid(xp: Namespace, x: Array) -> Array:
+    """1 / (1 + exp(-x)), without overflow and with a small relative error on both sides."""
+    return xp.exp(-softplus(xp, -x))

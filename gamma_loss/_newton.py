@@ -1,0 +1,272 @@
+"""The solvers of the margin problem, in array-API operations.
+
+The problem (see `gamma_loss.margins.solve_margins`) asks for ratios ``x_i = γ_i / γ0`` of mean 1
+and one number ν such that, with ``u = log x`` and ``a = γ0 / τ``::
+
+    u_i + a σ(γ0 x_i - g_i) = ν   for every i.
+
+Its Newton matrix is an arrowhead (a diagonal, bordered by the mean), so that a step is one pass
+over the pool and a few sums. With ``s = σ(γ0 x - g)``, ``D = 1 + a γ0 x s (1 - s)``,
+``r = u + a s - ν`` and ``w = x / D``::
+
+    dν = (1 - mean x + mean(w r)) / mean w,      du = (dν - r) / D.
+
+`newton` repeats that step, which is all that mild settings need, and every published one is mild.
+`bracketed` keeps the step inside bounds that hold in exact arithmetic, and converges for any.
+
+Both take ``inside``, 1 for a gap of the pool and 0 for one left out, and look at no value from
+Python: the number of passes is fixed by the hyperparameters and the dtype, so a compiler sees
+straight-line code. Scalars are multiplied from the left or subtracted from the right, and sums are
+dot products, because those are the operations that eager libraries run fastest.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from gamma_loss._arrays import Array, Namespace, namespace, repeat
+
+# Where undamped Newton steps are safe: for a < 1.5 they first failed at κ e^a = 9.5 (16 million
+# random pools), where a step overshoots the bend of the sigmoid and can cycle.
+_MILD_A, _MILD_DIFFICULTY = 1.5, 8.5
+
+_HALF = 0.5  # the share of its bracket that a step may use up
+_NARROW = 0.1  # how well the mass must be known for ν to move without a proven direction
+
+
+def solve(
+    xp: Namespace, gaps: Array, inside: Array, gamma0: float, tau: float
+) -> tuple[Array, Array, Array]:
+    """Return ``(x, ν, residual)`` for a pool, the two last of shape ()."""
+    if gamma0 == 0:  # nothing to share out, and no scale to measure x by
+        zero = gaps[0] * 0
+        return xp.ones_like(gaps), zero, zero
+    a = gamma0 / tau
+    difficulty = a * gamma0 * math.exp(min(a, _MILD_A))
+    if a < _MILD_A and difficulty < _MILD_DIFFICULTY:
+        double = xp.finfo(gaps.dtype).bits >= 64
+        return newton(xp, gaps, inside, gamma0, a, _newton_passes(difficulty, double))
+    return bracketed(xp, gaps, inside, gamma0, a, _bracketed_passes(a * gamma0))
+
+
+def _newton_passes(difficulty: float, double: bool) -> int:
+    """As many as any of 20 million random pools needed to get within 1e-11 or 1e-6 of x."""
+    if difficulty < 0.02:
+        return 4 if double else 2
+    if difficulty < 4:
+        return 5 if double else 4
+    return 6 if double else 5
+
+
+def _bracketed_passes(kappa: float) -> int:
+    """At least 4 more than any of 2 million random pools needed, in either precision."""
+    if kappa < 1e-2:
+        return 8
+    return 16 if kappa < 1e2 else 24
+
+
+def newton(
+    xp: Namespace, gaps: Array, inside: Array, gamma0: float, a: float, passes: int
+) -> tuple[Array, Array, Array]:
+    """Undamped arrowhead Newton from equal margins.
+
+    With ``h = exp(u) = γ0 x / 2`` and ``t = tanh(h - g / 2) = 2 σ(γ0 x - g) - 1`` the condition
+    reads ``u + (a / 2) t = ν``, both u and ν shifted by constants. D is kept negated.
+    """
+    half_gamma0, half_a, half_gaps = gamma0 / 2, a / 2, gaps / 2
+    total = half_gamma0 * (inside @ inside)
+    h = xp.full_like(gaps, half_gamma0)
+    u = xp.full_like(gaps, math.log(half_gamma0))
+    for _ in range(passes):
+        t = xp.tanh(h - half_gaps)
+        s = half_a * t
+        v = u + s
+        d = h * (s * t - half_a) - 1
+        w = inside * h / d
+        nu = (w @ (v + d) - total) / (w @ inside)
+        u = u + (v - nu) / d
+        h = xp.exp(u)
+    h = h * (total / (inside @ h))
+    v = xp.log(h) + half_a * xp.tanh(h - half_gaps)
+    v = xp.where(inside > 0, v, nu)  # ν lies in the range of v
+    residual = (xp.max(v) - xp.min(v)) / 2
+    return h / half_gamma0, nu + (half_a - math.log(half_gamma0)), residual
+
+
+class _State(NamedTuple):
+    gaps: Array
+    weights: Array  # inside / n
+    gamma0: Array
+    a: Array
+    cap: Array  # log n: no ratio exceeds the size of the pool
+    u: Array
+    u_low: Array  # u_low <= u_i(ν) <= u_high at the current ν
+    u_high: Array
+    low_seen: Array  # whether u_low comes from a visit, rather than from the closed form
+    high_seen: Array
+    level: Array  # λ, with ν = a σ(λ): a pair with γ0 - g = λ has the margin γ0
+    level_low: Array  # level_low <= λ <= level_high at the solution
+    level_high: Array
+
+
+def bracketed(
+    xp: Namespace, gaps: Array, inside: Array, gamma0: float, a: float, passes: int
+) -> tuple[Array, Array, Array]:
+    """Arrowhead Newton inside brackets, for any κ.
+
+    ν is written as ``a σ(λ)``: ``r = u + a (σ(z) - σ(λ))`` then keeps its relative accuracy where
+    a σ is large, and every pair has a closed-form bracket (see `_closed_form_bracket`).
+    """
+    weights = inside / (inside @ inside)
+    zero = gaps[0] * 0
+    gamma0, a = zero + gamma0, zero + a  # arrays, so that a loop can carry them
+    cap = -xp.log(xp.max(weights))
+    low, high = _level_bracket(xp, gaps, inside, gamma0, a, cap)
+    # Start with the Newton step from equal margins.
+    p, q = _sigmoids(xp, gamma0 - gaps)
+    d = a * gamma0 * p * q + 1
+    level = _clip(xp, _log(xp, (weights / d) @ p) - _log(xp, (weights / d) @ q), low, high)
+    r = a * _rise(xp, gamma0 - gaps - level, (p, q), _sigmoids(xp, level))
+    u_low, u_high = _closed_form_bracket(xp, gaps, gamma0, a, cap, level)
+    u = _clip(xp, -r / d, u_low, u_high)
+    seen = xp.zeros_like(u, dtype=xp.bool)
+    state = _State(gaps, weights, gamma0, a, cap, u, u_low, u_high, seen, seen, level, low, high)
+    state = repeat(passes, _bracketed_pass, state)
+
+    u, level = state.u - xp.log(weights @ xp.exp(state.u)), state.level
+    r, _, at_level = _residuals(xp, gaps, gamma0, a, u, level)
+    r = xp.where(inside > 0, r, xp.zeros_like(r))  # 0 lies in the range of r
+    return xp.exp(u), a * at_level[0], (xp.max(r) - xp.min(r)) / 2
+
+
+def _bracketed_pass(_: int, state: _State) -> _State:
+    gaps, weights, gamma0, a, cap, u, u_low, u_high, low_seen, high_seen, *levels = state
+    level, level_low, level_high = levels
+    xp = namespace(gaps)
+
+    # Where the pairs stand at this level: r > 0 means that u_i is too large.
+    r, (p, q), at_level = _residuals(xp, gaps, gamma0, a, u, level)
+    x = xp.exp(u)
+    d = a * gamma0 * x * p * q + 1
+    above = r > 0
+    u_low, u_high = xp.where(above, u_low, u), xp.where(above, u, u_high)
+    low_seen, high_seen = low_seen | ~above, high_seen | above
+
+    # The slope of r is at least 1, and at least d / 2 as far as the logarithm of its sigmoid part
+    # changes by less than log 2 (by at most 1 + γ0 x per unit of u): so the root of each pair is
+    # within `off` of u. That bounds the mass at this level, hence says on which side of λ it is.
+    size = xp.abs(r)
+    near = 2 * size / d
+    off = xp.where((gamma0 * x + 1) * near < 0.69, xp.minimum(size, near), size)
+    least = weights @ xp.exp(xp.where(above, xp.maximum(u - off, u_low), u))
+    most = weights @ xp.exp(xp.where(above, u, xp.minimum(u + off, u_high)))
+    too_high, too_low = least > 1, most < 1
+    level_high = xp.where(too_high, level, level_high)
+    level_low = xp.where(too_low, level, level_low)
+
+    # The Newton step of the level. Where it is not to be trusted, ν stays and only the pairs move.
+    w = weights * x / d
+    d_nu = (w @ (r - d) + 1) / (w @ xp.ones_like(w))
+    reach = _HALF * (level_high - level_low)
+    new = _clip(xp, _shift(xp, level, d_nu / a), level - reach, level + reach)
+    trusted = (new >= level_low) & (new <= level_high)
+    trusted = trusted & (too_high | too_low | (most - least < _NARROW))
+    new = xp.where(trusted, new, level)
+    d_nu = a * _rise(xp, new - level, _sigmoids(xp, new), at_level)
+
+    # The brackets move with ν, by no more than ν does since u_i(ν) has a slope of at most 1.
+    tight_low, tight_high = _closed_form_bracket(xp, gaps, gamma0, a, cap, new)
+    none = xp.zeros_like(d_nu)
+    u_low, u_high = u_low + xp.minimum(d_nu, none), u_high + xp.maximum(d_nu, none)
+    low_seen, high_seen = low_seen & (u_low >= tight_low), high_seen & (u_high <= tight_high)
+    u_low = xp.maximum(u_low, tight_low)
+    u_high = xp.maximum(xp.minimum(u_high, tight_high), u_low)
+
+    # The Newton step of the pairs. Where it would run through most of a bracket with visited ends
+    # instead, halve that.
+    step = (d_nu - r) / d
+    halve = xp.where(above, low_seen, high_seen) & (xp.abs(step) > _HALF * (u_high - u_low))
+    halve = halve & (xp.abs(d_nu) < 0.1 * size)
+    u = xp.where(halve, (u_low + u_high) / 2, _clip(xp, u + step, u_low, u_high))
+    return _State(
+        gaps, weights, gamma0, a, cap, u, u_low, u_high, low_seen, high_seen,
+        new, level_low, level_high,
+    )  # fmt: skip
+
+
+def _residuals(
+    xp: Namespace, gaps: Array, gamma0: Array, a: Array, u: Array, level: Array
+) -> tuple[Array, tuple[Array, Array], tuple[Array, Array]]:
+    """``r = u + a (σ(z) - σ(level))``, and the `_sigmoids` of z = γ0 e^u - g and of the level."""
+    z_minus_level = gamma0 * xp.expm1(u) + (gamma0 - gaps - level)
+    at_z, at_level = _sigmoids(xp, level + z_minus_level), _sigmoids(xp, level)
+    return u + a * _rise(xp, z_minus_level, at_z, at_level), at_z, at_level
+
+
+def _closed_form_bracket(
+    xp: Namespace, gaps: Array, gamma0: Array, a: Array, cap: Array, level: Array
+) -> tuple[Array, Array]:
+    """Bounds on each u_i at ν = a σ(level).
+
+    Where u leaves 0, z leaves γ0 - g towards the level and never passes it. So u lies between 0
+    and the value that it would take with z left where it is (exact as κ → 0), and between 0 and
+    the value that moves z all the way (exact as κ → ∞).
+    """
+    z_minus_level = gamma0 - gaps - level
+    left = -a * _rise(xp, z_minus_level, _sigmoids(xp, gamma0 - gaps), _sigmoids(xp, level))
+    ratio = -z_minus_level / gamma0
+    half = xp.full_like(ratio, 0.5)
+    moved = xp.log1p(_clip(xp, ratio, -half, half))
+    moved = xp.where(xp.abs(ratio) < half, moved, _log(xp, ratio + 1))
+    bound = xp.where((ratio > -1) & (xp.abs(moved) < xp.abs(left)), moved, left)
+    zero = xp.zeros_like(bound)
+    return xp.minimum(bound, zero), xp.minimum(xp.maximum(bound, zero), cap)
+
+
+def _level_bracket(
+    xp: Namespace, gaps: Array, inside: Array, gamma0: Array, a: Array, cap: Array
+) -> tuple[Array, Array]:
+    """Bounds on λ: ν lies in the range of a σ(γ0 - g), and no x exceeds the pool's size."""
+    infinity = xp.full_like(gaps, float("inf"))
+    least = xp.min(xp.where(inside > 0, gaps, infinity))
+    largest = xp.max(xp.where(inside > 0, gaps, -infinity))
+    far = xp.log1p(a) + 50  # beyond it a σ(λ) is 0 or a to well below rounding error
+    low, high = _clip(xp, gamma0 - largest, -far, far), _clip(xp, gamma0 - least, -far, far)
+    # The pair with the largest gap has u <= log n, so ν <= log n + a σ(γ0 n - largest).
+    p, q = _sigmoids(xp, gamma0 * xp.exp(cap) - largest)
+    capped = _log(xp, p + cap / a) - _log(xp, q - cap / a)
+    return low, xp.maximum(xp.minimum(high, capped), low)
+
+
+def _sigmoids(xp: Namespace, z: Array) -> tuple[Array, Array]:
+    """σ(z) and σ(-z), each with a small relative error."""
+    e = xp.exp(-xp.abs(z))
+    large = 1 / (e + 1)
+    small = e * large
+    positive = z >= 0
+    return xp.where(positive, large, small), xp.where(positive, small, large)
+
+
+def _rise(
+    xp: Namespace, step: Array, end: tuple[Array, Array], start: tuple[Array, Array]
+) -> Array:
+    """σ(z + step) - σ(z) from the `_sigmoids` at both ends, without cancellation."""
+    scale = xp.where(step > 0, -end[0] * start[1], end[1] * start[0])
+    return scale * xp.expm1(-xp.abs(step))
+
+
+def _shift(xp: Namespace, level: Array, rise: Array) -> Array:
+    """The level at which σ is higher by `rise`, which is first cut to what σ has left."""
+    p, q = _sigmoids(xp, level)
+    rise = _clip(xp, rise, -0.999 * p, 0.999 * q)
+    return level + xp.log1p(rise / p) - xp.log1p(-rise / q)
+
+
+def _clip(xp: Namespace, values: Array, low: Array, high: Array) -> Array:
+    return xp.minimum(xp.maximum(values, low), high)
+
+
+def _log(xp: Namespace, values: Array) -> Array:
+    """log, of the smallest normal number where a value is below it."""
+    return xp.log(xp.maximum(values, xp.full_like(values, xp.finfo(values.dtype).smallest_normal)))

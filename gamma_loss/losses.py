@@ -1,0 +1,413 @@
+"""The losses: -log σ(reward gap - margin), with margins that the pool of pairs decides."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from gamma_loss import _checks
+from gamma_loss._arrays import Array, Namespace, detach, sigmoid, softplus
+from gamma_loss.margins import solve_margins
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class GammaLossAux(NamedTuple):
+    """What a γ-PO loss knows besides its value. All arrays are constants for autograd.
+
+    Attributes
+    ----------
+    margins : array, shape (pairs,)
+        γ_i in reward units; gamma0 for a masked pair, NaN where the gap is not finite.
+    shifts : array, shape (pairs,)
+        γ_i - gamma0: what the centred form subtracts, and what Theorem 3.1 is about.
+    reward_gaps, chosen_rewards, rejected_rewards : array, shape (pairs,)
+        In reward units, as given or computed from log-probabilities.
+    pair_weights : array, shape (pairs,)
+        Minus the derivative of a pair's loss with respect to its reward gap, 0 for a masked pair.
+        Without label smoothing σ(margin_i - g_i): how strongly the pair trains.
+    residual, multiplier : array, shape ()
+        The certificate and ν of the margin solve, see `MarginSolution`.
+    mask : boolean array, shape (pairs,)
+        Which pairs count.
+    """
+
+    margins: Array
+    shifts: Array
+    reward_gaps: Array
+    chosen_rewards: Array
+    rejected_rewards: Array
+    pair_weights: Array
+    residual: Array
+    multiplier: Array
+    mask: Array
+
+
+def gamma_dpo_loss(
+    policy_chosen_logps: Array,
+    policy_rejected_logps: Array,
+    reference_chosen_logps: Array,
+    reference_rejected_logps: Array,
+    *,
+    beta: float,
+    gamma0: float,
+    tau: float,
+    centered: bool = True,
+    context: Array | None = None,
+    context_mask: Array | None = None,
+    mask: Array | None = None,
+    label_smoothing: float = 0.0,
+    robust: bool = False,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> tuple[Array, GammaLossAux]:
+    r"""γ-DPO: DPO in which every pair has its own target margin.
+
+    .. math::
+        r = β (\log π_θ - \log π_\mathrm{ref}), \qquad g_i = r_w - r_l, \qquad
+        ℓ_i = -\log σ\bigl(g_i - (γ_i - γ_0)\bigr)
+
+    with γ from `solve_margins` as constants. Centred on γ0, as in the published code, since DPO
+    has no margin of its own; ``centered=False`` subtracts the whole γ_i.
+
+    Parameters
+    ----------
+    policy_chosen_logps, policy_rejected_logps : array, shape (pairs,)
+        Log-probabilities (nats) under the policy, **summed** over each response.
+    reference_chosen_logps, reference_rejected_logps : array, shape (pairs,)
+        The same under the frozen reference model.
+    beta : float
+        Reward units per nat, > 0.
+    gamma0, tau, context, context_mask, mask, impl
+        See `solve_margins`. A masked pair takes no part in the solve, the loss or the mean.
+    centered : bool
+        Whether the margin is γ_i - γ0 (True) or γ_i.
+    label_smoothing, robust
+        See `preference_loss`.
+    reduction : {"mean", "sum", "none"}
+        Over the unmasked pairs. "none" gives one loss a pair, 0 for a masked one.
+
+    Returns
+    -------
+    loss : array
+        Scalar, or shape (pairs,) with ``reduction="none"``; float32 or, for float64 input, float64.
+    aux : GammaLossAux
+        Margins, rewards, pair weights and the solve's certificate.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `solve_margins` does, naming the argument.
+
+    Notes
+    -----
+    A pair with a log-probability that is not finite has a loss that is not finite, and so has the
+    mean: monitors and loss scalers see it. Its NaN reaches no other pair.
+
+    References
+    ----------
+    Sun et al., Findings of ACL 2025, arXiv:2506.03690; Rafailov et al., *Direct Preference
+    Optimization*, NeurIPS 2023, arXiv:2305.18290.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> chosen, rejected = np.array([-10.0, -12.0, -9.0]), np.array([-14.0, -12.5, -8.0])
+    >>> reference = np.array([-12.0, -12.0, -9.0])
+    >>> loss, aux = gamma_dpo_loss(
+    ...     chosen, rejected, reference, reference, beta=1.0, gamma0=1.0, tau=0.5
+    ... )
+    >>> aux.reward_gaps
+    array([ 4. ,  0.5, -1. ])
+    >>> aux.margins.round(3)
+    array([1.753, 0.699, 0.548])
+    >>> round(float(loss), 4)
+    0.4833
+    """
+    beta = _checks.number("beta", beta, above=0)
+    xp, (policy_chosen, policy_rejected, reference_chosen, reference_rejected) = _log_probabilities(
+        policy_chosen_logps=policy_chosen_logps,
+        policy_rejected_logps=policy_rejected_logps,
+        reference_chosen_logps=reference_chosen_logps,
+        reference_rejected_logps=reference_rejected_logps,
+    )
+    chosen_rewards = beta * (policy_chosen - reference_chosen)
+    rejected_rewards = beta * (policy_rejected - reference_rejected)
+    return _gamma_loss(
+        xp, chosen_rewards, rejected_rewards,
+        gamma0=gamma0, tau=tau, centered=centered,
+        context=context, context_mask=context_mask, mask=mask,
+        label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl,
+    )  # fmt: skip
+
+
+def gamma_simpo_loss(
+    policy_chosen_logps: Array,
+    policy_rejected_logps: Array,
+    *,
+    beta: float,
+    gamma0: float,
+    tau: float,
+    centered: bool = False,
+    context: Array | None = None,
+    context_mask: Array | None = None,
+    mask: Array | None = None,
+    label_smoothing: float = 0.0,
+    robust: bool = False,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> tuple[Array, GammaLossAux]:
+    r"""γ-SimPO: SimPO in which every pair has its own target margin.
+
+    .. math::
+        r = \frac{β}{|y|} \log π_θ(y), \qquad g_i = r_w - r_l, \qquad
+        ℓ_i = -\log σ(g_i - γ_i)
+
+    with γ from `solve_margins` as constants. By the envelope theorem the gradient is exactly that
+    of the objective minimised over the margins as well.
+
+    Parameters
+    ----------
+    policy_chosen_logps, policy_rejected_logps : array, shape (pairs,)
+        Log-probabilities (nats) under the policy, **averaged** over each response's tokens.
+    beta : float
+        Reward units per nat, > 0.
+    gamma0 : float
+        Mean target margin in reward units: ``beta * gamma_beta_ratio`` in SimPO's terms.
+    tau, context, context_mask, mask, impl
+        See `solve_margins`.
+    centered : bool
+        Whether the margin is γ_i - γ0 or γ_i (False).
+    label_smoothing, robust, reduction
+        See `gamma_dpo_loss`.
+
+    Returns
+    -------
+    loss : array
+    aux : GammaLossAux
+        Both as for `gamma_dpo_loss`, which also tells of dtypes, errors and bad input.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `solve_margins` does, naming the argument.
+
+    References
+    ----------
+    Sun et al., Findings of ACL 2025, arXiv:2506.03690; Meng et al., *SimPO*, NeurIPS 2024,
+    arXiv:2405.14734.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gamma_loss import PUBLISHED_SETTINGS
+    >>> chosen, rejected = np.array([-0.8, -0.9]), np.array([-1.4, -0.8])
+    >>> loss, aux = gamma_simpo_loss(
+    ...     chosen, rejected, **PUBLISHED_SETTINGS["llama-3-8b-instruct"]
+    ... )
+    >>> aux.margins.round(3)
+    array([4.314, 3.686])
+    >>> round(float(loss), 4)
+    2.4348
+    """
+    beta = _checks.number("beta", beta, above=0)
+    xp, (chosen, rejected) = _log_probabilities(
+        policy_chosen_logps=policy_chosen_logps, policy_rejected_logps=policy_rejected_logps
+    )
+    return _gamma_loss(
+        xp, beta * chosen, beta * rejected,
+        gamma0=gamma0, tau=tau, centered=centered,
+        context=context, context_mask=context_mask, mask=mask,
+        label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl,
+    )  # fmt: skip
+
+
+def gamma_preference_loss(
+    reward_gaps: Array,
+    *,
+    gamma0: float,
+    tau: float,
+    centered: bool = False,
+    context: Array | None = None,
+    context_mask: Array | None = None,
+    mask: Array | None = None,
+    label_smoothing: float = 0.0,
+    robust: bool = False,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> tuple[Array, GammaLossAux]:
+    """γ-PO on reward gaps from any source: a reward model, or another margin-based method.
+
+    ``-log σ(g_i - γ_i)``, or with ``centered=True`` ``-log σ(g_i - (γ_i - γ0))``, with γ from
+    `solve_margins` as constants.
+
+    Parameters
+    ----------
+    reward_gaps : array, shape (pairs,)
+        Reward of the chosen minus reward of the rejected response, in reward units.
+    gamma0, tau, context, context_mask, mask, impl
+        See `solve_margins`.
+    centered, label_smoothing, robust, reduction
+        See `gamma_dpo_loss`.
+
+    Returns
+    -------
+    loss : array
+    aux : GammaLossAux
+        As for `gamma_dpo_loss`. Gaps alone do not tell the two rewards (which a preference model
+        knows only up to a constant for each prompt), so they are measured from the rejected
+        response: ``chosen_rewards`` are the gaps and ``rejected_rewards`` 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `solve_margins` does, naming the argument.
+
+    References
+    ----------
+    Sun et al., Findings of ACL 2025, arXiv:2506.03690.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> loss, aux = gamma_preference_loss(np.array([-1.0, 0.0, 3.0]), gamma0=1.0, tau=1.0)
+    >>> round(float(loss), 4)
+    1.0543
+    >>> (aux.pair_weights / 3).round(3)  # minus the gradient of the mean with respect to the gaps
+    array([0.283, 0.232, 0.067])
+    """
+    xp, (gaps,) = _checks.floats(reward_gaps=reward_gaps)
+    _checks.pairs(reward_gaps=gaps)
+    return _gamma_loss(
+        xp, gaps, xp.zeros_like(gaps),
+        gamma0=gamma0, tau=tau, centered=centered,
+        context=context, context_mask=context_mask, mask=mask,
+        label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl,
+    )  # fmt: skip
+
+
+def preference_loss(
+    reward_gaps: Array,
+    margins: Array | float = 0.0,
+    *,
+    label_smoothing: float = 0.0,
+    robust: bool = False,
+) -> Array:
+    r"""Logistic preference loss of each pair, with a margin and label smoothing.
+
+    With s = g - margin and ℓ(s) = -log σ(s):
+
+    .. math::
+        ℓ(s), \qquad (1-ε)\,ℓ(s) + ε\,ℓ(-s) \;\text{(conservative)}, \qquad
+        \frac{(1-ε)\,ℓ(s) - ε\,ℓ(-s)}{1 - 2ε} \;\text{(robust)}
+
+    ``preference_loss(gaps)`` is DPO's sigmoid loss, a positive constant margin SimPO's.
+
+    Parameters
+    ----------
+    reward_gaps : array of any shape
+        In reward units. Half precision is upcast to float32.
+    margins : array of the same shape, or float
+        In reward units. Gradients flow through it if it carries any.
+    label_smoothing : float
+        ε in [0, 0.5): the share of labels taken to be flipped.
+    robust : bool
+        Whether ε enters as rDPO's unbiased estimate (True) or as cDPO's mixture.
+
+    Returns
+    -------
+    array
+        One loss for each gap, in the dtype of the gaps.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a wrong type, dtype, library, shape or ε, naming the argument.
+
+    References
+    ----------
+    cDPO: Mitchell, *A note on DPO with noisy preferences*, 2023. rDPO: Chowdhury et al., *Provably
+    robust DPO*, ICML 2024, arXiv:2403.00409.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> preference_loss(np.array([-1.0, 0.0, 1.0])).round(4)
+    array([1.3133, 0.6931, 0.3133])
+    >>> preference_loss(np.array([1.0]), 0.5, label_smoothing=0.1, robust=True).round(4)
+    array([0.4116])
+    """
+    xp, (gaps,) = _checks.floats(reward_gaps=reward_gaps)
+    if not isinstance(margins, float | int):
+        _, (_, margins) = _checks.floats(reward_gaps=gaps, margins=margins)
+        if margins.shape != gaps.shape:
+            raise ValueError(
+                f"margins must have the shape of reward_gaps, {tuple(gaps.shape)}, "
+                f"got {tuple(margins.shape)}"
+            )
+    tilt = _tilt(label_smoothing, robust)
+    return _logistic(xp, gaps - margins, tilt)
+
+
+def _tilt(label_smoothing: float, robust: bool) -> float:
+    """The c in ``ℓ(s) + c s``, which both kinds of smoothing are because ℓ(-s) = ℓ(s) + s."""
+    epsilon = _checks.number("label_smoothing", label_smoothing, least=0, below=0.5)
+    return -epsilon / (1 - 2 * epsilon) if robust else epsilon
+
+
+def _logistic(xp: Namespace, s: Array, tilt: float) -> Array:
+    loss = softplus(xp, -s)
+    return loss + tilt * s if tilt else loss
+
+
+def _log_probabilities(**logps: Array) -> tuple[Namespace, list[Array]]:
+    xp, arrays = _checks.floats(**logps)
+    _checks.pairs(**dict(zip(logps, arrays, strict=True)))
+    return xp, arrays
+
+
+def _gamma_loss(
+    xp: Namespace,
+    chosen_rewards: Array,
+    rejected_rewards: Array,
+    *,
+    gamma0: float,
+    tau: float,
+    centered: bool,
+    context: Array | None,
+    context_mask: Array | None,
+    mask: Array | None,
+    label_smoothing: float,
+    robust: bool,
+    reduction: str,
+    impl: str,
+) -> tuple[Array, GammaLossAux]:
+    _checks.choice("reduction", reduction, REDUCTIONS)
+    tilt = _tilt(label_smoothing, robust)
+    gaps = chosen_rewards - rejected_rewards
+    margins, multiplier, residual = solve_margins(
+        gaps, gamma0=gamma0, tau=tau,
+        context=context, context_mask=context_mask, mask=mask, impl=impl,
+    )  # fmt: skip
+    shifts = margins - gamma0
+    mask = _checks.mask_of("mask", mask, "the log-probabilities", gaps, xp)
+
+    # Masked before the loss, so that a masked NaN leaves no NaN in the gradient either.
+    zero = xp.zeros_like(gaps)
+    s = xp.where(mask, gaps, zero) - (shifts if centered else margins)
+    losses = xp.where(mask, _logistic(xp, s, tilt), zero)
+    pair_weights = xp.where(mask, sigmoid(xp, -detach(s)) - tilt, zero)
+    loss = losses if reduction == "none" else xp.sum(losses)
+    if reduction == "mean":
+        counted = xp.sum(xp.astype(mask, losses.dtype))
+        loss = loss / xp.maximum(counted, xp.ones_like(counted))
+    return loss, GammaLossAux(
+        margins=margins,
+        shifts=shifts,
+        reward_gaps=detach(gaps),
+        chosen_rewards=detach(chosen_rewards),
+        rejected_rewards=detach(rejected_rewards),
+        pair_weights=pair_weights,
+        residual=residual,
+        multiplier=multiplier,
+        mask=mask,
+    )

@@ -1,0 +1,75 @@
+"""Scalars for a training log."""
+
+from __future__ import annotations
+
+from gamma_loss._arrays import Array, namespace
+from gamma_loss.losses import GammaLossAux
+from gamma_loss.smoothing import label_smoothing_from_shift
+
+
+def metrics(aux: GammaLossAux) -> dict[str, Array]:
+    """Summarise a loss call in scalars, as arrays on the loss's device.
+
+    Nothing is copied to the host, so logging can wait until it is convenient. Means are over the
+    unmasked pairs of the batch; a pair that is not finite makes them NaN, as it does the loss. With
+    every pair masked they are 0, and the margins' extremes gamma0.
+
+    Parameters
+    ----------
+    aux : GammaLossAux
+        Second result of a loss.
+
+    Returns
+    -------
+    dict of str to array, shape ()
+        ==========================  ===============================================================
+        ``rewards/chosen``          mean reward of the chosen responses (reward units)
+        ``rewards/rejected``        mean reward of the rejected responses
+        ``rewards/margins``         mean reward gap (the name that TRL gives it)
+        ``rewards/accuracies``      share of pairs with a positive gap
+        ``gamma/mean``              mean target margin (reward units); gamma0 over a whole pool
+        ``gamma/min``, ``gamma/max``  smallest and largest target margin
+        ``gamma/kl``                KL of the batch's margin shares to uniform (nats)
+        ``gamma/effective_pairs``   (Σ w)² / Σ w² of the pair weights: how many pairs train
+        ``gamma/implied_smoothing``  mean ε of cDPO with the slope of the shifted loss, in (-1, 1)
+        ``gamma/residual``          certificate of the solve, see `MarginSolution`
+        ==========================  ===============================================================
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gamma_loss import gamma_preference_loss
+    >>> loss, aux = gamma_preference_loss(np.array([-1.0, 0.0, 3.0]), gamma0=1.0, tau=1.0)
+    >>> logs = metrics(aux)
+    >>> round(float(logs["rewards/accuracies"]), 3), round(float(logs["gamma/max"]), 3)
+    (0.333, 1.43)
+    """
+    xp = namespace(aux.margins)
+    zero, one = xp.zeros_like(aux.margins), xp.ones_like(aux.margins)
+    count = xp.maximum(xp.sum(xp.astype(aux.mask, zero.dtype)), one[0])
+
+    def mean(values: Array) -> Array:
+        return xp.sum(xp.where(aux.mask, values, zero)) / count
+
+    shown, infinity = aux.mask | ~xp.any(aux.mask), xp.full_like(zero, float("inf"))
+    mean_margin = mean(aux.margins)
+    share = aux.margins / xp.where(mean_margin == 0, one[0], mean_margin)  # n p_i, mean 1
+    tiny = xp.full_like(share, xp.finfo(share.dtype).smallest_normal)
+    weights = xp.sum(aux.pair_weights)
+    squares = xp.sum(aux.pair_weights * aux.pair_weights)
+    smoothing = label_smoothing_from_shift(
+        aux.reward_gaps, aux.shifts, kind="conservative", match="slope"
+    )
+    return {
+        "rewards/chosen": mean(aux.chosen_rewards),
+        "rewards/rejected": mean(aux.rejected_rewards),
+        "rewards/margins": mean(aux.reward_gaps),
+        "rewards/accuracies": mean(xp.where(aux.reward_gaps > 0, one, zero)),
+        "gamma/mean": mean_margin,
+        "gamma/min": xp.min(xp.where(shown, aux.margins, infinity)),
+        "gamma/max": xp.max(xp.where(shown, aux.margins, -infinity)),
+        "gamma/kl": mean(share * xp.log(xp.maximum(share, tiny))),
+        "gamma/effective_pairs": weights * weights / xp.where(squares == 0, one[0], squares),
+        "gamma/implied_smoothing": mean(smoothing),
+        "gamma/residual": aux.residual,
+    }

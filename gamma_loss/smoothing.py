@@ -1,0 +1,193 @@
+"""Theorem 3.1: a per-pair margin is a per-pair label smoothing, and the other way round.
+
+Write m for a reward gap, δ for a margin shift (γ - γ0), ℓ(s) = -log σ(s) and p = σ(-m). Because
+ℓ(-m) = ℓ(m) + m, label smoothing only tilts the loss::
+
+    conservative (cDPO):  (1 - ε) ℓ(m) + ε ℓ(-m)              = ℓ(m) + ε m
+    robust (rDPO):        ((1 - ε) ℓ(m) - ε ℓ(-m)) / (1 - 2ε) = ℓ(m) - k m,    k = ε / (1 - 2ε)
+
+so matching it with the shifted loss ℓ(m - δ), in value or in slope (the derivative with respect to
+m), is linear in ε or in k. With the change of the loss ``n = ℓ(m) - ℓ(m - δ) = -log(1 + p (e^δ - 1))``
+and of its slope ``q = σ(δ - m) - σ(-m)``::
+
+                    value             slope
+    conservative    ε = -n / m        ε = -q
+    robust          k =  n / m        k =  q        ε = k / (1 + 2k)
+
+To first order in δ, n ≈ -δ p and q ≈ δ p (1 - p), and ε ≈ k for the robust kind. Bounds for the
+value match: ``|k + δ p / m| <= δ² / (8 |m|)`` because |ℓ''| <= 1/4, and where |δ| <= |m| / 4 also
+``|ε + δ p / m| <= δ² / (8 |m|) + 4 (δ / m)²`` because |k| <= |δ / m| and ε = k - 2k² / (1 + 2k).
+
+The paper's statement (Sun et al., arXiv:2506.03690, Theorem 3.1) equates rDPO and γ-PO in value
+for |δ| << |m|, which is the robust value match to first order; the exact forms, the slope match,
+the conservative kind and the bounds are derived here.
+"""
+
+from __future__ import annotations
+
+from gamma_loss import _checks
+from gamma_loss._arrays import Array, Namespace, sigmoid, softplus
+
+KINDS = ("robust", "conservative")
+MATCHES = ("value", "slope")
+ORDERS = ("exact", "first")
+
+
+def label_smoothing_from_shift(
+    reward_gaps: Array,
+    shift: Array | float,
+    *,
+    kind: str = "robust",
+    match: str = "value",
+    order: str = "exact",
+) -> Array:
+    """Label smoothing ε that acts on a pair as a margin shift does.
+
+    Parameters
+    ----------
+    reward_gaps : array of any shape
+        m in reward units. Half precision is upcast to float32.
+    shift : array of the same shape, or float
+        δ = γ - γ0 in reward units, such as the ``shifts`` of `GammaLossAux`.
+    kind : {"robust", "conservative"}
+        rDPO's or cDPO's smoothing.
+    match : {"value", "slope"}
+        Whether the two losses agree in value or in their derivative with respect to the gap.
+    order : {"exact", "first"}
+        Exact, or to first order in δ (for the value match accurate where ``|δ| << |m|``).
+
+    Returns
+    -------
+    array
+        ε for each pair (dimensionless). Positive where the pair is smoothed, negative where it is
+        sharpened. Not confined to [0, 0.5): a large shift may need more than any flip rate.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a wrong type, dtype, library, shape or option, naming the argument.
+
+    Notes
+    -----
+    As m → 0 the robust value match tends to 1/2, and is 0 at δ = 0. The conservative value match
+    and the first-order value match grow like 1/m: at m = 0 no smoothing changes the value, and the
+    result is NaN unless δ = 0. A robust match has no finite ε where k = -1/2 exactly: NaN too. The
+    conservative slope match is finite everywhere.
+
+    Examples
+    --------
+    A clear pair with a smaller margin than γ0 is smoothed; with a larger one it is sharpened.
+
+    >>> import numpy as np
+    >>> label_smoothing_from_shift(np.array([2.0, 2.0]), np.array([-0.5, 0.5])).round(4)
+    array([ 0.0229, -0.0402])
+    """
+    m, delta, xp = _arguments(reward_gaps, shift, "shift", kind, match)
+    _checks.choice("order", order, ORDERS)
+    exact = order == "exact"
+    p, p_other = sigmoid(xp, -m), sigmoid(xp, m)
+    if match == "slope":
+        k = _slope_change(xp, m, delta) if exact else delta * p * p_other
+        numerator, denominator = k, xp.ones_like(k)
+    else:
+        numerator = _value_change(xp, m, delta) if exact else -delta * p
+        denominator = m
+    if kind == "conservative":
+        return _ratio(xp, -numerator, denominator)
+    return _ratio(xp, numerator, denominator + 2 * numerator if exact else denominator)
+
+
+def shift_from_label_smoothing(
+    reward_gaps: Array,
+    epsilon: Array | float,
+    *,
+    kind: str = "robust",
+    match: str = "value",
+) -> Array:
+    """Margin shift δ that acts on a pair as label smoothing ε does.
+
+    The inverse of `label_smoothing_from_shift` (exact) in δ.
+
+    Parameters
+    ----------
+    reward_gaps : array of any shape
+        m in reward units. Half precision is upcast to float32.
+    epsilon : array of the same shape, or float
+        ε (dimensionless). Any number, since a sharpened pair has a negative one.
+    kind, match
+        As for `label_smoothing_from_shift`.
+
+    Returns
+    -------
+    array
+        δ in reward units. NaN where there is none: the value match asks for a loss ℓ(m - δ) <= 0,
+        or the slope match for a slope outside (-1, 0).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `label_smoothing_from_shift` does.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> gaps = np.array([2.0, 2.0, -1.0])
+    >>> shift = shift_from_label_smoothing(gaps, 0.05)
+    >>> label_smoothing_from_shift(gaps, shift).round(12)
+    array([0.05, 0.05, 0.05])
+    >>> shift_from_label_smoothing(gaps, 0.05, match="slope").round(3)
+    array([0.442, 0.442, 0.304])
+    """
+    m, epsilon, xp = _arguments(reward_gaps, epsilon, "epsilon", kind, match)
+    k = -epsilon if kind == "conservative" else epsilon / (1 - 2 * epsilon)
+    p, p_other = sigmoid(xp, -m), sigmoid(xp, m)
+    if match == "slope":  # logit(p + k) - logit(p)
+        return _log1p(xp, k / p) - _log1p(xp, -k / p_other)
+    return _log1p(xp, xp.expm1(-k * m) / p)
+
+
+def _arguments(
+    reward_gaps: Array, other: Array | float, name: str, kind: str, match: str
+) -> tuple[Array, Array, Namespace]:
+    _checks.choice("kind", kind, KINDS)
+    _checks.choice("match", match, MATCHES)
+    xp, (m,) = _checks.floats(reward_gaps=reward_gaps)
+    if isinstance(other, float | int):
+        return m, xp.full_like(m, other), xp
+    _, (_, other) = _checks.floats(reward_gaps=m, **{name: other})
+    if other.shape != m.shape:
+        raise ValueError(
+            f"{name} must have the shape of reward_gaps, {tuple(m.shape)}, got {tuple(other.shape)}"
+        )
+    return m, other, xp
+
+
+def _value_change(xp: Namespace, m: Array, delta: Array) -> Array:
+    """ℓ(m) - ℓ(m - δ), without cancellation for small δ nor overflow for large δ."""
+    one = xp.ones_like(delta)
+    small = xp.minimum(xp.maximum(delta, -one), one)
+    near = -xp.log1p(sigmoid(xp, -m) * xp.expm1(small))
+    far = softplus(xp, -m) - softplus(xp, delta - m)
+    return xp.where(xp.abs(delta) <= 1, near, far)
+
+
+def _slope_change(xp: Namespace, m: Array, delta: Array) -> Array:
+    """σ(δ - m) - σ(-m), without cancellation: σ(high) σ(-low) (1 - e^-|δ|) with the sign of δ."""
+    low, high = xp.minimum(delta - m, -m), xp.maximum(delta - m, -m)
+    size = sigmoid(xp, high) * sigmoid(xp, -low) * -xp.expm1(-xp.abs(delta))
+    return xp.where(delta > 0, size, -size)
+
+
+def _ratio(xp: Namespace, numerator: Array, denominator: Array) -> Array:
+    """numerator / denominator, where 0 / 0 is 0 and x / 0 is NaN."""
+    zero = denominator == 0
+    quotient = numerator / xp.where(zero, xp.ones_like(denominator), denominator)
+    nan = xp.full_like(quotient, float("nan"))
+    return xp.where(zero & (numerator != 0), nan, quotient)
+
+
+def _log1p(xp: Namespace, x: Array) -> Array:
+    """log(1 + x), NaN where 1 + x <= 0."""
+    defined = x > -1
+    result = xp.log1p(xp.where(defined, x, xp.zeros_like(x)))
+    return xp.where(defined, result, xp.full_like(result, float("nan")))
