@@ -20,12 +20,13 @@ def number(
     """Return a finite hyperparameter as a Python float."""
     if not isinstance(value, Real):
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
-    if not (math.isfinite(value) and value > above and value >= least and value < below):
+    number = float(value)
+    if not (math.isfinite(number) and above < number < below and number >= least):
         bounds = [f"> {above:g}"] * (above > -math.inf) + [f">= {least:g}"] * (least > -math.inf)
         bounds += [f"< {below:g}"] * (below < math.inf)
         wanted = " and ".join(["finite", *bounds])
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
-    return float(value)
+    return number
 
 
 def choice(name: str, value: str, options: tuple[str, ...]) -> None:

@@ -108,6 +108,7 @@ class _State(NamedTuple):
     level: Array  # λ, with ν = a σ(λ): a pair with γ0 - g = λ has the margin γ0
     level_low: Array  # level_low <= λ <= level_high at the solution
     level_high: Array
+    stride: Array  # by how much λ last moved
 
 
 def bracketed(
@@ -131,7 +132,10 @@ def bracketed(
     u_low, u_high = _closed_form_bracket(xp, gaps, gamma0, a, cap, level)
     u = _clip(xp, -r / d, u_low, u_high)
     seen = xp.zeros_like(u, dtype=xp.bool)
-    state = _State(gaps, weights, gamma0, a, cap, u, u_low, u_high, seen, seen, level, low, high)
+    stride = xp.full_like(level, float("inf"))
+    state = _State(
+        gaps, weights, gamma0, a, cap, u, u_low, u_high, seen, seen, level, low, high, stride
+    )
     state = repeat(passes, _bracketed_pass, state)
 
     u, level = state.u - xp.log(weights @ xp.exp(state.u)), state.level
@@ -142,7 +146,7 @@ def bracketed(
 
 def _bracketed_pass(_: int, state: _State) -> _State:
     gaps, weights, gamma0, a, cap, u, u_low, u_high, low_seen, high_seen, *levels = state
-    level, level_low, level_high = levels
+    level, level_low, level_high, stride = levels
     xp = namespace(gaps)
 
     # Where the pairs stand at this level: r > 0 means that u_i is too large.
@@ -165,14 +169,18 @@ def _bracketed_pass(_: int, state: _State) -> _State:
     level_high = xp.where(too_high, level, level_high)
     level_low = xp.where(too_low, level, level_low)
 
-    # The Newton step of the level. Where it is not to be trusted, ν stays and only the pairs move.
+    # The Newton step of the level, by at most half its bracket. Where the side of λ is not proven,
+    # it has to be half the last one, or ν stays and only the pairs move: no going in circles.
     w = weights * x / d
     d_nu = (w @ (r - d) + 1) / (w @ xp.ones_like(w))
     reach = _HALF * (level_high - level_low)
     new = _clip(xp, _shift(xp, level, d_nu / a), level - reach, level + reach)
-    trusted = (new >= level_low) & (new <= level_high)
-    trusted = trusted & (too_high | too_low | (most - least < _NARROW))
-    new = xp.where(trusted, new, level)
+    length = xp.abs(new - level)
+    proven = too_high | too_low
+    moves = (new >= level_low) & (new <= level_high)
+    moves = moves & (proven | ((most - least < _NARROW) & (length <= _HALF * stride)))
+    new = xp.where(moves, new, level)
+    stride = xp.where(moves, length, stride)
     d_nu = a * _rise(xp, new - level, _sigmoids(xp, new), at_level)
 
     # The brackets move with ν, by no more than ν does since u_i(ν) has a slope of at most 1.
@@ -191,7 +199,7 @@ def _bracketed_pass(_: int, state: _State) -> _State:
     u = xp.where(halve, (u_low + u_high) / 2, _clip(xp, u + step, u_low, u_high))
     return _State(
         gaps, weights, gamma0, a, cap, u, u_low, u_high, low_seen, high_seen,
-        new, level_low, level_high,
+        new, level_low, level_high, stride,
     )  # fmt: skip
 
 
@@ -257,7 +265,7 @@ def _rise(
 
 
 def _shift(xp: Namespace, level: Array, rise: Array) -> Array:
-    """The level at which σ is higher by `rise`, which is first cut to what σ has left."""
+    """Find the level at which σ is higher by `rise`, which is first cut to what σ has left."""
     p, q = _sigmoids(xp, level)
     rise = _clip(xp, rise, -0.999 * p, 0.999 * q)
     return level + xp.log1p(rise / p) - xp.log1p(-rise / q)

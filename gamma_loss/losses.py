@@ -349,7 +349,7 @@ def preference_loss(
 
 
 def _tilt(label_smoothing: float, robust: bool) -> float:
-    """The c in ``ℓ(s) + c s``, which both kinds of smoothing are because ℓ(-s) = ℓ(s) + s."""
+    """Return the c of ``ℓ(s) + c s``: what both kinds of smoothing are, as ℓ(-s) = ℓ(s) + s."""
     epsilon = _checks.number("label_smoothing", label_smoothing, least=0, below=0.5)
     return -epsilon / (1 - 2 * epsilon) if robust else epsilon
 

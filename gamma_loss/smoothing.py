@@ -7,8 +7,8 @@ Write m for a reward gap, δ for a margin shift (γ - γ0), ℓ(s) = -log σ(s) 
     robust (rDPO):        ((1 - ε) ℓ(m) - ε ℓ(-m)) / (1 - 2ε) = ℓ(m) - k m,    k = ε / (1 - 2ε)
 
 so matching it with the shifted loss ℓ(m - δ), in value or in slope (the derivative with respect to
-m), is linear in ε or in k. With the change of the loss ``n = ℓ(m) - ℓ(m - δ) = -log(1 + p (e^δ - 1))``
-and of its slope ``q = σ(δ - m) - σ(-m)``::
+m), is linear in ε or in k. With ``n = ℓ(m) - ℓ(m - δ) = -log(1 + p (e^δ - 1))`` and the difference
+of the slopes ``q = σ(δ - m) - σ(-m)``::
 
                     value             slope
     conservative    ε = -n / m        ε = -q
@@ -179,7 +179,7 @@ def _slope_change(xp: Namespace, m: Array, delta: Array) -> Array:
 
 
 def _ratio(xp: Namespace, numerator: Array, denominator: Array) -> Array:
-    """numerator / denominator, where 0 / 0 is 0 and x / 0 is NaN."""
+    """Divide, with 0 / 0 = 0 and x / 0 = NaN."""
     zero = denominator == 0
     quotient = numerator / xp.where(zero, xp.ones_like(denominator), denominator)
     nan = xp.full_like(quotient, float("nan"))
