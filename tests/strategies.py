@@ -1,0 +1,37 @@
+"""Random pools of reward gaps and settings, over the whole domain that the library promises."""
+
+import numpy as np
+from hypothesis import strategies as st
+
+LIMIT = 1e4  # gaps are promised to work within ± this
+
+
+def _uniform(low: float, high: float) -> st.SearchStrategy[float]:
+    return st.floats(low, high, allow_nan=False, allow_infinity=False)
+
+
+def log_uniform(low: float, high: float) -> st.SearchStrategy[float]:
+    return _uniform(np.log(low), np.log(high)).map(lambda x: float(np.exp(x)))
+
+
+gamma0s = log_uniform(1e-3, 1e2)
+taus = log_uniform(1e-3, 1e3)
+
+
+@st.composite
+def pools(draw, min_size: int = 1, max_size: int = 40) -> np.ndarray:
+    """A pool of gaps: clusters, outliers, ties and every scale, not only a bell curve."""
+    size = draw(st.integers(min_size, max_size))
+    centre = draw(st.one_of(st.just(0.0), _uniform(-LIMIT, LIMIT), _uniform(-100, 100)))
+    scale = draw(log_uniform(1e-6, LIMIT))
+    shape = draw(st.sampled_from(["normal", "cauchy", "two", "outlier", "powers", "levels"]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    gaps = {
+        "normal": lambda: rng.normal(size=size) * scale,
+        "cauchy": lambda: rng.standard_cauchy(size) * scale,
+        "two": lambda: rng.choice([-1.0, 1.0], size) * scale,
+        "outlier": lambda: np.where(np.arange(size) == 0, rng.choice([-LIMIT, LIMIT]), 0.0),
+        "powers": lambda: rng.choice([-1.0, 1.0], size) * 10 ** rng.uniform(-6, 4, size),
+        "levels": lambda: rng.choice(rng.normal(size=3) * scale, size),
+    }[shape]()
+    return np.clip(centre + gaps, -LIMIT, LIMIT)

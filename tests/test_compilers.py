@@ -1,0 +1,92 @@
+"""Tracing: torch.compile, torch.vmap, jax.jit and jax.vmap take the library as it is."""
+
+import numpy as np
+import pytest
+
+from gamma_loss import gamma_dpo_loss, metrics, solve_margins
+
+MILD, HARD = {"gamma0": 4.0, "tau": 10.0}, {"gamma0": 20.0, "tau": 2.0}
+
+
+def rows(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape) * 3
+
+
+@pytest.mark.parametrize("setting", [MILD, HARD])
+def test_torch_compile_makes_one_graph_and_does_not_recompile(torch, setting):
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(module, _):
+        graphs.append(module)
+        return module.forward
+
+    def loss(*logps):
+        value, aux = gamma_dpo_loss(*logps, beta=0.1, **setting)
+        return value, aux, metrics(aux)
+
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    for seed in range(3):
+        logps = [torch.tensor(row, requires_grad=i < 2) for i, row in enumerate(rows((4, 9), seed))]
+        value, aux, logs = compiled(*logps)
+        expected, expected_aux, expected_logs = loss(*logps)
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(aux.margins, expected_aux.margins)
+        torch.testing.assert_close(logs, expected_logs)
+        gradients = torch.autograd.grad(value, logps[:2])
+        torch.testing.assert_close(gradients, torch.autograd.grad(expected, logps[:2]))
+    assert len(graphs) == 1
+
+
+def test_torch_inductor_agrees(torch):
+    gaps = torch.tensor(rows(50))
+    compiled = torch.compile(lambda g: solve_margins(g, **MILD), fullgraph=True)
+    torch.testing.assert_close(compiled(gaps).margins, solve_margins(gaps, **MILD).margins)
+
+
+@pytest.mark.parametrize("setting", [MILD, HARD])
+def test_torch_vmap(torch, setting):
+    batch, mask = torch.tensor(rows((5, 8))), torch.tensor(rows((5, 8), 1) > -3)
+    mapped = torch.vmap(lambda g, m: solve_margins(g, mask=m, **setting))(batch, mask)
+    for i in range(5):
+        expected = solve_margins(batch[i], mask=mask[i], **setting)
+        torch.testing.assert_close(mapped.margins[i], expected.margins, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("setting", [MILD, HARD])
+def test_jax_jit_and_vmap(jax, setting):
+    batch, mask = jax.numpy.asarray(rows((5, 8))), jax.numpy.asarray(rows((5, 8), 1) > -3)
+
+    def solve(gaps, mask):
+        return solve_margins(gaps, mask=mask, **setting)
+
+    jitted, mapped = jax.jit(solve), jax.jit(jax.vmap(solve))(batch, mask)
+    for i in range(5):
+        expected = np.asarray(
+            solve_margins(np.asarray(batch[i]), mask=np.asarray(mask[i]), **setting).margins
+        )
+        np.testing.assert_allclose(jitted(batch[i], mask[i]).margins, expected, rtol=1e-10)
+        np.testing.assert_allclose(mapped.margins[i], expected, rtol=1e-10)
+    assert jitted._cache_size() == 1
+
+
+def test_torch_func_grad_and_value_with_aux(torch):
+    logps = [torch.tensor(row) for row in rows((4, 9))]
+
+    def loss(chosen, *rest):
+        return gamma_dpo_loss(chosen, *rest, beta=0.1, **MILD)
+
+    gradient, (value, aux) = torch.func.grad_and_value(loss, has_aux=True)(*logps)
+    expected, _ = loss(*logps)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient, -0.1 * aux.pair_weights / 9)
+
+
+def test_torch_export(torch):
+    class Loss(torch.nn.Module):
+        def forward(self, *logps):
+            return gamma_dpo_loss(*logps, beta=0.1, **MILD)
+
+    logps = tuple(torch.tensor(row) for row in rows((4, 9)))
+    exported = torch.export.export(Loss(), logps).module()
+    torch.testing.assert_close(exported(*logps)[0], Loss()(*logps)[0])

@@ -1,0 +1,280 @@
+"""The margin problem: accuracy against the oracle, the claims of the theory, every library."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import oracles
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from strategies import gamma0s, pools, taus
+
+from gamma_loss import PUBLISHED_SETTINGS, solve_margins
+
+PUBLISHED = json.loads((Path(__file__).parent / "data" / "published_margins.json").read_text())
+EXTREME = [  # (gaps, gamma0, tau): corners of the domain, κ up to 1e7
+    ([1e4, -1e4], 100.0, 1e-3),
+    ([0.0], 100.0, 1e-3),
+    ([-1e4, -1e4, 1e4], 1e-3, 1e3),
+    ([100.0, 101.0, 99.0, 150.0, 0.0], 100.0, 1e-3),
+    ([22.67784608, 3580.15056838], 82.10179909, 6.29615817),  # undamped Newton cycles on these
+    ([36.99357678, 112.57673386], 70.12594492, 20.54958846),
+    ([1.70807319, 1e4], 16.89889605, 2.26420756),
+]
+
+
+def error(margins, gaps, gamma0, tau):
+    """|x - x*| / (1 + x*) with x = γ / γ0, the worst of the pool."""
+    expected, _ = oracles.margins(gaps, gamma0, tau)
+    x, expected = np.asarray(margins, dtype=np.longdouble) / gamma0, expected / gamma0
+    return float(np.max(np.abs(x - expected) / (1 + expected)))
+
+
+@settings(max_examples=300)
+@given(pools(), gamma0s, taus)
+def test_float64_accuracy_over_the_domain(gaps, gamma0, tau):
+    solution = solve_margins(gaps, gamma0=gamma0, tau=tau)
+    assert solution.margins.dtype == np.float64
+    assert error(solution.margins, gaps, gamma0, tau) <= 1e-10
+
+
+@settings(max_examples=300)
+@given(pools(), gamma0s, taus)
+def test_float32_accuracy_over_the_domain(gaps, gamma0, tau):
+    gaps = gaps.astype(np.float32)
+    solution = solve_margins(gaps, gamma0=gamma0, tau=tau)
+    assert solution.margins.dtype == np.float32
+    assert error(solution.margins, gaps.astype(np.float64), gamma0, tau) <= 2e-4
+
+
+@pytest.mark.parametrize("name", PUBLISHED_SETTINGS)
+@settings(max_examples=50)
+@given(gaps=pools())
+def test_float32_accuracy_in_the_published_settings(name, gaps):
+    gamma0, tau = PUBLISHED_SETTINGS[name]["gamma0"], PUBLISHED_SETTINGS[name]["tau"]
+    gaps = gaps.astype(np.float32)
+    solution = solve_margins(gaps, gamma0=gamma0, tau=tau)
+    assert error(solution.margins, gaps.astype(np.float64), gamma0, tau) <= 1e-5
+
+
+@pytest.mark.parametrize(("gaps", "gamma0", "tau"), EXTREME)
+def test_corners_of_the_domain(library, gaps, gamma0, tau):
+    for dtype, tolerance in (("float64", 1e-10), ("float32", 2e-4)):
+        given_gaps = library.array(gaps, dtype)
+        margins = library.numpy(solve_margins(given_gaps, gamma0=gamma0, tau=tau).margins)
+        exact = library.numpy(given_gaps).astype(np.float64)
+        assert error(margins, exact, gamma0, tau) <= tolerance
+
+
+@pytest.mark.parametrize(("gamma0", "tau"), [(4.0, 10.0), (100.0, 1e-3), (3.0, 0.05), (50.0, 40.0)])
+@pytest.mark.parametrize("scale", [2.0, 1e4])
+def test_a_large_pool(gamma0, tau, scale):
+    # 64 distinct gaps, 1024 of each: large for the solver, small for the oracle.
+    distinct = np.clip(np.random.default_rng(7).normal(size=64) * scale, -1e4, 1e4)
+    gaps = np.random.default_rng(8).permutation(np.repeat(distinct, 1024))
+    for dtype, tolerance in ((np.float64, 1e-10), (np.float32, 2e-4)):
+        margins = solve_margins(gaps.astype(dtype), gamma0=gamma0, tau=tau).margins
+        assert error(margins, gaps.astype(dtype).astype(np.float64), gamma0, tau) <= tolerance
+
+
+@pytest.mark.parametrize("case", PUBLISHED["cases"], ids=lambda case: case["name"])
+def test_parity_with_the_published_implementation(case):
+    gaps, context = np.array(case["reward_gaps"]), np.array(case["context"])
+    solution = solve_margins(gaps, gamma0=case["gamma0"], tau=case["tau"], context=context)
+    bound = 2e-6 * case["gamma0"]
+    assert np.max(np.abs(solution.margins - case["published_margins"])) <= bound
+    shifts = solution.margins - case["gamma0"]
+    assert np.max(np.abs(shifts - case["published_margin_shifts"])) <= bound
+
+
+def rounding(gamma0, tau, size=1):
+    """A bound on the rounding error of one x: a few ulps of u, which is as large as a."""
+    return 64 * np.finfo(np.float64).eps * (1 + gamma0 / tau + math.log(size))
+
+
+@given(pools(min_size=2), gamma0s, taus)
+def test_order_budget_and_bounds(gaps, gamma0, tau):
+    margins, multiplier, _ = solve_margins(gaps, gamma0=gamma0, tau=tau)
+    slack, a = rounding(gamma0, tau, gaps.size), gamma0 / tau
+    x = margins / gamma0
+    assert abs(x.mean() - 1) <= slack
+    ordered = x[np.argsort(gaps, kind="stable")]
+    assert np.all(np.diff(ordered) >= -slack * (1 + ordered[1:]))
+    with np.errstate(over="ignore"):
+        assert np.all(x >= np.exp(-a) * (1 - slack))
+        assert np.all(x <= np.exp(a) * (1 + slack))
+    assert -slack <= multiplier <= a + slack * (1 + a)
+
+
+@given(pools(min_size=2), gamma0s, taus, st.randoms(use_true_random=False))
+def test_permuting_the_pool_permutes_the_margins(gaps, gamma0, tau, random):
+    order = list(range(gaps.size))
+    random.shuffle(order)
+    x = solve_margins(gaps, gamma0=gamma0, tau=tau).margins / gamma0
+    permuted = solve_margins(gaps[order], gamma0=gamma0, tau=tau).margins / gamma0
+    assert np.max(np.abs(permuted - x[order]) / (1 + x)) <= rounding(gamma0, tau, gaps.size)
+
+
+@given(st.floats(-1e4, 1e4), st.integers(1, 30), gamma0s, taus)
+def test_equal_gaps_and_one_gap_give_gamma0(gap, size, gamma0, tau):
+    margins = solve_margins(np.full(size, gap), gamma0=gamma0, tau=tau).margins
+    np.testing.assert_allclose(margins, gamma0, rtol=rounding(gamma0, tau, size))
+
+
+@given(pools(), gamma0s)
+def test_large_tau_gives_gamma0(gaps, gamma0):
+    # |log x| <= a, so |x - 1| <= e^a - 1
+    tau = 1e9
+    margins = solve_margins(gaps, gamma0=gamma0, tau=tau).margins
+    np.testing.assert_allclose(margins, gamma0, rtol=math.expm1(gamma0 / tau) + 1e-15)
+
+
+def test_gamma0_of_zero_gives_no_margins(library):
+    solution = solve_margins(library.array([-1.0, 2.0]), gamma0=0.0, tau=1.0)
+    assert library.numpy(solution.margins).tolist() == [0.0, 0.0]
+    assert float(solution.multiplier) == float(solution.residual) == 0.0
+
+
+@given(pools(min_size=2, max_size=12), st.floats(0.01, 30), st.floats(0.05, 50), st.integers(0, 99))
+def test_no_other_margins_have_a_lower_objective(gaps, gamma0, tau, seed):
+    x = solve_margins(gaps, gamma0=gamma0, tau=tau).margins / gamma0
+    lowest = oracles.objective(x, gaps, gamma0, tau)
+    rng = np.random.default_rng(seed)
+    for size in (1e-3, 0.1, 3.0):
+        other = x * np.exp(size * rng.normal(size=gaps.size))
+        other *= gaps.size / other.sum()
+        # F is about |g| + γ in size, which sets its rounding error.
+        slack = 1e-15 * (1 + np.abs(gaps).max() + gamma0 * gaps.size + tau)
+        assert oracles.objective(other, gaps, gamma0, tau) >= lowest - slack
+
+
+@given(pools(max_size=12), st.floats(0.01, 30), st.floats(0.05, 50), st.integers(0, 99))
+def test_certificate_bounds_the_error_of_any_candidate(gaps, gamma0, tau, seed):
+    # The theorem behind `residual`, for candidates that are far from solutions.
+    exact = oracles.margins(gaps, gamma0, tau)[0] / gamma0
+    x = exact * np.exp(np.random.default_rng(seed).normal(size=gaps.size))
+    x = x * gaps.size / x.sum()
+    v = np.log(x) + gamma0 / tau * oracles.sigmoid(gamma0 * x - gaps)
+    residual = (v.max() - v.min()) / 2
+    assert np.mean(np.abs(x - exact)) <= 2 * np.expm1(residual) + 1e-15
+
+
+@settings(max_examples=200)
+@given(pools(), gamma0s, taus)
+def test_residual_is_the_certificate_and_small(gaps, gamma0, tau):
+    margins, multiplier, residual = solve_margins(gaps, gamma0=gamma0, tau=tau)
+    expected, nu = oracles.margins(gaps, gamma0, tau)
+    assert np.mean(np.abs(margins - expected)) / gamma0 <= 2 * np.expm1(residual) + 4e-16
+    # v inherits the rounding error of z = γ0 x - g, times at most a/4, and of u.
+    a, eps = gamma0 / tau, np.finfo(np.float64).eps
+    z = gamma0 * (margins / gamma0).max() + np.abs(gaps).max()
+    assert residual <= 16 * eps * (1 + a + a * z)
+    assert abs(multiplier - nu) <= 1e-10 * (1 + a)
+
+
+def test_residual_tells_of_an_unfinished_solve(monkeypatch):
+    from gamma_loss import _newton
+
+    monkeypatch.setattr(_newton, "_newton_passes", lambda *_: 1)
+    gaps = np.array([-3.0, 0.0, 4.0])
+    margins, _, residual = solve_margins(gaps, gamma0=4.0, tau=10.0)
+    x, exact = margins / 4, oracles.margins(gaps, 4.0, 10.0)[0] / 4
+    v = np.log(x) + 0.4 * oracles.sigmoid(4 * x - gaps)
+    assert residual == pytest.approx(float(v.max() - v.min()) / 2, rel=1e-9)
+    assert 1e-6 < np.mean(np.abs(x - exact)) <= 2 * np.expm1(residual)
+
+
+@given(pools(), pools(), gamma0s, taus)
+@example(np.array([1.0]), np.array([-1.0, 3.0]), 100.0, 1e-3)
+def test_context_joins_the_pool(gaps, context, gamma0, tau):
+    together = solve_margins(np.concatenate([gaps, context]), gamma0=gamma0, tau=tau)
+    split = solve_margins(gaps, gamma0=gamma0, tau=tau, context=context)
+    np.testing.assert_array_equal(split.margins, together.margins[: gaps.size])
+    assert split.multiplier == together.multiplier
+
+
+@given(pools(), pools(), gamma0s, taus, st.randoms(use_true_random=False))
+def test_masked_entries_are_as_if_absent(gaps, context, gamma0, tau, random):
+    junk = [0.0, 1e4, -7.0, math.nan, math.inf]
+    mixed = [(gap, True) for gap in gaps] + [(random.choice(junk), False) for _ in range(5)]
+    random.shuffle(mixed)
+    mask = np.array([kept for _, kept in mixed])
+    values = np.array([gap for gap, _ in mixed])
+    plain = solve_margins(values[mask], gamma0=gamma0, tau=tau, context=context)
+    masked = solve_margins(
+        values,
+        gamma0=gamma0,
+        tau=tau,
+        context=np.concatenate([context, [5.0, math.nan, 3.0]]),
+        context_mask=np.arange(context.size + 3) < context.size,
+        mask=mask,
+    )
+    x, expected = masked.margins / gamma0, plain.margins / gamma0
+    tolerance = rounding(gamma0, tau, gaps.size + context.size)
+    assert np.max(np.abs(x[mask] - expected) / (1 + expected)) <= tolerance
+    assert np.all(masked.margins[~mask] == gamma0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("gamma0", "tau"), [(4.0, 10.0), (20.0, 0.1)])
+def test_a_gap_that_is_not_finite_touches_no_other_margin(library, bad, gamma0, tau):
+    clean = [-2.0, 0.5, 3.0]
+    expected = solve_margins(
+        library.array(clean), gamma0=gamma0, tau=tau, context=library.array([1.0, -1.0])
+    )
+    dirty = solve_margins(
+        library.array([*clean, bad]),
+        gamma0=gamma0,
+        tau=tau,
+        context=library.array([1.0, bad, -1.0]),
+    )
+    margins = library.numpy(dirty.margins)
+    np.testing.assert_allclose(margins[:3], library.numpy(expected.margins), rtol=1e-13)
+    assert math.isnan(margins[3])
+
+
+@pytest.mark.parametrize(("gamma0", "tau"), [(4.0, 10.0), (20.0, 0.1)])
+def test_an_empty_pool_gives_gamma0(library, gamma0, tau):
+    gaps = library.array([1.0, math.nan])
+    mask = library.array([False, False], "bool")
+    solution = solve_margins(gaps, gamma0=gamma0, tau=tau, mask=mask)
+    assert library.numpy(solution.margins).tolist() == [gamma0, gamma0]
+    assert math.isfinite(float(solution.multiplier))
+    assert abs(float(solution.residual)) < 1e-12
+
+
+@pytest.mark.parametrize(("gamma0", "tau"), [(4.0, 10.0), (3.0, 3.0), (20.0, 0.1), (100.0, 1e-3)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_every_library_gives_the_same_answer(library, dtype, gamma0, tau):
+    gaps = np.random.default_rng(3).normal(size=33) * 4
+    context = np.random.default_rng(4).normal(size=7) * 40
+    mask = np.arange(33) % 5 != 0
+    expected = solve_margins(
+        gaps.astype(dtype), gamma0=gamma0, tau=tau, context=context.astype(dtype), mask=mask
+    )
+    solution = solve_margins(
+        library.array(gaps, dtype),
+        gamma0=gamma0,
+        tau=tau,
+        context=library.array(context, dtype),
+        mask=library.array(mask, "bool"),
+    )
+    assert library.numpy(solution.margins).dtype == dtype
+    tolerance = 1e-11 if dtype == "float64" else 1e-4
+    np.testing.assert_allclose(
+        library.numpy(solution.margins), expected.margins, rtol=tolerance, atol=tolerance * gamma0
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_upcast(dtype, torch, jax):
+    for gaps in (
+        torch.tensor([-1.0, 2.0], dtype=getattr(torch, dtype)),
+        jax.numpy.asarray([-1.0, 2.0], dtype=dtype),
+    ):
+        margins = solve_margins(gaps, gamma0=1.0, tau=1.0).margins
+        assert str(margins.dtype).endswith("float32")
+        expected, _ = oracles.margins(np.array([-1.0, 2.0]), 1.0, 1.0)
+        np.testing.assert_allclose(np.asarray(margins), expected.astype(float), rtol=1e-5)
