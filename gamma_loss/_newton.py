@@ -171,10 +171,9 @@ def _bracketed_pass(_: int, state: _State) -> _State:
     level_low = xp.where(too_low, level, level_low)
 
     # Where the sigmoid dominates, Newton in its logit instead: the same step with another r and d.
-    rise = _clip(xp, -r / a, -0.999 * p, 0.999 * q)
+    rise, z_change = _logit_change(xp, p, q, -r / a)
     slope = a * (p + rise) * (q - rise)
-    d_logit = gamma0 * x * slope + 1
-    r_logit = -slope * (xp.log1p(rise / p) - xp.log1p(-rise / q))
+    d_logit, r_logit = gamma0 * x * slope + 1, -slope * z_change
     steep = (d > 2) & (d_logit > 2)
     r, d = xp.where(steep, r_logit, r), xp.where(steep, d_logit, d)
 
@@ -183,7 +182,7 @@ def _bracketed_pass(_: int, state: _State) -> _State:
     w = weights * x / d
     d_nu = (w @ (r - d) + 1) / (w @ xp.ones_like(w))
     reach = _HALF * (level_high - level_low)
-    new = _clip(xp, _shift(xp, level, d_nu / a), level - reach, level + reach)
+    new = _clip(xp, level + _logit_change(xp, *at_level, d_nu / a)[1], level - reach, level + reach)
     length = xp.abs(new - level)
     proven = too_high | too_low
     moves = (new >= level_low) & (new <= level_high)
@@ -274,11 +273,12 @@ def _rise(
     return scale * xp.expm1(-xp.abs(step))
 
 
-def _shift(xp: Namespace, level: Array, rise: Array) -> Array:
-    """Find the level at which σ is higher by `rise`, which is first cut to what σ has left."""
-    p, q = _sigmoids(xp, level)
+def _logit_change(xp: Namespace, p: Array, q: Array, rise: Array) -> tuple[Array, Array]:
+    """Return `rise`, cut to what σ(z) = p = 1 - q has left, and the change of z that makes it."""
     rise = _clip(xp, rise, -0.999 * p, 0.999 * q)
-    return level + xp.log1p(rise / p) - xp.log1p(-rise / q)
+    tiny = xp.full_like(p, xp.finfo(p.dtype).smallest_normal)
+    up, down = xp.log1p(rise / xp.maximum(p, tiny)), xp.log1p(-rise / xp.maximum(q, tiny))
+    return rise, up - down
 
 
 def _clip(xp: Namespace, values: Array, low: Array, high: Array) -> Array:

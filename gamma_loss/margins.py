@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from gamma_loss import _checks, _newton
@@ -128,14 +129,14 @@ def solve_margins(
     elif context_mask is not None:
         raise ValueError("context_mask was given without a context")
 
-    zero_if_finite = pool - pool  # NaN otherwise; cheaper than isfinite
-    in_pool = in_pool & (zero_if_finite == 0)
-    in_pool = in_pool | ~xp.any(in_pool)  # of an empty pool, equal gaps: every margin is gamma0
+    finite = xp.abs(pool) < math.inf  # cheaper than isfinite
+    in_pool = in_pool & finite
     pool = xp.where(in_pool, pool, xp.zeros_like(pool))
+    in_pool = in_pool | ~xp.any(in_pool)  # an empty pool counts as one of equal gaps
     inside = xp.astype(in_pool, pool.dtype)
     x, multiplier, residual = _newton.solve(xp, pool, inside, gamma0, tau)
 
-    margins = (gamma0 * x + zero_if_finite)[: gaps.shape[0]]
+    margins = xp.where(finite, gamma0 * x, xp.full_like(x, math.nan))[: gaps.shape[0]]
     if mask is not None:
         margins = xp.where(counted, margins, xp.full_like(margins, gamma0))
     return MarginSolution(margins, multiplier, residual)

@@ -166,9 +166,10 @@ def test_certificate_bounds_the_error_of_any_candidate(gaps, gamma0, tau, seed):
 def test_residual_is_the_certificate_and_small(gaps, gamma0, tau):
     margins, multiplier, residual = solve_margins(gaps, gamma0=gamma0, tau=tau)
     expected, nu = oracles.margins(gaps, gamma0, tau)
-    assert np.mean(np.abs(margins - expected)) / gamma0 <= 2 * np.expm1(residual) + 4e-16
-    # v inherits the rounding error of z = γ0 x - g, times at most a/4, and of u.
     a, eps = gamma0 / tau, np.finfo(np.float64).eps
+    error = np.mean(np.abs(margins - expected)) / gamma0
+    assert error <= 2 * np.expm1(residual) + 4 * eps  # x itself is rounded
+    # v inherits the rounding error of z = γ0 x - g, times at most a/4, and of u.
     z = gamma0 * (margins / gamma0).max() + np.abs(gaps).max()
     assert residual <= 16 * eps * (1 + a + a * z)
     assert abs(multiplier - nu) <= 1e-10 * (1 + a)
