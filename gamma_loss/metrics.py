@@ -58,7 +58,7 @@ def metrics(aux: GammaLossAux) -> dict[str, Array]:
     weights = xp.sum(aux.pair_weights)
     squares = xp.sum(aux.pair_weights * aux.pair_weights)
     smoothing = label_smoothing_from_shift(
-        aux.reward_gaps, aux.shifts, kind="conservative", match="slope"
+        xp.where(aux.mask, aux.reward_gaps, zero), aux.shifts, kind="conservative", match="slope"
     )
     return {
         "rewards/chosen": mean(aux.chosen_rewards),
