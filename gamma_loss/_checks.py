@@ -66,10 +66,8 @@ def pairs(**arrays: Array) -> None:
             )
 
 
-def mask_of(name: str, mask: Array | None, of_name: str, of: Array, xp: Namespace) -> Array:
-    """Check a boolean mask against the array it belongs to; all True where it is None."""
-    if mask is None:
-        return xp.ones_like(of, dtype=xp.bool)
+def mask(name: str, mask: Array, of_name: str, of: Array, xp: Namespace) -> None:
+    """Check a boolean mask against the array it belongs to."""
     _same_home(name, mask, of_name, of, xp)
     if mask.dtype != xp.bool:
         raise TypeError(f"{name} must have a boolean dtype, got {mask.dtype}")
@@ -77,7 +75,6 @@ def mask_of(name: str, mask: Array | None, of_name: str, of: Array, xp: Namespac
         raise ValueError(
             f"{name} must have the shape of {of_name}, {_shape(of)}, got {_shape(mask)}"
         )
-    return mask
 
 
 def _namespace(name: str, array: Any) -> Namespace:

@@ -16,8 +16,8 @@ over the pool and a few sums. With ``s = σ(γ0 x - g)``, ``D = 1 + a γ0 x s (1
 
 Both take ``inside``, 1 for a gap of the pool and 0 for one left out, and look at no value from
 Python: the number of passes is fixed by the hyperparameters and the dtype, so a compiler sees
-straight-line code. Scalars are multiplied from the left or subtracted from the right, and sums are
-dot products, because those are the operations that eager libraries run fastest.
+straight-line code. `newton` also counts its operations: eager torch pays 2 µs for each, and 6 µs
+where a Python number takes part.
 """
 
 from __future__ import annotations
@@ -39,25 +39,21 @@ _NARROW = 0.1  # how well the mass must be known for ν to move without a proven
 def solve(
     xp: Namespace, gaps: Array, inside: Array, gamma0: float, tau: float
 ) -> tuple[Array, Array, Array]:
-    """Return ``(x, ν, residual)`` for a pool, the two last of shape ()."""
+    """Return ``(γ, ν, residual)`` for a pool, the two last of shape ()."""
     if gamma0 == 0:  # nothing to share out, and no scale to measure x by
-        zero = gaps[0] * 0
-        return xp.ones_like(gaps), zero, zero
+        return xp.zeros_like(gaps), gaps[0] * 0, gaps[0] * 0
     a = gamma0 / tau
-    difficulty = a * gamma0 * math.exp(min(a, _MILD_A))
-    if a < _MILD_A and difficulty < _MILD_DIFFICULTY:
+    kappa = a * gamma0
+    if a < _MILD_A and kappa * math.exp(a) < _MILD_DIFFICULTY:
         double = xp.finfo(gaps.dtype).bits >= 64
-        return newton(xp, gaps, inside, gamma0, a, _newton_passes(difficulty, double))
-    return bracketed(xp, gaps, inside, gamma0, a, _bracketed_passes(a * gamma0))
+        return newton(xp, gaps, inside, gamma0, a, _newton_passes(kappa, a, double))
+    return bracketed(xp, gaps, inside, gamma0, a, _bracketed_passes(kappa))
 
 
-def _newton_passes(difficulty: float, double: bool) -> int:
-    """As many as any of 20 million random pools needed to get within 1e-11 or 1e-6 of x."""
-    if difficulty < 0.02:
-        return 4 if double else 2
-    if difficulty < 4:
-        return 5 if double else 4
-    return 6 if double else 5
+def _newton_passes(kappa: float, a: float, double: bool) -> int:
+    """As many as any of 20 million random pools needed to get within 1e-11 or 2e-6 of x."""
+    passes = 4 if a < 0.5 and kappa < 1.65 else 6
+    return passes if double else passes - 1
 
 
 def _bracketed_passes(kappa: float) -> int:
@@ -72,27 +68,27 @@ def newton(
 ) -> tuple[Array, Array, Array]:
     """Undamped arrowhead Newton from equal margins.
 
-    With ``h = exp(u) = γ0 x / 2`` and ``t = tanh(h - g / 2) = 2 σ(γ0 x - g) - 1`` the condition
-    reads ``u + (a / 2) t = ν``, both u and ν shifted by constants. D is kept negated.
+    With ``h = exp(u) = γ / 2`` and ``t = tanh(h - g / 2) = 2 σ(γ - g) - 1`` the condition reads
+    ``u + (a / 2) t = ν``, both u and ν shifted by constants. D is kept negated.
     """
-    half_gamma0, half_a, half_gaps = gamma0 / 2, a / 2, gaps / 2
-    total = half_gamma0 * (inside @ inside)
-    h = xp.full_like(gaps, half_gamma0)
-    u = xp.full_like(gaps, math.log(half_gamma0))
+    scalar = gaps[0]
+    half_a, one = xp.full_like(scalar, a / 2), xp.full_like(scalar, 1.0)
+    h, u = xp.full_like(scalar, gamma0 / 2), xp.full_like(scalar, math.log(gamma0 / 2))
+    half_gaps, total = gaps / 2, (inside @ inside) * h
     for _ in range(passes):
         t = xp.tanh(h - half_gaps)
         s = half_a * t
         v = u + s
-        d = h * (s * t - half_a) - 1
+        d = h * (s * t - half_a) - one
         w = inside * h / d
         nu = (w @ (v + d) - total) / (w @ inside)
         u = u + (v - nu) / d
         h = xp.exp(u)
     h = h * (total / (inside @ h))
     v = xp.log(h) + half_a * xp.tanh(h - half_gaps)
-    v = xp.where(inside > 0, v, nu)  # ν lies in the range of v
-    residual = (xp.max(v) - xp.min(v)) / 2
-    return h / half_gamma0, nu + (half_a - math.log(half_gamma0)), residual
+    v_minus_nu = (v - nu) * inside  # ν lies in the range of v, so that zeros do not widen it
+    residual = (xp.max(v_minus_nu) - xp.min(v_minus_nu)) / 2
+    return h + h, nu + (a / 2 - math.log(gamma0 / 2)), residual
 
 
 class _State(NamedTuple):
@@ -141,8 +137,8 @@ def bracketed(
 
     u, level = state.u - xp.log(weights @ xp.exp(state.u)), state.level
     r, _, at_level = _residuals(xp, gaps, gamma0, a, u, level)
-    r = xp.where(inside > 0, r, xp.zeros_like(r))  # 0 lies in the range of r
-    return xp.exp(u), a * at_level[0], (xp.max(r) - xp.min(r)) / 2
+    r = r * inside  # 0 lies in the range of r
+    return gamma0 * xp.exp(u), a * at_level[0], (xp.max(r) - xp.min(r)) / 2
 
 
 def _bracketed_pass(_: int, state: _State) -> _State:

@@ -119,9 +119,9 @@ def gamma_dpo_loss(
     >>> aux.reward_gaps
     array([ 4. ,  0.5, -1. ])
     >>> aux.margins.round(3)
-    array([1.753, 0.699, 0.548])
+    array([1.824, 0.733, 0.443])
     >>> round(float(loss), 4)
-    0.4833
+    0.4538
     """
     beta = _checks.number("beta", beta, above=0)
     xp, (policy_chosen, policy_rejected, reference_chosen, reference_rejected) = _log_probabilities(
@@ -205,9 +205,9 @@ def gamma_simpo_loss(
     ...     chosen, rejected, **PUBLISHED_SETTINGS["llama-3-8b-instruct"]
     ... )
     >>> aux.margins.round(3)
-    array([4.314, 3.686])
+    array([4.624, 3.376])
     >>> round(float(loss), 4)
-    2.4348
+    2.307
     """
     beta = _checks.number("beta", beta, above=0)
     xp, (chosen, rejected) = _log_probabilities(
@@ -271,9 +271,9 @@ def gamma_preference_loss(
     >>> import numpy as np
     >>> loss, aux = gamma_preference_loss(np.array([-1.0, 0.0, 3.0]), gamma0=1.0, tau=1.0)
     >>> round(float(loss), 4)
-    1.0543
+    1.0936
     >>> (aux.pair_weights / 3).round(3)  # minus the gradient of the mean with respect to the gaps
-    array([0.283, 0.232, 0.067])
+    array([0.283, 0.233, 0.057])
     """
     xp, (gaps,) = _checks.floats(reward_gaps=reward_gaps)
     _checks.pairs(reward_gaps=gaps)
@@ -389,7 +389,8 @@ def _gamma_loss(
         context=context, context_mask=context_mask, mask=mask, impl=impl,
     )  # fmt: skip
     shifts = margins - gamma0
-    mask = _checks.mask_of("mask", mask, "the log-probabilities", gaps, xp)
+    if mask is None:
+        mask = xp.ones_like(gaps, dtype=xp.bool)
 
     # Masked before the loss, so that a masked NaN leaves no NaN in the gradient either.
     zero = xp.zeros_like(gaps)

@@ -118,25 +118,36 @@ def solve_margins(
     _checks.choice("impl", impl, IMPLEMENTATIONS)
     xp, (gaps,) = _checks.floats(reward_gaps=reward_gaps)
     _checks.pairs(reward_gaps=gaps)
-    counted = _checks.mask_of("mask", mask, "reward_gaps", gaps, xp)
-    pool, in_pool = detach(gaps), counted
+    pool, in_pool = detach(gaps), mask
+    if mask is not None:
+        _checks.mask("mask", mask, "reward_gaps", gaps, xp)
     if context is not None:
         _, (_, context) = _checks.floats(reward_gaps=gaps, context=context)
         _checks.pairs(context=context)
-        context_mask = _checks.mask_of("context_mask", context_mask, "context", context, xp)
         pool = xp.concat([pool, xp.astype(detach(context), gaps.dtype)])
-        in_pool = xp.concat([in_pool, context_mask])
+        if context_mask is not None:
+            _checks.mask("context_mask", context_mask, "context", context, xp)
+        if mask is not None or context_mask is not None:
+            in_pool = xp.concat(
+                [
+                    xp.ones_like(array, dtype=xp.bool) if kept is None else kept
+                    for array, kept in ((gaps, mask), (context, context_mask))
+                ]
+            )
     elif context_mask is not None:
         raise ValueError("context_mask was given without a context")
 
-    finite = xp.abs(pool) < math.inf  # cheaper than isfinite
-    in_pool = in_pool & finite
+    finite = xp.isfinite(pool)
+    in_pool = finite if in_pool is None else in_pool & finite
     pool = xp.where(in_pool, pool, xp.zeros_like(pool))
-    in_pool = in_pool | ~xp.any(in_pool)  # an empty pool counts as one of equal gaps
+    if mask is not None or context_mask is not None:
+        in_pool = in_pool | ~xp.any(in_pool)  # an empty pool counts as one of equal gaps
     inside = xp.astype(in_pool, pool.dtype)
-    x, multiplier, residual = _newton.solve(xp, pool, inside, gamma0, tau)
+    margins, multiplier, residual = _newton.solve(xp, pool, inside, gamma0, tau)
 
-    margins = xp.where(finite, gamma0 * x, xp.full_like(x, math.nan))[: gaps.shape[0]]
+    margins = xp.where(finite, margins, xp.full_like(margins, math.nan))
+    if context is not None:
+        margins = margins[: gaps.shape[0]]
     if mask is not None:
-        margins = xp.where(counted, margins, xp.full_like(margins, gamma0))
+        margins = xp.where(mask, margins, xp.full_like(margins, gamma0))
     return MarginSolution(margins, multiplier, residual)

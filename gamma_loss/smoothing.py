@@ -136,7 +136,7 @@ def shift_from_label_smoothing(
     >>> label_smoothing_from_shift(gaps, shift).round(12)
     array([0.05, 0.05, 0.05])
     >>> shift_from_label_smoothing(gaps, 0.05, match="slope").round(3)
-    array([0.442, 0.442, 0.304])
+    array([0.448, 0.448, 0.305])
     """
     m, epsilon, xp = _arguments(reward_gaps, epsilon, "epsilon", kind, match)
     k = -epsilon if kind == "conservative" else epsilon / (1 - 2 * epsilon)

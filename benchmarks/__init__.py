@@ -1,0 +1,1 @@
+"""Benchmarks: one module a question, each run as ``python -m benchmarks.NAME``."""

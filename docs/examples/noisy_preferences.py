@@ -1,0 +1,405 @@
+"""Preference training on noisy labels, to watch: plain DPO against γ-DPO.
+
+A byte-level language model learns the source text of Python's standard library. It is then aligned
+on preference pairs, a true continuation of a prompt against a corrupted one (from barely to
+heavily), of which a fraction has its two responses swapped by mistake. Plain DPO and γ-DPO start
+from the same model and see the same pairs in the same order. Nothing is downloaded.
+
+    python noisy_preferences.py                       # about two minutes on two CPU cores
+    python noisy_preferences.py --quick               # a smoke test
+    python noisy_preferences.py --pairs mine.jsonl    # own data: prompt, chosen, rejected
+
+One run with one seed and one learning rate for both methods is a demonstration and no evidence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from gamma_loss import gamma_dpo_loss, preference_loss
+
+PROMPT_BYTES, RESPONSE_BYTES = 40, 24  # of the pairs made here
+LONGEST_BYTES = 256  # of a prompt and of a response from a file
+CORRUPTION = 0.03, 0.6  # the share of replaced bytes, drawn uniformly for each pair
+RECENT_GAPS = 256  # how many gaps of earlier batches join the margin solve
+EVALUATIONS = 12  # on held-out pairs, in the course of a run
+METHODS = {"dpo": "DPO", "gamma-dpo": "γ-DPO"}
+
+
+class Pairs(NamedTuple):
+    """Preference pairs as bytes: index 0 of the second axis is chosen, 1 is rejected."""
+
+    tokens: Tensor  # (pairs, 2, length), a zero byte first
+    in_response: Tensor  # (pairs, 2, length), True for the bytes that are scored
+    flipped: Tensor  # (pairs,), whether the label is wrong; never seen by a loss
+
+    def at(self, index: Tensor) -> Pairs:
+        """Select pairs."""
+        return Pairs(*(field[index] for field in self))
+
+    def to(self, device: torch.device) -> Pairs:
+        """Move to a device."""
+        return Pairs(*(field.to(device) for field in self))
+
+
+class Run(NamedTuple):
+    """What one method's run leaves behind."""
+
+    steps: list[int]
+    accuracies: list[float]  # on held-out pairs, at those steps
+    heldout_loss: float
+    gaps: Tensor  # of the training pairs, at the end
+    margins: Tensor
+    pair_weights: Tensor
+    seconds: float
+
+
+class ByteModel(nn.Module):
+    """A recurrent language model over bytes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, width // 4)
+        self.recurrent = nn.GRU(width // 4, width, batch_first=True)
+        self.head = nn.Linear(width, 256)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the log-probability of each byte but the first, given those before it."""
+        hidden, _ = self.recurrent(self.embedding(tokens[:, :-1]))
+        return -F.cross_entropy(self.head(hidden).transpose(1, 2), tokens[:, 1:], reduction="none")
+
+
+def response_logps(model: ByteModel, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the chosen and the rejected responses, summed over their bytes."""
+    logps = model(pairs.tokens.flatten(0, 1)) * pairs.in_response.flatten(0, 1)[:, 1:]
+    chosen, rejected = logps.sum(1).unflatten(0, (-1, 2)).unbind(1)
+    return chosen, rejected
+
+
+@torch.no_grad()
+def all_response_logps(model: ByteModel, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """The same for many pairs, a slice at a time."""
+    slices = torch.arange(len(pairs.flipped)).split(256)
+    chosen, rejected = zip(*(response_logps(model, pairs.at(s)) for s in slices), strict=True)
+    return torch.cat(chosen), torch.cat(rejected)
+
+
+def library_text(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The standard library's source, for pre-training, for pairs and held out: no shared file."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    packages = ("asyncio", "collections", "concurrent", "ctypes", "distutils", "email", "encodings",
+                "html", "http", "importlib", "json", "logging", "multiprocessing", "sqlite3",
+                "tkinter", "unittest", "urllib", "wsgiref", "xml", "xmlrpc")  # fmt: skip
+    files = sorted(f for folder in ("", *packages) for f in (root / folder).glob("*.py"))
+    order = torch.randperm(len(files), generator=generator).tolist()
+    texts = [bytearray(files[i].read_bytes()) for i in order]
+    tenth, third = len(texts) // 10, len(texts) // 3
+    heldout, pairs, language = texts[:tenth], texts[tenth:third], texts[third:]
+    return tuple(
+        torch.frombuffer(bytearray().join(part), dtype=torch.uint8)
+        for part in (language, pairs, heldout)
+    )
+
+
+def windows(text: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
+    """Random stretches of a text, shape (count, length)."""
+    starts = torch.randint(len(text) - length, (count, 1), generator=generator)
+    return text[starts + torch.arange(length)].long()
+
+
+def make_pairs(text: Tensor, count: int, generator: torch.Generator) -> Pairs:
+    """Pairs of a true and a corrupted continuation; new bytes are as frequent as in the text."""
+    tokens = windows(text, count, 1 + PROMPT_BYTES + RESPONSE_BYTES, generator)
+    tokens[:, 0] = 0
+    true = tokens[:, -RESPONSE_BYTES:]
+    corrupted = true.clone()
+    low, high = CORRUPTION
+    share = low + (high - low) * torch.rand((count, 1), generator=generator)
+    while (same := (corrupted == true).all(1)).any():  # until all differ
+        replaced = (torch.rand(true.shape, generator=generator) < share) & same[:, None]
+        noise = text[torch.randint(len(text), true.shape, generator=generator)].long()
+        corrupted = torch.where(replaced, noise, corrupted)
+    rejected = torch.cat([tokens[:, :-RESPONSE_BYTES], corrupted], 1)
+    in_response = torch.arange(tokens.shape[1]) > PROMPT_BYTES
+    return Pairs(
+        torch.stack([tokens, rejected], 1),
+        in_response.expand(count, 2, -1),
+        torch.zeros(count, dtype=torch.bool),
+    )
+
+
+def read_pairs(path: Path) -> Pairs:
+    """Pairs from a JSONL file; ends the program with a line's number where it is malformed."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError(f"expected an object, got {type(record).__name__}")
+            for name in ("prompt", "chosen", "rejected"):
+                if not isinstance(record.get(name), str):
+                    raise ValueError(f"{name!r} must be a string, got {record.get(name)!r}")
+                if name != "prompt" and not record[name]:
+                    raise ValueError(f"{name!r} is empty")
+        except ValueError as error:
+            sys.exit(f"{path}:{number}: {error}")
+        prompt = b"\0" + record["prompt"].encode()[-LONGEST_BYTES:]
+        responses = (record[name].encode()[:LONGEST_BYTES] for name in ("chosen", "rejected"))
+        rows += [(prompt, response) for response in responses]
+    if len(rows) < 20:
+        sys.exit(f"{path}: need at least 10 pairs, got {len(rows) // 2}")
+    length = max(len(prompt) + len(response) for prompt, response in rows)
+    tokens = torch.zeros((len(rows), length), dtype=torch.long)
+    in_response = torch.zeros((len(rows), length), dtype=torch.bool)
+    for i, (prompt, response) in enumerate(rows):
+        end = len(prompt) + len(response)
+        tokens[i, :end] = torch.tensor(list(prompt + response))
+        in_response[i, len(prompt) : end] = True
+    return Pairs(
+        tokens.unflatten(0, (-1, 2)),
+        in_response.unflatten(0, (-1, 2)),
+        torch.zeros(len(rows) // 2, dtype=torch.bool),
+    )
+
+
+def flip_labels(pairs: Pairs, share: float, generator: torch.Generator) -> Pairs:
+    """Swap chosen and rejected in exactly this share of the pairs."""
+    count = len(pairs.flipped)
+    flipped = torch.zeros(count, dtype=torch.bool)
+    flipped[torch.randperm(count, generator=generator)[: round(share * count)]] = True
+    swap = flipped[:, None, None]
+    return Pairs(
+        torch.where(swap, pairs.tokens.flip(1), pairs.tokens),
+        torch.where(swap, pairs.in_response.flip(1), pairs.in_response),
+        flipped,
+    )
+
+
+def pretrain(text: Tensor, args: argparse.Namespace, generator: torch.Generator) -> ByteModel:
+    """Train the language model on the standard library's source."""
+    torch.manual_seed(args.seed)
+    model = ByteModel(args.width).to(args.device)
+    optimizer = torch.optim.Adam(model.parameters())
+    steps = args.pretrain_steps
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
+    bar = tqdm(range(steps), desc="language model")
+    for step in bar:
+        batch = windows(text, 64, 1 + PROMPT_BYTES + RESPONSE_BYTES, generator).to(args.device)
+        loss = -model(batch).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 10 == 0:
+            bar.set_postfix_str(f"{loss.item() / 0.6931:.2f} bits/byte")
+    return model
+
+
+def align(
+    method: str, start: ByteModel, train: Pairs, heldout: Pairs, args: argparse.Namespace
+) -> Run:
+    """Align a copy of the model on the pairs, with one of the two losses."""
+    began = time.perf_counter()
+    generator = torch.Generator().manual_seed(args.seed)
+    model = copy.deepcopy(start)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    reference = torch.stack(all_response_logps(start, train))
+    heldout_reference = torch.stack(all_response_logps(start, heldout))
+    recent = torch.zeros(0, device=args.device)
+
+    def reward_gaps(pairs: Pairs, reference: Tensor) -> Tensor:
+        chosen, rejected = torch.stack(all_response_logps(model, pairs)) - reference
+        return args.beta * (chosen - rejected)
+
+    steps, accuracies = [], []
+    evaluate_at = {round(args.steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
+    bar = tqdm(range(1, args.steps + 1), desc=f"{METHODS[method]:>14}")
+    for step in bar:
+        index = torch.randint(len(train.flipped), (args.batch_size,), generator=generator)
+        chosen, rejected = response_logps(model, train.at(index))
+        reference_chosen, reference_rejected = reference[:, index]
+        if method == "dpo":
+            gaps = args.beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
+            loss = preference_loss(gaps).mean()
+        else:
+            # A batch alone is a poor sample of the pool, so recent gaps join the solve (the
+            # paper's Algorithm 2).
+            loss, aux = gamma_dpo_loss(
+                chosen, rejected, reference_chosen, reference_rejected,
+                beta=args.beta, gamma0=args.gamma0, tau=args.tau,
+                context=recent if len(recent) else None,
+            )  # fmt: skip
+            recent = torch.cat([recent, aux.reward_gaps])[-RECENT_GAPS:]
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step in evaluate_at:
+            accuracy = (reward_gaps(heldout, heldout_reference) > 0).float().mean().item()
+            steps.append(step)
+            accuracies.append(accuracy)
+            bar.set_postfix_str(f"held-out accuracy {accuracy:.3f}")
+    seconds = time.perf_counter() - began
+
+    gaps = reward_gaps(train, reference)
+    _, aux = gamma_dpo_loss(  # margins over all training pairs at once
+        gaps / args.beta, *torch.zeros((3, *gaps.shape), device=args.device),
+        beta=args.beta, gamma0=args.gamma0 if method == "gamma-dpo" else 0.0, tau=args.tau,
+    )  # fmt: skip
+    heldout_loss = preference_loss(reward_gaps(heldout, heldout_reference)).mean().item()
+    return Run(steps, accuracies, heldout_loss, gaps, aux.margins, aux.pair_weights, seconds)
+
+
+def report(runs: dict[str, Run], flipped: Tensor) -> str:
+    """Return the closing table, and one sentence that says what it shows."""
+    lines = [
+        "",
+        f"{'':8}  {'held-out clean pairs':^20}  {'mean pair weight at the end':^30}",
+        f"{'':8}  {'accuracy':>9}  {'DPO loss':>9}  {'flipped':>8}  {'clean':>8}  {'ratio':>10}"
+        f"  {'seconds':>7}",
+    ]
+    for method, run in runs.items():
+        wrong, right = run.pair_weights[flipped].mean(), run.pair_weights[~flipped].mean()
+        lines.append(
+            f"{METHODS[method]:8}  {run.accuracies[-1]:9.3f}  {run.heldout_loss:9.3f}  {wrong:8.3f}"
+            f"  {right:8.3f}  {wrong / right:10.2f}  {run.seconds:7.1f}"
+        )
+    if len(runs) == 2:
+        dpo, gamma = (runs[method].accuracies[-1] for method in METHODS)
+        word = "higher than" if gamma > dpo else "lower than" if gamma < dpo else "equal to"
+        lines += [
+            "",
+            f"In this run γ-DPO's held-out accuracy is {word} DPO's ({gamma:.3f}, {dpo:.3f}). One",
+            "seed and one learning rate are no evidence for or against either.",
+        ]
+    return "\n".join(lines)
+
+
+def draw(runs: dict[str, Run], flipped: Tensor, args: argparse.Namespace) -> None:
+    """Save the picture: accuracy of each run, and margins against reward gaps."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    blue, orange, grey = "#0072b2", "#d55e00", "#777777"
+    panels = 1 + ("gamma-dpo" in runs)
+    figure, axes = plt.subplots(1, panels, figsize=(5.6 * panels, 4.2), squeeze=False)
+    left = axes[0, 0]
+    for (method, run), colour in zip(runs.items(), (orange, blue)[-len(runs) :], strict=True):
+        left.plot(run.steps, run.accuracies, "o-", ms=4, color=colour, label=METHODS[method])
+    left.set(xlabel="training step", ylabel="reward accuracy on held-out clean pairs")
+    left.set_title(f"{args.flip:.0%} of the training labels flipped")
+    left.legend(frameon=False)
+    if "gamma-dpo" in runs:
+        run, right, flips = runs["gamma-dpo"], axes[0, 1], flipped.cpu()
+        gaps, margins = run.gaps.cpu(), run.margins.cpu()
+        for which, colour, name in ((~flips, blue, "clean"), (flips, orange, "flipped")):
+            right.scatter(gaps[which], margins[which], s=7, alpha=0.5, lw=0, c=colour, label=name)
+        right.axhline(args.gamma0, ls="--", lw=1, color=grey)
+        right.annotate(
+            "$γ_0$",
+            (1.01, args.gamma0),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            color=grey,
+        )
+        right.set(
+            xlabel="reward gap $g_i$ (reward units)", ylabel="target margin $γ_i$ (reward units)"
+        )
+        right.set_title(f"γ-DPO's margins at the end (τ = {args.tau:g})")
+        right.legend(frameon=False, title="training pairs", loc="upper left")
+    for ax in axes.flat:
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(args.out, dpi=150)
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+
+    def share(text: str) -> float:
+        value = float(text)
+        if not 0 <= value <= 0.5:
+            raise argparse.ArgumentTypeError(f"must be between 0 and 0.5, got {text}")
+        return value
+
+    def positive(kind: type) -> object:
+        def parse(text: str) -> float:
+            if not 0 < kind(text) < float("inf"):
+                raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+            return kind(text)
+
+        parse.__name__ = kind.__name__
+        return parse
+
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0] + " " + __doc__.split("\n\n")[1],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--flip", type=share, default=0.2, help="share of training pairs with a wrong label")
+    add("--method", choices=("both", *METHODS), default="both", help="which loss to train with")
+    add("--steps", type=positive(int), default=400, help="alignment steps of each method")
+    add("--lr", type=positive(float), default=1e-3, help="learning rate of either method")
+    add("--beta", type=positive(float), default=0.2, help="reward units per nat")
+    add("--gamma0", type=positive(float), default=4.0, help="γ-DPO: mean margin, reward units")
+    add("--tau", type=positive(float), default=2.0, help="γ-DPO: weight of the KL term")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--pairs", type=Path, metavar="FILE.jsonl", help="own pairs: prompt, chosen, rejected")
+    add("--out", type=Path, default=Path("noisy_preferences.png"), help="where the picture goes")
+    add("--quick", action="store_true", help="few steps and a small model: shows nothing but work")
+    args = parser.parse_args(argv)
+    if not args.out.resolve().parent.is_dir():
+        parser.error(f"argument --out: no such folder: {args.out.resolve().parent}")
+    if args.pairs and not args.pairs.is_file():
+        parser.error(f"argument --pairs: no such file: {args.pairs}")
+    args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.width, args.pretrain_steps, args.train_pairs, args.batch_size = 192, 500, 4096, 32
+    if args.quick:
+        args.width, args.pretrain_steps, args.train_pairs, args.steps = 64, 30, 256, 24
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the comparison that the command line asks for."""
+    args = arguments(argv)
+    generator = torch.Generator().manual_seed(args.seed)
+    text, pair_text, heldout_text = library_text(generator)
+    if args.pairs:
+        pairs = read_pairs(args.pairs)
+        order = torch.randperm(len(pairs.flipped), generator=generator)
+        cut = len(order) // 5
+        heldout, train = pairs.at(order[:cut]), pairs.at(order[cut:])
+    else:
+        train = make_pairs(pair_text, args.train_pairs, generator)
+        heldout = make_pairs(heldout_text, max(args.train_pairs // 8, 64), generator)
+    train = flip_labels(train, args.flip, generator).to(args.device)
+    heldout = heldout.to(args.device)
+
+    model = pretrain(text, args, generator)
+    methods = list(METHODS) if args.method == "both" else [args.method]
+    runs = {method: align(method, model, train, heldout, args) for method in methods}
+    print(report(runs, train.flipped))
+    draw(runs, train.flipped, args)
+    print(f"\nPicture: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
