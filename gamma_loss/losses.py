@@ -60,11 +60,9 @@ def gamma_dpo_loss(
     reduction: str = "mean",
     impl: str = "auto",
 ) -> tuple[Array, GammaLossAux]:
-    r"""γ-DPO: DPO in which every pair has its own target margin.
+    """γ-DPO: DPO in which every pair has its own target margin.
 
-    .. math::
-        r = β (\log π_θ - \log π_\mathrm{ref}), \qquad g_i = r_w - r_l, \qquad
-        ℓ_i = -\log σ\bigl(g_i - (γ_i - γ_0)\bigr)
+        r = β (log π - log π_ref),    g_i = r_chosen - r_rejected,    ℓ_i = -log σ(g_i - (γ_i - γ0))
 
     with γ from `solve_margins` as constants. Centred on γ0, as in the published code, since DPO
     has no margin of its own; ``centered=False`` subtracts the whole γ_i.
@@ -156,11 +154,9 @@ def gamma_simpo_loss(
     reduction: str = "mean",
     impl: str = "auto",
 ) -> tuple[Array, GammaLossAux]:
-    r"""γ-SimPO: SimPO in which every pair has its own target margin.
+    """γ-SimPO: SimPO in which every pair has its own target margin.
 
-    .. math::
-        r = \frac{β}{|y|} \log π_θ(y), \qquad g_i = r_w - r_l, \qquad
-        ℓ_i = -\log σ(g_i - γ_i)
+        r = β log π(y) / |y|,    g_i = r_chosen - r_rejected,    ℓ_i = -log σ(g_i - γ_i)
 
     with γ from `solve_margins` as constants. By the envelope theorem the gradient is exactly that
     of the objective minimised over the margins as well.
@@ -292,13 +288,13 @@ def preference_loss(
     label_smoothing: float = 0.0,
     robust: bool = False,
 ) -> Array:
-    r"""Logistic preference loss of each pair, with a margin and label smoothing.
+    """Logistic preference loss of each pair, with a margin and label smoothing.
 
     With s = g - margin and ℓ(s) = -log σ(s):
 
-    .. math::
-        ℓ(s), \qquad (1-ε)\,ℓ(s) + ε\,ℓ(-s) \;\text{(conservative)}, \qquad
-        \frac{(1-ε)\,ℓ(s) - ε\,ℓ(-s)}{1 - 2ε} \;\text{(robust)}
+        plain           ℓ(s)
+        conservative    (1 - ε) ℓ(s) + ε ℓ(-s)
+        robust          ((1 - ε) ℓ(s) - ε ℓ(-s)) / (1 - 2ε)
 
     ``preference_loss(gaps)`` is DPO's sigmoid loss, a positive constant margin SimPO's.
 

@@ -42,15 +42,13 @@ def solve_margins(
     mask: Array | None = None,
     impl: str = "auto",
 ) -> MarginSolution:
-    r"""Share a mean target margin among preference pairs, by their reward gaps.
+    """Share a mean target margin among preference pairs, by their reward gaps.
 
     Over a pool of N gaps g, finds the one minimiser over the probability simplex of
 
-    .. math::
-        F(p; g) = \frac1N \sum_i \log\bigl(1 + e^{γ_i - g_i}\bigr) + τ\,\mathrm{KL}(p \,\|\, 1/N),
-        \qquad γ_i = γ_0 N p_i .
+        F(p; g) = (1/N) Σ log(1 + exp(γ_i - g_i)) + τ KL(p ‖ uniform),    γ_i = γ0 N p_i.
 
-    With x = γ/γ0 (positive, mean exactly 1) and a = γ0/τ, the minimiser is where
+    F is strictly convex. With x = γ/γ0 (positive, mean exactly 1) and a = γ0/τ, it is least where
     ``log x_i + a σ(γ0 x_i - g_i)`` is the same number ν for every pair. So clear pairs (large gap)
     get large margins and ambiguous ones small margins, between γ0 e^-a and γ0 e^a; τ → ∞ gives
     every pair γ0.

@@ -22,18 +22,14 @@ def metrics(aux: GammaLossAux) -> dict[str, Array]:
     Returns
     -------
     dict of str to array, shape ()
-        ==========================  ===============================================================
-        ``rewards/chosen``          mean reward of the chosen responses (reward units)
-        ``rewards/rejected``        mean reward of the rejected responses
-        ``rewards/margins``         mean reward gap (the name that TRL gives it)
-        ``rewards/accuracies``      share of pairs with a positive gap
-        ``gamma/mean``              mean target margin (reward units); gamma0 over a whole pool
-        ``gamma/min``, ``gamma/max``  smallest and largest target margin
-        ``gamma/kl``                KL of the batch's margin shares to uniform (nats)
-        ``gamma/effective_pairs``   (Σ w)² / Σ w² of the pair weights: how many pairs train
-        ``gamma/implied_smoothing``  mean ε of cDPO with the slope of the shifted loss, in (-1, 1)
-        ``gamma/residual``          certificate of the solve, see `MarginSolution`
-        ==========================  ===============================================================
+        - ``rewards/chosen``, ``rewards/rejected``: mean rewards (reward units).
+        - ``rewards/margins``: mean reward gap, under the name that TRL gives it.
+        - ``rewards/accuracies``: share of pairs with a positive gap.
+        - ``gamma/mean``, ``gamma/min``, ``gamma/max``: of the target margins (reward units).
+        - ``gamma/kl``: KL of the batch's shares of the margin to uniform (nats).
+        - ``gamma/effective_pairs``: (Σ w)² / Σ w² of the pair weights, how many pairs train.
+        - ``gamma/implied_smoothing``: mean ε that gives cDPO the slope of the shifted loss.
+        - ``gamma/residual``: the certificate of the solve, see `MarginSolution`.
 
     Examples
     --------

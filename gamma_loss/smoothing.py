@@ -1,14 +1,14 @@
 """Theorem 3.1: a per-pair margin is a per-pair label smoothing, and the other way round.
 
 Write m for a reward gap, δ for a margin shift (γ - γ0), ℓ(s) = -log σ(s) and p = σ(-m). Because
-ℓ(-m) = ℓ(m) + m, label smoothing only tilts the loss::
+ℓ(-m) = ℓ(m) + m, label smoothing only tilts the loss:
 
     conservative (cDPO):  (1 - ε) ℓ(m) + ε ℓ(-m)              = ℓ(m) + ε m
     robust (rDPO):        ((1 - ε) ℓ(m) - ε ℓ(-m)) / (1 - 2ε) = ℓ(m) - k m,    k = ε / (1 - 2ε)
 
 so matching it with the shifted loss ℓ(m - δ), in value or in slope (the derivative with respect to
 m), is linear in ε or in k. With ``n = ℓ(m) - ℓ(m - δ) = -log(1 + p (e^δ - 1))`` and the difference
-of the slopes ``q = σ(δ - m) - σ(-m)``::
+of the slopes ``q = σ(δ - m) - σ(-m)``:
 
                     value             slope
     conservative    ε = -n / m        ε = -q
