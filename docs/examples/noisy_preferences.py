@@ -33,6 +33,7 @@ from gamma_loss import gamma_dpo_loss, preference_loss
 PROMPT_BYTES, RESPONSE_BYTES = 40, 24  # of the pairs made here
 LONGEST_BYTES = 256  # of a prompt and of a response from a file
 CORRUPTION = 0.03, 0.6  # the share of replaced bytes, drawn uniformly for each pair
+BATCH_SIZE = 32  # pairs in an alignment step
 RECENT_GAPS = 256  # how many gaps of earlier batches join the margin solve
 EVALUATIONS = 12  # on held-out pairs, in the course of a run
 METHODS = {"dpo": "DPO", "gamma-dpo": "γ-DPO"}
@@ -230,7 +231,7 @@ def align(
     evaluate_at = {round(args.steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
     bar = tqdm(range(1, args.steps + 1), desc=f"{METHODS[method]:>14}")
     for step in bar:
-        index = torch.randint(len(train.flipped), (args.batch_size,), generator=generator)
+        index = torch.randint(len(train.flipped), (BATCH_SIZE,), generator=generator)
         chosen, rejected = response_logps(model, train.at(index))
         reference_chosen, reference_rejected = reference[:, index]
         if method == "dpo":
@@ -356,8 +357,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--flip", type=share, default=0.2, help="share of training pairs with a wrong label")
     add("--method", choices=("both", *METHODS), default="both", help="which loss to train with")
-    add("--steps", type=positive(int), default=400, help="alignment steps of each method")
-    add("--lr", type=positive(float), default=1e-3, help="learning rate of either method")
+    add(
+        "--steps",
+        type=positive(int),
+        default=argparse.SUPPRESS,
+        help="alignment steps of each method (default: 300, or 24 with --quick)",
+    )
+    add("--lr", type=positive(float), default=2.5e-4, help="learning rate of either method")
     add("--beta", type=positive(float), default=0.2, help="reward units per nat")
     add("--gamma0", type=positive(float), default=4.0, help="γ-DPO: mean margin, reward units")
     add("--tau", type=positive(float), default=2.0, help="γ-DPO: weight of the KL term")
@@ -371,9 +377,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.pairs and not args.pairs.is_file():
         parser.error(f"argument --pairs: no such file: {args.pairs}")
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    args.width, args.pretrain_steps, args.train_pairs, args.batch_size = 192, 500, 4096, 32
+    args.width, args.pretrain_steps, args.train_pairs, steps = 192, 500, 4096, 300
     if args.quick:
-        args.width, args.pretrain_steps, args.train_pairs, args.steps = 64, 30, 256, 24
+        args.width, args.pretrain_steps, args.train_pairs, steps = 64, 30, 256, 24
+    args.steps = getattr(args, "steps", steps)
     return args
 
 
