@@ -35,6 +35,15 @@ def namespace(array: object) -> Namespace:
     return array_api_compat.array_namespace(array)
 
 
+def solver_namespace(array: Array) -> Namespace:
+    """Return the namespace for inner loops over arrays of one dtype.
+
+    For torch that is torch itself: array-api-compat's functions are the same there, but each looks
+    at the dtypes first, which takes longer than the operation on a few hundred gaps.
+    """
+    return sys.modules["torch"] if _is_torch(array) else namespace(array)
+
+
 def device(array: Array) -> Any:
     """Return an array's device; None for JAX, which checks devices itself and hides a tracer's."""
     return None if _is_jax(array) else array.device

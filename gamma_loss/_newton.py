@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from gamma_loss._arrays import Array, Namespace, namespace, repeat
+from gamma_loss._arrays import Array, Namespace, repeat, solver_namespace
 
 # Where undamped Newton steps are safe: for a < 1.5 they first failed at κ e^a = 9.5 (16 million
 # random pools), where a step overshoots the bend of the sigmoid and can cycle.
@@ -36,10 +36,9 @@ _FLAT = -40.0  # below it γ0 exp(u) adds nothing to z, so a Newton step is exac
 _NARROW = 0.1  # how well the mass must be known for ν to move without a proven direction
 
 
-def solve(
-    xp: Namespace, gaps: Array, inside: Array, gamma0: float, tau: float
-) -> tuple[Array, Array, Array]:
+def solve(gaps: Array, inside: Array, gamma0: float, tau: float) -> tuple[Array, Array, Array]:
     """Return ``(γ, ν, residual)`` for a pool, the two last of shape ()."""
+    xp = solver_namespace(gaps)
     if gamma0 == 0:  # nothing to share out, and no scale to measure x by
         return xp.zeros_like(gaps), gaps[0] * 0, gaps[0] * 0
     a = gamma0 / tau
@@ -144,7 +143,7 @@ def bracketed(
 def _bracketed_pass(_: int, state: _State) -> _State:
     gaps, weights, gamma0, a, cap, u, u_low, u_high, low_seen, high_seen, *levels = state
     level, level_low, level_high, stride = levels
-    xp = namespace(gaps)
+    xp = solver_namespace(gaps)
 
     # Where the pairs stand at this level: r > 0 means that u_i is too large.
     r, (p, q), at_level = _residuals(xp, gaps, gamma0, a, u, level)

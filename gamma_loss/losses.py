@@ -75,14 +75,20 @@ def gamma_dpo_loss(
         The same under the frozen reference model.
     beta : float
         Reward units per nat, > 0.
-    gamma0, tau, context, context_mask, mask, impl
-        See `solve_margins`. A masked pair takes no part in the solve, the loss or the mean.
+    gamma0, tau : float
+        See `solve_margins`.
     centered : bool
         Whether the margin is γ_i - γ0 (True) or γ_i.
-    label_smoothing, robust
+    context, context_mask, mask : array, optional
+        See `solve_margins`. A masked pair takes no part in the solve, the loss or the mean.
+    label_smoothing : float
+        See `preference_loss`.
+    robust : bool
         See `preference_loss`.
     reduction : {"mean", "sum", "none"}
         Over the unmasked pairs. "none" gives one loss a pair, 0 for a masked one.
+    impl : {"auto", "eager"}
+        See `solve_margins`.
 
     Returns
     -------
@@ -169,12 +175,20 @@ def gamma_simpo_loss(
         Reward units per nat, > 0.
     gamma0 : float
         Mean target margin in reward units: ``beta * gamma_beta_ratio`` in SimPO's terms.
-    tau, context, context_mask, mask, impl
+    tau : float
         See `solve_margins`.
     centered : bool
         Whether the margin is γ_i - γ0 or γ_i (False).
-    label_smoothing, robust, reduction
+    context, context_mask, mask : array, optional
+        See `solve_margins`.
+    label_smoothing : float
+        See `preference_loss`.
+    robust : bool
+        See `preference_loss`.
+    reduction : {"mean", "sum", "none"}
         See `gamma_dpo_loss`.
+    impl : {"auto", "eager"}
+        See `solve_margins`.
 
     Returns
     -------
@@ -240,10 +254,20 @@ def gamma_preference_loss(
     ----------
     reward_gaps : array, shape (pairs,)
         Reward of the chosen minus reward of the rejected response, in reward units.
-    gamma0, tau, context, context_mask, mask, impl
+    gamma0, tau : float
         See `solve_margins`.
-    centered, label_smoothing, robust, reduction
+    centered : bool
+        Whether the margin is γ_i - γ0 or γ_i (False).
+    context, context_mask, mask : array, optional
+        See `solve_margins`.
+    label_smoothing : float
+        See `preference_loss`.
+    robust : bool
+        See `preference_loss`.
+    reduction : {"mean", "sum", "none"}
         See `gamma_dpo_loss`.
+    impl : {"auto", "eager"}
+        See `solve_margins`.
 
     Returns
     -------

@@ -141,7 +141,7 @@ def solve_margins(
     if mask is not None or context_mask is not None:
         in_pool = in_pool | ~xp.any(in_pool)  # an empty pool counts as one of equal gaps
     inside = xp.astype(in_pool, pool.dtype)
-    margins, multiplier, residual = _newton.solve(xp, pool, inside, gamma0, tau)
+    margins, multiplier, residual = _newton.solve(pool, inside, gamma0, tau)
 
     margins = xp.where(finite, margins, xp.full_like(margins, math.nan))
     if context is not None:
