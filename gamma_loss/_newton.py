@@ -96,12 +96,14 @@ class _State(NamedTuple):
     gamma0: Array
     a: Array
     cap: Array  # log n: no ratio exceeds the size of the pool
+    at_start: tuple[Array, Array]  # σ and 1 - σ of γ0 - g
     u: Array
     u_low: Array  # u_low <= u_i(ν) <= u_high at the current ν
     u_high: Array
     low_seen: Array  # whether u_low comes from a visit, rather than from the closed form
     high_seen: Array
     level: Array  # λ, with ν = a σ(λ): a pair with γ0 - g = λ has the margin γ0
+    at_level: tuple[Array, Array]  # σ and 1 - σ of λ
     level_low: Array  # level_low <= λ <= level_high at the solution
     level_high: Array
     stride: Array  # by how much λ last moved
@@ -121,32 +123,34 @@ def bracketed(
     cap = -xp.log(xp.max(weights))
     low, high = _level_bracket(xp, gaps, inside, gamma0, a, cap)
     # Start with the Newton step from equal margins.
-    p, q = _sigmoids(xp, gamma0 - gaps)
+    at_start = p, q = _sigmoids(xp, gamma0 - gaps)
     d = a * gamma0 * p * q + 1
     level = _clip(xp, _log(xp, (weights / d) @ p) - _log(xp, (weights / d) @ q), low, high)
-    r = a * _rise(xp, gamma0 - gaps - level, (p, q), _sigmoids(xp, level))
-    u_low, u_high = _closed_form_bracket(xp, gaps, gamma0, a, cap, level)
+    at_level = _sigmoids(xp, level)
+    r = a * _rise(xp, gamma0 - gaps - level, at_start, at_level)
+    u_low, u_high = _closed_form_bracket(xp, gaps, gamma0, a, cap, at_start, level, at_level)
     u = _clip(xp, -r / d, u_low, u_high)
     seen = xp.zeros_like(u, dtype=xp.bool)
     stride = xp.full_like(level, float("inf"))
     state = _State(
-        gaps, weights, gamma0, a, cap, u, u_low, u_high, seen, seen, level, low, high, stride
-    )
+        gaps, weights, gamma0, a, cap, at_start, u, u_low, u_high, seen, seen,
+        level, at_level, low, high, stride,
+    )  # fmt: skip
     state = repeat(passes, _bracketed_pass, state)
 
-    u, level = state.u - xp.log(weights @ xp.exp(state.u)), state.level
-    r, _, at_level = _residuals(xp, gaps, gamma0, a, u, level)
+    u = state.u - xp.log(weights @ xp.exp(state.u))
+    r, _ = _residuals(xp, gaps, gamma0, a, u, state.level, state.at_level)
     r = r * inside  # 0 lies in the range of r
-    return gamma0 * xp.exp(u), a * at_level[0], (xp.max(r) - xp.min(r)) / 2
+    return gamma0 * xp.exp(u), a * state.at_level[0], (xp.max(r) - xp.min(r)) / 2
 
 
 def _bracketed_pass(_: int, state: _State) -> _State:
-    gaps, weights, gamma0, a, cap, u, u_low, u_high, low_seen, high_seen, *levels = state
-    level, level_low, level_high, stride = levels
+    gaps, weights, gamma0, a, cap, at_start, u, u_low, u_high, low_seen, high_seen = state[:11]
+    level, at_level, level_low, level_high, stride = state[11:]
     xp = solver_namespace(gaps)
 
     # Where the pairs stand at this level: r > 0 means that u_i is too large.
-    r, (p, q), at_level = _residuals(xp, gaps, gamma0, a, u, level)
+    r, (p, q) = _residuals(xp, gaps, gamma0, a, u, level, at_level)
     x = xp.exp(u)
     d = a * gamma0 * x * p * q + 1
     above = r > 0
@@ -184,10 +188,11 @@ def _bracketed_pass(_: int, state: _State) -> _State:
     moves = moves & (proven | ((most - least < _NARROW) & (length <= _HALF * stride)))
     new = xp.where(moves, new, level)
     stride = xp.where(moves, length, stride)
-    d_nu = a * _rise(xp, new - level, _sigmoids(xp, new), at_level)
+    at_new = _sigmoids(xp, new)
+    d_nu = a * _rise(xp, new - level, at_new, at_level)
 
     # The brackets move with ν, by no more than ν does since u_i(ν) has a slope of at most 1.
-    tight_low, tight_high = _closed_form_bracket(xp, gaps, gamma0, a, cap, new)
+    tight_low, tight_high = _closed_form_bracket(xp, gaps, gamma0, a, cap, at_start, new, at_new)
     none = xp.zeros_like(d_nu)
     u_low, u_high = u_low + xp.minimum(d_nu, none), u_high + xp.maximum(d_nu, none)
     low_seen, high_seen = low_seen & (u_low >= tight_low), high_seen & (u_high <= tight_high)
@@ -202,22 +207,35 @@ def _bracketed_pass(_: int, state: _State) -> _State:
     middle = xp.maximum((u_low + u_high) / 2, xp.full_like(u, _FLAT))
     u = xp.where(halve, middle, _clip(xp, u + step, u_low, u_high))
     return _State(
-        gaps, weights, gamma0, a, cap, u, u_low, u_high, low_seen, high_seen,
-        new, level_low, level_high, stride,
+        gaps, weights, gamma0, a, cap, at_start, u, u_low, u_high, low_seen, high_seen,
+        new, at_new, level_low, level_high, stride,
     )  # fmt: skip
 
 
 def _residuals(
-    xp: Namespace, gaps: Array, gamma0: Array, a: Array, u: Array, level: Array
-) -> tuple[Array, tuple[Array, Array], tuple[Array, Array]]:
-    """``r = u + a (σ(z) - σ(level))``, and the `_sigmoids` of z = γ0 e^u - g and of the level."""
+    xp: Namespace,
+    gaps: Array,
+    gamma0: Array,
+    a: Array,
+    u: Array,
+    level: Array,
+    at_level: tuple[Array, Array],
+) -> tuple[Array, tuple[Array, Array]]:
+    """``r = u + a (σ(z) - σ(level))``, and the `_sigmoids` of z = γ0 e^u - g."""
     z_minus_level = gamma0 * xp.expm1(u) + (gamma0 - gaps - level)
-    at_z, at_level = _sigmoids(xp, level + z_minus_level), _sigmoids(xp, level)
-    return u + a * _rise(xp, z_minus_level, at_z, at_level), at_z, at_level
+    at_z = _sigmoids(xp, level + z_minus_level)
+    return u + a * _rise(xp, z_minus_level, at_z, at_level), at_z
 
 
 def _closed_form_bracket(
-    xp: Namespace, gaps: Array, gamma0: Array, a: Array, cap: Array, level: Array
+    xp: Namespace,
+    gaps: Array,
+    gamma0: Array,
+    a: Array,
+    cap: Array,
+    at_start: tuple[Array, Array],
+    level: Array,
+    at_level: tuple[Array, Array],
 ) -> tuple[Array, Array]:
     """Bounds on each u_i at ν = a σ(level).
 
@@ -226,7 +244,7 @@ def _closed_form_bracket(
     the value that moves z all the way (exact as κ → ∞).
     """
     z_minus_level = gamma0 - gaps - level
-    left = -a * _rise(xp, z_minus_level, _sigmoids(xp, gamma0 - gaps), _sigmoids(xp, level))
+    left = -a * _rise(xp, z_minus_level, at_start, at_level)
     ratio = -z_minus_level / gamma0
     half = xp.full_like(ratio, 0.5)
     moved = xp.log1p(_clip(xp, ratio, -half, half))

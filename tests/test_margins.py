@@ -79,6 +79,15 @@ def test_a_large_pool(gamma0, tau, scale):
         assert error(margins, gaps.astype(dtype).astype(np.float64), gamma0, tau) <= tolerance
 
 
+@pytest.mark.parametrize(("gamma0", "tau"), [(4.0, 10.0), (100.0, 1e-3)])
+def test_a_million_gaps(gamma0, tau):
+    distinct = np.clip(np.random.default_rng(9).normal(size=50) * 200, -1e4, 1e4)
+    gaps = np.repeat(distinct, 20_000)
+    solution = solve_margins(gaps, gamma0=gamma0, tau=tau)
+    assert error(solution.margins, gaps, gamma0, tau) <= 1e-10
+    assert solution.residual <= 1e-9
+
+
 @pytest.mark.parametrize("case", PUBLISHED["cases"], ids=lambda case: case["name"])
 def test_parity_with_the_published_implementation(case):
     gaps, context = np.array(case["reward_gaps"]), np.array(case["context"])
