@@ -45,8 +45,11 @@ def solver_namespace(array: Array) -> Namespace:
 
 
 def device(array: Array) -> Any:
-    """Return an array's device; None for JAX, which checks devices itself and hides a tracer's."""
-    return None if _is_jax(array) else array.device
+    """Return an array's device, or None where that is no question.
+
+    NumPy before 2.0 has no such attribute, and JAX checks devices itself and hides a tracer's.
+    """
+    return None if _is_jax(array) else getattr(array, "device", None)
 
 
 def detach(array: Array) -> Array:

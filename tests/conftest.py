@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
+# Random examples on a developer's machine, the same ones every time where CI is to be repeatable.
+hypothesis.settings.register_profile(
+    "default", deadline=None, print_blob=True, derandomize=bool(os.environ.get("CI"))
+)
 hypothesis.settings.load_profile("default")
 
 LIBRARIES = ("numpy", "torch", "jax", "array_api_strict")
@@ -20,6 +23,8 @@ class Library:
     def __init__(self, name: str) -> None:
         self.name = name
         module = pytest.importorskip(name, reason=f"{name} is not installed")
+        if name == "numpy":  # for NumPy before 2.0, which has other names
+            module = importlib.import_module("array_api_compat.numpy")
         if name == "jax":
             module.config.update("jax_enable_x64", True)
             module = importlib.import_module("jax.numpy")
