@@ -56,10 +56,10 @@ def _newton_passes(kappa: float, a: float, double: bool) -> int:
 
 
 def _bracketed_passes(kappa: float) -> int:
-    """Well more than any of a million random pools needed: 4, 14 and 20 for the three cases."""
+    """Well more than any of a million random pools needed: 4, 11 and 21 for the three cases."""
     if kappa < 1e-2:
         return 8
-    return 16 if kappa < 1e2 else 28
+    return 16 if kappa < 10 else 28
 
 
 def newton(

@@ -24,7 +24,9 @@ class MarginSolution(NamedTuple):
     residual : array, shape ()
         Half the range over the pool of ``log x_i + (γ0/τ) σ(γ0 x_i - g_i)``, 0 at the exact
         solution. It bounds the error without knowing the solution:
-        ``mean |x - x*| <= 2 (exp(residual) - 1)`` with ``x = γ/γ0``.
+        ``mean |x - x*| <= 2 (exp(residual) - 1)`` with ``x = γ/γ0``. It carries the rounding error
+        of ``(γ0/τ) σ(γ - g)``: at κ = gamma0² / tau of 1e4 and more, float32 cannot show how
+        accurate its margins are, while the margins themselves keep their accuracy.
     """
 
     margins: Array
