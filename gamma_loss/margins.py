@@ -96,6 +96,10 @@ def solve_margins(
     A gap that is not finite takes no part, and leaves the other margins as they are without it.
     If no entry takes part, every margin is gamma0.
 
+    gamma0 and tau choose the solver, so a compiler has to take them as constants. jax.jit asks for
+    that itself. torch.compile makes a variable of a number that changes between calls: for a
+    schedule set ``torch._dynamo.config.specialize_float = True``, and each value compiles anew.
+
     References
     ----------
     Sun et al., *Robust Preference Optimization via Dynamic Target Margins*, Findings of ACL 2025,

@@ -44,6 +44,19 @@ def test_torch_inductor_agrees(torch):
     torch.testing.assert_close(compiled(gaps).margins, solve_margins(gaps, **MILD).margins)
 
 
+def test_torch_compile_with_a_schedule_of_gamma0(torch):
+    torch.compiler.reset()
+    gaps = torch.tensor(rows(9))
+
+    def solve(gaps, gamma0):
+        return solve_margins(gaps, gamma0=gamma0, tau=3.0).margins
+
+    with torch._dynamo.config.patch(specialize_float=True):
+        compiled = torch.compile(solve, fullgraph=True, backend="eager")
+        for gamma0 in (1.0, 2.0, 30.0):
+            torch.testing.assert_close(compiled(gaps, gamma0), solve(gaps, gamma0))
+
+
 @pytest.mark.parametrize("setting", [MILD, HARD])
 def test_torch_vmap(torch, setting):
     batch, mask = torch.tensor(rows((5, 8))), torch.tensor(rows((5, 8), 1) > -3)
