@@ -61,18 +61,39 @@ def detach(array: Array) -> Array:
     return array
 
 
-def repeat(times: int, step: Callable[[int, State], State], state: State) -> State:
-    """Apply ``state = step(i, state)`` a fixed number of times.
+def repeat(
+    times: int,
+    step: Callable[[State], State],
+    state: State,
+    settled: Callable[[State, State], Array],
+) -> State:
+    """Apply ``state = step(state)`` at most ``times`` times.
 
     A loop in the traced program for JAX, whose compile time would otherwise grow with ``times``;
-    straight-line code elsewhere.
+    straight-line code elsewhere. Only NumPy's arrays can be looked at for free: for them it ends
+    when two steps in a row have left the state ``settled(old, new)``.
     """
     if _is_jax(state[0]):
-        result: State = sys.modules["jax"].lax.fori_loop(0, times, step, state)
+        result: State = sys.modules["jax"].lax.fori_loop(0, times, lambda _, s: step(s), state)
         return result
-    for i in range(times):
-        state = step(i, state)
+    numpy = sys.modules.get("numpy")
+    look = numpy is not None and isinstance(state[0], numpy.ndarray)
+    quiet = 0
+    for _ in range(times):
+        old, state = state, step(state)
+        quiet = quiet + 1 if look and settled(old, state) else 0
+        if quiet == 2:
+            break
     return state
+
+
+def logistic(xp: Namespace, x: Array) -> Array:
+    """1 / (1 + exp(-x)) in one operation where there is one, to a small *absolute* error."""
+    if _is_torch(x):
+        return xp.sigmoid(x)
+    if _is_jax(x):
+        return sys.modules["jax"].nn.sigmoid(x)
+    return xp.tanh(x * 0.5) * 0.5 + 0.5
 
 
 def softplus(xp: Namespace, x: Array) -> Array:

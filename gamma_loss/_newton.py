@@ -14,10 +14,11 @@ over the pool and a few sums. With ``s = σ(γ0 x - g)``, ``D = 1 + a γ0 x s (1
 `newton` repeats that step, which is all that mild settings need, and every published one is mild.
 `bracketed` keeps the step inside bounds that hold in exact arithmetic, and converges for any.
 
-Both take ``inside``, 1 for a gap of the pool and 0 for one left out, and look at no value from
-Python: the number of passes is fixed by the hyperparameters and the dtype, so a compiler sees
-straight-line code. `newton` also counts its operations: eager torch pays 2 µs for each, and 6 µs
-where a Python number takes part.
+Both take ``inside``, 1 for a gap of the pool and 0 for one left out, and gamma0 and a as arrays of
+shape (). The number of passes is fixed by the hyperparameters and the dtype, so a compiler sees
+straight-line code; only for NumPy, where looking at a value is free, do `bracketed`'s passes end
+early. `newton` also counts its operations: eager torch pays 2 µs for each, and 6 µs where a Python
+number takes part.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from gamma_loss._arrays import Array, Namespace, repeat, solver_namespace
+from gamma_loss._arrays import Array, Namespace, logistic, repeat, solver_namespace
 
 # Where undamped Newton steps are safe: for a < 1.5 they first failed at κ e^a = 9.5 (16 million
 # random pools), where a step overshoots the bend of the sigmoid and can cycle.
@@ -41,56 +42,65 @@ def solve(gaps: Array, inside: Array, gamma0: float, tau: float) -> tuple[Array,
     xp = solver_namespace(gaps)
     if gamma0 == 0:  # nothing to share out, and no scale to measure x by
         return xp.zeros_like(gaps), gaps[0] * 0, gaps[0] * 0
+    scalar = gaps[0]
+    g0, a = xp.full_like(scalar, gamma0), xp.full_like(scalar, gamma0 / tau)
+    passes = mild_passes(gamma0, tau, xp.finfo(gaps.dtype).bits >= 64)
+    if passes:
+        return newton(xp, gaps, inside, g0, a, passes)
+    return bracketed(xp, gaps, inside, g0, a, bracketed_passes(gamma0, tau))
+
+
+def mild_passes(gamma0: float, tau: float, double: bool) -> int:
+    """How many passes `newton` takes, or 0 where it is not safe.
+
+    They are as many as any of 20 million random pools needed to get within 1e-11 or 2e-6 of x.
+    """
     a = gamma0 / tau
     kappa = a * gamma0
-    if a < _MILD_A and kappa * math.exp(a) < _MILD_DIFFICULTY:
-        double = xp.finfo(gaps.dtype).bits >= 64
-        return newton(xp, gaps, inside, gamma0, a, _newton_passes(kappa, a, double))
-    return bracketed(xp, gaps, inside, gamma0, a, _bracketed_passes(kappa))
-
-
-def _newton_passes(kappa: float, a: float, double: bool) -> int:
-    """As many as any of 20 million random pools needed to get within 1e-11 or 2e-6 of x."""
+    if a >= _MILD_A or kappa * math.exp(a) >= _MILD_DIFFICULTY:
+        return 0
     passes = 4 if a < 0.5 and kappa < 1.65 else 6
     return passes if double else passes - 1
 
 
-def _bracketed_passes(kappa: float) -> int:
+def bracketed_passes(gamma0: float, tau: float) -> int:
     """Well more than any of a million random pools needed: 4, 11 and 21 for the three cases."""
+    kappa = gamma0 / tau * gamma0
     if kappa < 1e-2:
         return 8
     return 16 if kappa < 10 else 28
 
 
 def newton(
-    xp: Namespace, gaps: Array, inside: Array, gamma0: float, a: float, passes: int
+    xp: Namespace, gaps: Array, inside: Array, gamma0: Array, a: Array, passes: int
 ) -> tuple[Array, Array, Array]:
     """Undamped arrowhead Newton from equal margins.
 
-    With ``h = exp(u) = γ / 2`` and ``t = tanh(h - g / 2) = 2 σ(γ - g) - 1`` the condition reads
-    ``u + (a / 2) t = ν``, both u and ν shifted by constants. D is kept negated.
+    With u = log γ and ν shifted alike, by log γ0. D is kept negated.
     """
-    scalar = gaps[0]
-    half_a, one = xp.full_like(scalar, a / 2), xp.full_like(scalar, 1.0)
-    h, u = xp.full_like(scalar, gamma0 / 2), xp.full_like(scalar, math.log(gamma0 / 2))
-    half_gaps, total = gaps / 2, (inside @ inside) * h
+    one, log_gamma0 = xp.ones_like(gamma0), xp.log(gamma0)
+    h, u, nu = gamma0, log_gamma0, log_gamma0
+    total = (inside @ inside) * gamma0
     for _ in range(passes):
-        t = xp.tanh(h - half_gaps)
-        s = half_a * t
+        p = logistic(xp, h - gaps)
+        s = a * p
         v = u + s
-        d = h * (s * t - half_a) - one
+        d = h * (s * p - s) - one
         w = inside * h / d
         nu = (w @ (v + d) - total) / (w @ inside)
         u = u + (v - nu) / d
         h = xp.exp(u)
-    h = h * (total / (inside @ h))
-    v = xp.log(h) + half_a * xp.tanh(h - half_gaps)
-    v_minus_nu = (v - nu) * inside  # ν lies in the range of v, so that zeros do not widen it
+    scale = total / (inside @ h)
+    h = h * scale
+    # 0, where an entry takes no part, is in the range of the others, as ν lies in that of v.
+    v_minus_nu = (u + xp.log(scale) - nu + a * logistic(xp, h - gaps)) * inside
     residual = (xp.max(v_minus_nu) - xp.min(v_minus_nu)) / 2
-    return h + h, nu + (a / 2 - math.log(gamma0 / 2)), residual
+    return h, nu - log_gamma0, residual
 
 
-class _State(NamedTuple):
+class BracketedState(NamedTuple):
+    """What a pass of `bracketed` hands to the next."""
+
     gaps: Array
     weights: Array  # inside / n
     gamma0: Array
@@ -110,19 +120,25 @@ class _State(NamedTuple):
 
 
 def bracketed(
-    xp: Namespace, gaps: Array, inside: Array, gamma0: float, a: float, passes: int
+    xp: Namespace, gaps: Array, inside: Array, gamma0: Array, a: Array, passes: int
 ) -> tuple[Array, Array, Array]:
     """Arrowhead Newton inside brackets, for any κ.
 
     ν is written as ``a σ(λ)``: ``r = u + a (σ(z) - σ(λ))`` then keeps its relative accuracy where
     a σ is large, and every pair has a closed-form bracket (see `_closed_form_bracket`).
     """
+    state = bracketed_start(xp, gaps, inside, gamma0, a)
+    state = repeat(passes, bracketed_pass, state, settled)
+    return bracketed_end(xp, inside, state)
+
+
+def bracketed_start(
+    xp: Namespace, gaps: Array, inside: Array, gamma0: Array, a: Array
+) -> BracketedState:
+    """Brackets, and the Newton step from equal margins."""
     weights = inside / (inside @ inside)
-    zero = gaps[0] * 0
-    gamma0, a = zero + gamma0, zero + a  # arrays, so that a loop can carry them
     cap = -xp.log(xp.max(weights))
     low, high = _level_bracket(xp, gaps, inside, gamma0, a, cap)
-    # Start with the Newton step from equal margins.
     at_start = p, q = _sigmoids(xp, gamma0 - gaps)
     d = a * gamma0 * p * q + 1
     level = _clip(xp, _log(xp, (weights / d) @ p) - _log(xp, (weights / d) @ q), low, high)
@@ -132,19 +148,36 @@ def bracketed(
     u = _clip(xp, -r / d, u_low, u_high)
     seen = xp.zeros_like(u, dtype=xp.bool)
     stride = xp.full_like(level, float("inf"))
-    state = _State(
+    return BracketedState(
         gaps, weights, gamma0, a, cap, at_start, u, u_low, u_high, seen, seen,
         level, at_level, low, high, stride,
     )  # fmt: skip
-    state = repeat(passes, _bracketed_pass, state)
 
-    u = state.u - xp.log(weights @ xp.exp(state.u))
-    r, _ = _residuals(xp, gaps, gamma0, a, u, state.level, state.at_level)
+
+def bracketed_end(
+    xp: Namespace, inside: Array, state: BracketedState
+) -> tuple[Array, Array, Array]:
+    """Return ``(γ, ν, residual)``, the budget met exactly."""
+    gamma0, a = state.gamma0, state.a
+    u = state.u - xp.log(state.weights @ xp.exp(state.u))
+    r, _ = _residuals(xp, state.gaps, gamma0, a, u, state.level, state.at_level)
     r = r * inside  # 0 lies in the range of r
     return gamma0 * xp.exp(u), a * state.at_level[0], (xp.max(r) - xp.min(r)) / 2
 
 
-def _bracketed_pass(_: int, state: _State) -> _State:
+def settled(old: BracketedState, new: BracketedState) -> Array:
+    """Whether a pass moved nothing that the next one, which squares the error, could show.
+
+    One such pass may have left ν in place for want of proof; after two in a row all is settled.
+    """
+    xp = solver_namespace(new.u)
+    moved = xp.maximum(xp.max(xp.abs(new.u - old.u)), xp.abs(new.level - old.level) * new.a)
+    bend = 1 + new.gamma0 * xp.exp(xp.max(new.u))
+    return moved * moved * bend <= xp.finfo(new.u.dtype).eps / 16
+
+
+def bracketed_pass(state: BracketedState) -> BracketedState:
+    """Move ν, and every pair by a Newton step or half its bracket."""
     gaps, weights, gamma0, a, cap, at_start, u, u_low, u_high, low_seen, high_seen = state[:11]
     level, at_level, level_low, level_high, stride = state[11:]
     xp = solver_namespace(gaps)
@@ -206,7 +239,7 @@ def _bracketed_pass(_: int, state: _State) -> _State:
     halve = halve & (xp.abs(d_nu) < 0.1 * size) & (u_high > _FLAT)
     middle = xp.maximum((u_low + u_high) / 2, xp.full_like(u, _FLAT))
     u = xp.where(halve, middle, _clip(xp, u + step, u_low, u_high))
-    return _State(
+    return BracketedState(
         gaps, weights, gamma0, a, cap, at_start, u, u_low, u_high, low_seen, high_seen,
         new, at_new, level_low, level_high, stride,
     )  # fmt: skip

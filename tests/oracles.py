@@ -1,6 +1,6 @@
 """Slow, plain and independent answers to check the library against.
 
-Nothing here is shared with the package, and the margin problem is solved by bisection alone, in
+Nothing here is shared with the package, and the margin problem is solved by bracketing alone, in
 extended precision (`numpy.longdouble`: 80 bits on x86, plain float64 where there is nothing wider).
 """
 
@@ -21,12 +21,13 @@ def sigmoid(x):
 
 
 def margins(reward_gaps, gamma0, tau):
-    """The margins and ν, by bisection on ν around bisections on every u = log(γ / γ0).
+    """The margins and ν, by bisection on every u = log(γ / γ0) inside regula falsi on ν.
 
     For a given ν each ``u + a σ(γ0 e^u - g) - ν`` increases in u and changes sign in [ν - a, ν];
-    the mean of e^u increases in ν and passes 1 in [0, a]. Equal gaps are solved once. Where ν is
-    beyond a / 2 everything is measured from a instead, with σ(z) - 1 = -σ(-z), so that what is left
-    of a σ keeps its digits.
+    log mean e^u increases in ν and passes 0 in [0, a]. Every u increases in ν as well, so that what
+    was found at two ν brackets it between them. Equal gaps are solved once. Where ν is beyond a / 2
+    everything is measured from a instead, with σ(z) - 1 = -σ(-z), so that what is left of a σ keeps
+    its digits.
     """
     gaps, index, counts = np.unique(
         np.asarray(reward_gaps, dtype=Real), return_inverse=True, return_counts=True
@@ -35,36 +36,42 @@ def margins(reward_gaps, gamma0, tau):
     a = gamma0 / Real(tau)
     share = counts / Real(counts.sum())
 
-    def log_ratios(offset, from_top):
-        low, high = np.full(gaps.shape, offset - (0 if from_top else a)), None
-        high = low + a
-        for _ in range(_halvings(a)):
+    def log_ratios(offset, from_top, low, high):
+        while True:
             u = (low + high) / 2
+            if np.all((high - low < 1e-17) | (u <= low) | (u >= high)):
+                return u
             z = gamma0 * np.exp(np.minimum(u, 100)) - gaps
             rising = u + (-a * sigmoid(-z) if from_top else a * sigmoid(z)) > offset
             low, high = np.where(rising, low, u), np.where(rising, u, high)
-        return (low + high) / 2
 
-    def mass_exceeds_one(offset, from_top):
-        u = log_ratios(offset, from_top)
-        return u.max() + np.log(share @ np.exp(u - u.max())) > 0
+    def log_mass(u):
+        return u.max() + np.log(share @ np.exp(u - u.max()))
 
-    from_top = not mass_exceeds_one(a / 2, False)
-    low, high = (-a / 2, Real(0)) if from_top else (Real(0), a / 2)
-    for _ in range(_halvings(a)):
-        middle = (low + high) / 2
-        if mass_exceeds_one(middle, from_top):
-            high = middle
+    def visit(offset, from_top, low, high):
+        u = log_ratios(offset, from_top, low, high)
+        return offset, u, log_mass(u)
+
+    from_top = visit(a / 2, False, np.full(gaps.shape, -a / 2), np.full(gaps.shape, a / 2))[2] < 0
+    ends = (-a / 2, Real(0)) if from_top else (Real(0), a / 2)
+    low, high = (
+        visit(end, from_top, *(np.full(gaps.shape, end + shift) for shift in shifts))
+        for end, shifts in zip(ends, [(0, a) if from_top else (-a, 0)] * 2, strict=True)
+    )
+    for i in range(400):
+        # Illinois' variant has halved the value of an end that stays; bisect once in four.
+        middle = high[0] - high[2] * (high[0] - low[0]) / (high[2] - low[2])
+        if i % 4 == 3 or not low[0] < middle < high[0]:
+            middle = (low[0] + high[0]) / 2
+        new = visit(middle, from_top, low[1], high[1])
+        if not low[0] < middle < high[0] or abs(new[2]) < 2e-17:
+            break
+        if new[2] > 0:
+            low, high = (*low[:2], low[2] / 2), new
         else:
-            low = middle
-    offset = (low + high) / 2
-    x = np.exp(log_ratios(offset, from_top))
-    return gamma0 * x[index.reshape(-1)], offset + (a if from_top else 0)
-
-
-def _halvings(width):
-    """Enough to bring a bracket of this width below 1e-17."""
-    return int(np.ceil(np.log2(float(width) + 1e-3))) + 57
+            low, high = new, (*high[:2], high[2] / 2)
+    offset, u, _ = new
+    return gamma0 * np.exp(u)[index.reshape(-1)], offset + (a if from_top else 0)
 
 
 def objective(x, reward_gaps, gamma0, tau):
