@@ -13,7 +13,8 @@ Namespace: TypeAlias = Any
 State = TypeVar("State", bound=tuple[Any, ...])
 
 
-def _is_torch(array: object) -> bool:
+def is_torch(array: object) -> bool:
+    """Whether an array is a torch tensor; torch is not imported to find out."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(array, torch.Tensor)
 
@@ -25,7 +26,7 @@ def _is_jax(array: object) -> bool:
 
 def namespace(array: object) -> Namespace:
     """Return the array API namespace of an array, or raise TypeError if it is not one."""
-    if _is_torch(array):
+    if is_torch(array):
         # Not array_namespace(): its lru_cache makes torch.compile warn.
         import array_api_compat.torch
 
@@ -41,7 +42,7 @@ def solver_namespace(array: Array) -> Namespace:
     For torch that is torch itself: array-api-compat's functions are the same there, but each looks
     at the dtypes first, which takes longer than the operation on a few hundred gaps.
     """
-    return sys.modules["torch"] if _is_torch(array) else namespace(array)
+    return sys.modules["torch"] if is_torch(array) else namespace(array)
 
 
 def device(array: Array) -> Any:
@@ -54,7 +55,7 @@ def device(array: Array) -> Any:
 
 def detach(array: Array) -> Array:
     """Return the array as a constant for automatic differentiation."""
-    if _is_torch(array):
+    if is_torch(array):
         return array.detach()
     if _is_jax(array):
         return sys.modules["jax"].lax.stop_gradient(array)
@@ -89,7 +90,7 @@ def repeat(
 
 def logistic(xp: Namespace, x: Array) -> Array:
     """1 / (1 + exp(-x)) in one operation where there is one, to a small *absolute* error."""
-    if _is_torch(x):
+    if is_torch(x):
         return xp.sigmoid(x)
     if _is_jax(x):
         return sys.modules["jax"].nn.sigmoid(x)

@@ -35,10 +35,10 @@ def choice(name: str, value: str, options: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {options}, got {value!r}")
 
 
-def floats(**arrays: Array) -> tuple[Namespace, list[Array]]:
+def real(**arrays: Array) -> Namespace:
     """Check that the arrays are of one library, on one device, and hold real floats.
 
-    Returns the library's namespace and the arrays, half precision upcast to float32.
+    Returns the library's namespace.
     """
     first_name, first = next(iter(arrays.items()))
     xp = _namespace(first_name, first)
@@ -46,10 +46,18 @@ def floats(**arrays: Array) -> tuple[Namespace, list[Array]]:
         _same_home(name, array, first_name, first, xp)
         if not xp.isdtype(array.dtype, "real floating"):
             raise TypeError(f"{name} must have a real floating dtype, got {array.dtype}")
-    return xp, [
-        xp.astype(array, xp.float32) if xp.finfo(array.dtype).bits < 32 else array
-        for array in arrays.values()
-    ]
+    return xp
+
+
+def floats(**arrays: Array) -> tuple[Namespace, list[Array]]:
+    """Check arrays as `real` does, and return them as well, `upcast`."""
+    xp = real(**arrays)
+    return xp, [upcast(xp, array) for array in arrays.values()]
+
+
+def upcast(xp: Namespace, array: Array) -> Array:
+    """Return half precision as float32."""
+    return xp.astype(array, xp.float32) if xp.finfo(array.dtype).bits < 32 else array
 
 
 def pairs(**arrays: Array) -> None:

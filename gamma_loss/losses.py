@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from gamma_loss import _checks
 from gamma_loss._arrays import Array, Namespace, detach, sigmoid, softplus
-from gamma_loss.margins import solve_margins
+from gamma_loss.margins import check_pool, choose_implementation, solve_by
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -87,7 +87,7 @@ def gamma_dpo_loss(
         See `preference_loss`.
     reduction : {"mean", "sum", "none"}
         Over the unmasked pairs. "none" gives one loss a pair, 0 for a masked one.
-    impl : {"auto", "eager"}
+    impl : {"auto", "eager", "compile", "triton"}
         See `solve_margins`.
 
     Returns
@@ -127,18 +127,14 @@ def gamma_dpo_loss(
     >>> round(float(loss), 4)
     0.4538
     """
-    beta = _checks.number("beta", beta, above=0)
-    xp, (policy_chosen, policy_rejected, reference_chosen, reference_rejected) = _log_probabilities(
-        policy_chosen_logps=policy_chosen_logps,
-        policy_rejected_logps=policy_rejected_logps,
-        reference_chosen_logps=reference_chosen_logps,
-        reference_rejected_logps=reference_rejected_logps,
-    )
-    chosen_rewards = beta * (policy_chosen - reference_chosen)
-    rejected_rewards = beta * (policy_rejected - reference_rejected)
+    logps = {
+        "policy_chosen_logps": policy_chosen_logps,
+        "policy_rejected_logps": policy_rejected_logps,
+        "reference_chosen_logps": reference_chosen_logps,
+        "reference_rejected_logps": reference_rejected_logps,
+    }
     return _gamma_loss(
-        xp, chosen_rewards, rejected_rewards,
-        gamma0=gamma0, tau=tau, centered=centered,
+        logps, beta=beta, gamma0=gamma0, tau=tau, centered=centered,
         context=context, context_mask=context_mask, mask=mask,
         label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl,
     )  # fmt: skip
@@ -187,7 +183,7 @@ def gamma_simpo_loss(
         See `preference_loss`.
     reduction : {"mean", "sum", "none"}
         See `gamma_dpo_loss`.
-    impl : {"auto", "eager"}
+    impl : {"auto", "eager", "compile", "triton"}
         See `solve_margins`.
 
     Returns
@@ -219,13 +215,12 @@ def gamma_simpo_loss(
     >>> round(float(loss), 4)
     2.307
     """
-    beta = _checks.number("beta", beta, above=0)
-    xp, (chosen, rejected) = _log_probabilities(
-        policy_chosen_logps=policy_chosen_logps, policy_rejected_logps=policy_rejected_logps
-    )
+    logps = {
+        "policy_chosen_logps": policy_chosen_logps,
+        "policy_rejected_logps": policy_rejected_logps,
+    }
     return _gamma_loss(
-        xp, beta * chosen, beta * rejected,
-        gamma0=gamma0, tau=tau, centered=centered,
+        logps, beta=beta, gamma0=gamma0, tau=tau, centered=centered,
         context=context, context_mask=context_mask, mask=mask,
         label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl,
     )  # fmt: skip
@@ -266,7 +261,7 @@ def gamma_preference_loss(
         See `preference_loss`.
     reduction : {"mean", "sum", "none"}
         See `gamma_dpo_loss`.
-    impl : {"auto", "eager"}
+    impl : {"auto", "eager", "compile", "triton"}
         See `solve_margins`.
 
     Returns
@@ -295,11 +290,8 @@ def gamma_preference_loss(
     >>> (aux.pair_weights / 3).round(3)  # minus the gradient of the mean with respect to the gaps
     array([0.283, 0.233, 0.057])
     """
-    xp, (gaps,) = _checks.floats(reward_gaps=reward_gaps)
-    _checks.pairs(reward_gaps=gaps)
     return _gamma_loss(
-        xp, gaps, xp.zeros_like(gaps),
-        gamma0=gamma0, tau=tau, centered=centered,
+        {"reward_gaps": reward_gaps}, beta=1.0, gamma0=gamma0, tau=tau, centered=centered,
         context=context, context_mask=context_mask, mask=mask,
         label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl,
     )  # fmt: skip
@@ -379,17 +371,10 @@ def _logistic(xp: Namespace, s: Array, tilt: float) -> Array:
     return loss + tilt * s if tilt else loss
 
 
-def _log_probabilities(**logps: Array) -> tuple[Namespace, list[Array]]:
-    xp, arrays = _checks.floats(**logps)
-    _checks.pairs(**dict(zip(logps, arrays, strict=True)))
-    return xp, arrays
-
-
 def _gamma_loss(
-    xp: Namespace,
-    chosen_rewards: Array,
-    rejected_rewards: Array,
+    logps: dict[str, Array],
     *,
+    beta: float,
     gamma0: float,
     tau: float,
     centered: bool,
@@ -401,13 +386,62 @@ def _gamma_loss(
     reduction: str,
     impl: str,
 ) -> tuple[Array, GammaLossAux]:
+    """Check, and choose between one fused operator and `array_loss`.
+
+    ``logps`` has the argument names of its arrays: gaps alone; chosen, rejected; and references.
+    """
+    beta = _checks.number("beta", beta, above=0)
+    gamma0 = _checks.number("gamma0", gamma0, least=0)
+    tau = _checks.number("tau", tau, above=0)
     _checks.choice("reduction", reduction, REDUCTIONS)
     tilt = _tilt(label_smoothing, robust)
+    xp = _checks.real(**logps)
+    _checks.pairs(**logps)
+    size = check_pool(xp, *next(iter(logps.items())), mask, context, context_mask)
+    arrays = (*logps.values(), None, None, None)[:4]
+    pool = (mask, context, context_mask)
+    settings = (beta, gamma0, tau, tilt, bool(centered), reduction)
+    impl = choose_implementation(impl, arrays[0], size, gamma0, tau)
+    if impl == "triton":
+        from gamma_loss import _operators
+
+        if _operators.fits_one_launch(size):
+            loss, rows, certificate, mask = _operators.fused_loss(*arrays, *pool, *settings)
+            margins, shifts, gaps, weights, _, _, chosen, rejected = rows.unbind()
+            multiplier, residual = certificate.unbind()
+            return loss, GammaLossAux(
+                margins, shifts, gaps, chosen, rejected, weights, residual, multiplier, mask
+            )
+    upcast = [None if array is None else _checks.upcast(xp, array) for array in arrays]
+    return array_loss(xp, *upcast, *pool, *settings, impl)
+
+
+def array_loss(
+    xp: Namespace,
+    chosen: Array,
+    rejected: Array | None,
+    reference_chosen: Array | None,
+    reference_rejected: Array | None,
+    mask: Array | None,
+    context: Array | None,
+    context_mask: Array | None,
+    beta: float,
+    gamma0: float,
+    tau: float,
+    tilt: float,
+    centered: bool,
+    reduction: str,
+    impl: str,
+) -> tuple[Array, GammaLossAux]:
+    """Compute a loss in array-API operations, its margins by an implementation."""
+    if rejected is None:
+        chosen_rewards, rejected_rewards = chosen, xp.zeros_like(chosen)
+    else:
+        if reference_chosen is not None:
+            chosen, rejected = chosen - reference_chosen, rejected - reference_rejected
+        chosen_rewards, rejected_rewards = beta * chosen, beta * rejected
     gaps = chosen_rewards - rejected_rewards
-    margins, multiplier, residual = solve_margins(
-        gaps, gamma0=gamma0, tau=tau,
-        context=context, context_mask=context_mask, mask=mask, impl=impl,
-    )  # fmt: skip
+    margins, multiplier, residual = solve_by(impl, gaps, mask, context, context_mask, gamma0, tau)
     shifts = margins - gamma0
     if mask is None:
         mask = xp.ones_like(gaps, dtype=xp.bool)

@@ -6,9 +6,9 @@ import math
 from typing import NamedTuple
 
 from gamma_loss import _checks, _newton
-from gamma_loss._arrays import Array, detach
+from gamma_loss._arrays import Array, Namespace, detach, is_torch, namespace, solver_namespace
 
-IMPLEMENTATIONS = ("auto", "eager")
+IMPLEMENTATIONS = ("auto", "eager", "compile", "triton")
 
 
 class MarginSolution(NamedTuple):
@@ -119,18 +119,94 @@ def solve_margins(
     """
     gamma0 = _checks.number("gamma0", gamma0, least=0)
     tau = _checks.number("tau", tau, above=0)
-    _checks.choice("impl", impl, IMPLEMENTATIONS)
     xp, (gaps,) = _checks.floats(reward_gaps=reward_gaps)
     _checks.pairs(reward_gaps=gaps)
-    pool, in_pool = detach(gaps), mask
+    size = check_pool(xp, "reward_gaps", gaps, mask, context, context_mask)
+    impl = choose_implementation(impl, gaps, size, gamma0, tau)
+    return solve_by(impl, gaps, mask, context, context_mask, gamma0, tau)
+
+
+def check_pool(
+    xp: Namespace,
+    name: str,
+    gaps: Array,
+    mask: Array | None,
+    context: Array | None,
+    context_mask: Array | None,
+) -> int:
+    """Check what comes beside the gaps, and return the size of the pool."""
     if mask is not None:
-        _checks.mask("mask", mask, "reward_gaps", gaps, xp)
-    if context is not None:
-        _, (_, context) = _checks.floats(reward_gaps=gaps, context=context)
-        _checks.pairs(context=context)
-        pool = xp.concat([pool, xp.astype(detach(context), gaps.dtype)])
+        _checks.mask("mask", mask, name, gaps, xp)
+    if context is None:
         if context_mask is not None:
-            _checks.mask("context_mask", context_mask, "context", context, xp)
+            raise ValueError("context_mask was given without a context")
+        return int(gaps.shape[0])
+    _checks.real(**{name: gaps, "context": context})
+    _checks.pairs(context=context)
+    if context_mask is not None:
+        _checks.mask("context_mask", context_mask, "context", context, xp)
+    return int(gaps.shape[0] + context.shape[0])
+
+
+def choose_implementation(impl: str, gaps: Array, size: int, gamma0: float, tau: float) -> str:
+    """Return which of "eager", "compile", "triton" and "operator" solves a pool of a size."""
+    _checks.choice("impl", impl, IMPLEMENTATIONS)
+    if is_torch(gaps):
+        from gamma_loss import _operators
+
+        return _operators.choose(impl, gaps, size, gamma0, tau)
+    if impl in ("compile", "triton"):
+        raise ValueError(f"impl={impl!r} needs torch tensors, got {type(gaps).__module__} arrays")
+    return "eager"
+
+
+def solve_by(
+    impl: str,
+    gaps: Array,
+    mask: Array | None,
+    context: Array | None,
+    context_mask: Array | None,
+    gamma0: float,
+    tau: float,
+) -> MarginSolution:
+    """Solve a checked pool by the implementation chosen for it."""
+    gaps = detach(gaps)
+    if context is not None:
+        context = namespace(context).astype(detach(context), gaps.dtype)
+    pool = (gaps, mask, context, context_mask)
+    if impl == "eager":
+        return MarginSolution(*solve_pool(*pool, gamma0, tau))
+    if impl == "compile":
+        from gamma_loss import _compiled
+
+        return MarginSolution(*_compiled.solve(*pool, gamma0, tau))
+    from gamma_loss import _operators
+
+    return MarginSolution(*_operators.solve(*pool, gamma0, tau, kernel=impl == "triton"))
+
+
+def solve_pool(
+    gaps: Array,
+    mask: Array | None,
+    context: Array | None,
+    context_mask: Array | None,
+    gamma0: float,
+    tau: float,
+) -> tuple[Array, Array, Array]:
+    """Solve with array-API operations, one by one."""
+    pool, inside, finite = assemble(gaps, mask, context, context_mask)
+    margins, multiplier, residual = _newton.solve(pool, inside, gamma0, tau)
+    return deliver(margins, finite, mask, gaps.shape[0], gamma0), multiplier, residual
+
+
+def assemble(
+    gaps: Array, mask: Array | None, context: Array | None, context_mask: Array | None
+) -> tuple[Array, Array, Array]:
+    """Return the gaps of the pool (0 for one left out), 1 for those inside, and which are finite."""
+    xp = solver_namespace(gaps)
+    pool, in_pool = gaps, mask
+    if context is not None:
+        pool = xp.concat([gaps, context])
         if mask is not None or context_mask is not None:
             in_pool = xp.concat(
                 [
@@ -138,20 +214,20 @@ def solve_margins(
                     for array, kept in ((gaps, mask), (context, context_mask))
                 ]
             )
-    elif context_mask is not None:
-        raise ValueError("context_mask was given without a context")
-
     finite = xp.isfinite(pool)
     in_pool = finite if in_pool is None else in_pool & finite
     pool = xp.where(in_pool, pool, xp.zeros_like(pool))
     if mask is not None or context_mask is not None:
         in_pool = in_pool | ~xp.any(in_pool)  # an empty pool counts as one of equal gaps
-    inside = xp.astype(in_pool, pool.dtype)
-    margins, multiplier, residual = _newton.solve(pool, inside, gamma0, tau)
+    return pool, xp.where(in_pool, xp.ones_like(pool), xp.zeros_like(pool)), finite
 
-    margins = xp.where(finite, margins, xp.full_like(margins, math.nan))
-    if context is not None:
-        margins = margins[: gaps.shape[0]]
-    if mask is not None:
-        margins = xp.where(mask, margins, xp.full_like(margins, gamma0))
-    return MarginSolution(margins, multiplier, residual)
+
+def deliver(
+    margins: Array, finite: Array, mask: Array | None, pairs: int, gamma0: Array | float
+) -> Array:
+    """Return the batch's part of the pool's margins: NaN for a bad gap, gamma0 for a masked one."""
+    xp = solver_namespace(margins)
+    margins = xp.where(finite, margins, xp.full_like(margins, math.nan))[:pairs]
+    if mask is None:
+        return margins
+    return xp.where(mask, margins, xp.ones_like(margins) * gamma0)

@@ -223,11 +223,11 @@ def _rewards(i, n, responses, references, beta, T: tl.constexpr):
 def _stored(state, i, size, empty):
     """Gaps that are NaN where an entry takes no part; all are equal where none does."""
     gaps = tl.load(state + i, mask=i < size, other=float("nan"))
-    inside = (gaps == gaps) | (empty & (i < size))
-    return tl.where(gaps == gaps, gaps, 0.0), inside
+    inside = gaps == gaps
+    return tl.where(inside, gaps, 0.0), tl.where(empty, i < size, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m"])
 def pool_kernel(
     # Inputs. `chosen` holds reward gaps if there is nothing rejected, else log-probabilities.
     chosen,
@@ -237,8 +237,8 @@ def pool_kernel(
     mask,
     context,
     context_mask,
-    # Outputs: the margins, or for a loss all its rows; multiplier and residual; losses or their
-    # sum or mean; a mask of ones.
+    # Outputs: the margins, or for a loss eight rows (see `gamma_loss._operators`); multiplier and
+    # residual; the losses, or their sum or mean; which pairs count.
     rows,
     certificate,
     loss,
@@ -347,7 +347,7 @@ def pool_kernel(
             new, low, high, last = _next_level(level, low, high, last, mass, slope, a)
             active = tl.where(_settled(level, last, mass, EPS), 0, 1)
             k += 1
-        p_level, _q = _sigmoids(level)
+        p_level, _q_level = _sigmoids(level)
         nu = a * p_level
 
     # The budget exactly, the certificate, and what is asked for.
@@ -366,13 +366,11 @@ def pool_kernel(
 
         counted = _member(mask, i, in_batch)
         gaps = _load(chosen, i, in_batch, T)
+        chosen_rewards, rejected_rewards = gaps, tl.zeros_like(gaps)
         if rejected is not None:
             chosen_rewards = _rewards(i, n, chosen, reference_chosen, beta, T)
             rejected_rewards = _rewards(i, n, rejected, reference_rejected, beta, T)
             gaps = chosen_rewards - rejected_rewards
-            if loss is not None:
-                tl.store(rows + 6 * n + i, chosen_rewards, mask=in_batch)
-                tl.store(rows + 7 * n + i, rejected_rewards, mask=in_batch)
         margins = tl.where(_finite(gaps), gamma0 * tl.exp(u), float("nan"))
         margins = tl.where(counted, margins, gamma0)
         tl.store(rows + i, margins, mask=in_batch)
@@ -389,8 +387,9 @@ def pool_kernel(
             loss_acc += losses
             if REDUCTION == "none":
                 tl.store(loss + i, losses, mask=in_batch)
-            if mask_out is not None:
-                tl.store(mask_out + i, in_batch, mask=in_batch)
+            tl.store(rows + 6 * n + i, chosen_rewards, mask=in_batch)
+            tl.store(rows + 7 * n + i, rejected_rewards, mask=in_batch)
+            tl.store(mask_out + i, counted, mask=in_batch)
     tl.store(certificate, nu)
     tl.store(certificate + 1, 0.5 * (tl.max(largest, 0) - tl.min(least, 0)))
 
@@ -409,8 +408,7 @@ def pool_kernel(
             i = start + lane
             slope = scale * _load(rows + 3 * n, i, i < n, T)
             tl.store(rows + 4 * n + i, slope, mask=i < n)
-            if rejected is not None:
-                tl.store(rows + 5 * n + i, -slope, mask=i < n)
+            tl.store(rows + 5 * n + i, -slope, mask=i < n)
 
 
 @triton.jit
@@ -419,7 +417,7 @@ def _sum_of(partials, row: tl.constexpr, programs, P: tl.constexpr):
     return tl.sum(tl.load(partials + row * P + lane, mask=lane < programs, other=0.0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m"])
 def start_kernel(
     gaps_in, mask, context, context_mask, partials, n, m,
     gamma0: tl.float64, a: tl.float64,
@@ -452,13 +450,13 @@ def start_kernel(
 
 @triton.jit
 def _level_of_round(
-    partials, state, round, gamma0, a,
+    partials, state, turn, gamma0, a,
     T: tl.constexpr, EPS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Return the level of a round, and its whole state, from what the round before left."""
+    """Return the level of a turn, and its whole state, from what the turn before left."""
     programs = tl.num_programs(0)
     lane = tl.arange(0, P)
-    if round == 0:
+    if turn == 0:
         count = _sum_of(partials, 0, programs, P)
         w_sum = _sum_of(partials, 1, programs, P)
         wp_sum = _sum_of(partials, 2, programs, P)
@@ -470,7 +468,7 @@ def _level_of_round(
         level = _first_level(wp_sum, w_sum - wp_sum, low, high)
         last, done = high - low + 1, tl.where(empty, 1.0, 0.0).to(T)
     else:
-        old = state + 8 * (round - 1)
+        old = state + 8 * (turn - 1)
         level, low, high = tl.load(old), tl.load(old + 1), tl.load(old + 2)
         last, done, count = tl.load(old + 3), tl.load(old + 4), tl.load(old + 5)
         if done == 0:
@@ -482,21 +480,21 @@ def _level_of_round(
     return level, low, high, last, done, count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["turn", "n", "m"])
 def step_kernel(
-    gaps_in, mask, context, context_mask, old_partials, partials, state, round, n, m,
+    gaps_in, mask, context, context_mask, old_partials, partials, state, turn, n, m,
     gamma0: tl.float64, a: tl.float64,
     T: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr,
     PASSES: tl.constexpr,
 ):  # fmt: skip
-    """Decide this round's level, and leave in `partials` the sums of x and x / D there."""
+    """Decide this turn's level, and leave in `partials` the sums of x and x / D there."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     gamma0, a = tl.full((), gamma0, T), tl.full((), a, T)
     level, low, high, last, done, count = _level_of_round(
-        old_partials, state, round, gamma0, a, T, EPS, P
+        old_partials, state, turn, gamma0, a, T, EPS, P
     )
     if program == 0:
-        new = state + 8 * round
+        new = state + 8 * turn
         tl.store(new, level)
         tl.store(new + 1, low)
         tl.store(new + 2, high)
@@ -524,9 +522,9 @@ def step_kernel(
         tl.store(partials + P + program, slope)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["turn", "n", "m"])
 def finish_kernel(
-    gaps_in, mask, context, context_mask, old_partials, partials, state, round,
+    gaps_in, mask, context, context_mask, old_partials, partials, state, turn,
     margins_out, certificate, n, m,
     gamma0: tl.float64, a: tl.float64,
     T: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr,
@@ -536,10 +534,10 @@ def finish_kernel(
     program, programs = tl.program_id(0), tl.num_programs(0)
     gamma0, a = tl.full((), gamma0, T), tl.full((), a, T)
     level, _low, _high, _last, _done, count = _level_of_round(
-        old_partials, state, round, gamma0, a, T, EPS, P
+        old_partials, state, turn, gamma0, a, T, EPS, P
     )
     if program == 0:
-        p_level, _q = _sigmoids(level)
+        p_level, _q_level = _sigmoids(level)
         tl.store(certificate, a * p_level)
     lane = tl.arange(0, BLOCK)
     empty = count == 0
@@ -558,7 +556,7 @@ def finish_kernel(
             u, _d = _pairs(u, gaps, inside, level, gamma0, a, cap, EPS)
         u = tl.where(empty, 0.0, u)
         v = _v(u, gaps, gamma0, a)
-        inside |= empty & (i < n + m)
+        inside = tl.where(empty, i < n + m, inside)
         least = tl.minimum(least, tl.where(inside, v, float("inf")))
         largest = tl.maximum(largest, tl.where(inside, v, float("-inf")))
         margins = tl.where(_finite(batch_gaps), gamma0 * tl.exp(u), float("nan"))

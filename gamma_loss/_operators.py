@@ -1,0 +1,272 @@
+"""What torch adds: the choice of an implementation, and operators that compilers leave whole.
+
+    gamma_loss::solve   margins of a pool; ν and the certificate
+    gamma_loss::loss    the same, with losses, pair weights and gradients, in one launch
+
+On a device that Triton knows they launch its kernels, elsewhere they run the array-API code (for a
+CPU pool of moderate size on NumPy, which takes half the time). The first launch that fails warns,
+and from then on everything is solved eagerly.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gamma_loss import _newton
+
+# On one CPU thread NumPy was the faster up to every size measured; beyond this torch has threads.
+NUMPY_LIMIT = 65_536
+
+_given_up: set[str] = set()  # types of device on which kernels don't run
+
+
+def choose(impl: str, gaps: Tensor, size: int, gamma0: float, tau: float) -> str:
+    """Return which of "eager", "compile", "triton" and "operator" an ``impl`` stands for.
+
+    The rule of "auto" is in `gamma_loss.solve_margins`; docs/benchmarks.md has the figures behind
+    it. In a graph being traced, mild settings become part of it. Others would add some thousand
+    nodes to it, and become one operator.
+    """
+    if impl == "eager" or gamma0 == 0:
+        return "eager"
+    if impl == "triton":
+        return "triton" if _launcher(gaps.device) else "eager"
+    if torch.compiler.is_compiling():
+        mild = _newton.mild_passes(gamma0, tau, gaps.dtype == torch.float64)
+        return "eager" if mild else "operator"
+    if impl == "compile":
+        return "compile"
+    if gaps.device.type == "cpu":
+        return "operator" if size <= NUMPY_LIMIT else "eager"
+    return "triton" if gaps.device.type in ("cuda", "xpu") and _launcher(gaps.device) else "eager"
+
+
+def fits_one_launch(size: int) -> bool:
+    """Whether a pool is small enough for `fused_loss`."""
+    from gamma_loss.kernels import launch
+
+    return size <= launch.POOL_LIMIT
+
+
+def solve(
+    gaps: Tensor,
+    mask: Tensor | None,
+    context: Tensor | None,
+    context_mask: Tensor | None,
+    gamma0: float,
+    tau: float,
+    kernel: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Margins, ν and the certificate by the operator ``gamma_loss::solve``."""
+    margins, certificate = torch.ops.gamma_loss.solve(
+        gaps, mask, context, context_mask, gamma0, tau, kernel
+    )
+    nu, residual = certificate.unbind()
+    return margins, nu, residual
+
+
+def fused_loss(
+    chosen: Tensor,
+    rejected: Tensor | None,
+    reference_chosen: Tensor | None,
+    reference_rejected: Tensor | None,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, the eight rows of `_loss`, (ν, certificate) and mask, with the gradient of the loss."""
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = _FusedLoss.apply(
+        chosen, rejected, reference_chosen, reference_rejected, *settings
+    )
+    return result
+
+
+class _FusedLoss(torch.autograd.Function):
+    """The gradient is ready after the forward pass: backward only scales it."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.gamma_loss.loss(*arguments)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, rows, certificate, mask = output
+        ctx.save_for_backward(rows)
+        ctx.mark_non_differentiable(rows, certificate, mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        (rows,) = ctx.saved_tensors
+        chosen, rejected = (gradient * rows[4:6]).unbind()
+        of_inputs = (chosen, rejected, rejected, chosen)
+        needed = zip(of_inputs, ctx.needs_input_grad[:4], strict=True)
+        return *(each if wanted else None for each, wanted in needed), *[None] * 9
+
+
+def _launcher(device: torch.device) -> ModuleType | None:
+    """Return the module that launches kernels, or None with a warning, the first time."""
+    if device.type in _given_up:
+        return None
+    try:
+        from gamma_loss.kernels import launch
+    except Exception as error:  # not installed, or not for this system
+        _give_up(device, f"{type(error).__name__}: {error}")
+        return None
+    if device.type == "cpu" and not launch.INTERPRETED:
+        _give_up(device, "it has no kernels for the CPU")
+        return None
+    return launch
+
+
+def _give_up(device: torch.device, reason: str) -> None:
+    _given_up.add(device.type)
+    warnings.warn(
+        f"Triton can't be used on {device.type}, gamma_loss solves eagerly there: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _solve(
+    gaps: Tensor,
+    mask: Tensor | None,
+    context: Tensor | None,
+    context_mask: Tensor | None,
+    gamma0: float,
+    tau: float,
+    kernel: bool,
+) -> tuple[Tensor, Tensor]:
+    from gamma_loss.margins import solve_pool
+
+    if (kernel or gaps.device.type != "cpu") and (launch := _launcher(gaps.device)):
+        try:
+            return launch.solve(gaps, mask, context, context_mask, gamma0, tau)  # type: ignore[no-any-return]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            _give_up(gaps.device, f"{type(error).__name__}: {error}")
+    pool = (gaps, mask, context, context_mask)
+    if gaps.device.type == "cpu":
+        arrays = (None if array is None else array.numpy() for array in pool)
+        margins, *certificate = solve_pool(*arrays, gamma0, tau)
+        return torch.from_numpy(margins), torch.tensor(certificate, dtype=gaps.dtype)
+    margins, *certificate = solve_pool(*pool, gamma0, tau)
+    return margins, torch.stack(certificate)
+
+
+def _loss(
+    chosen: Tensor,
+    rejected: Tensor | None,
+    reference_chosen: Tensor | None,
+    reference_rejected: Tensor | None,
+    mask: Tensor | None,
+    context: Tensor | None,
+    context_mask: Tensor | None,
+    beta: float,
+    gamma0: float,
+    tau: float,
+    tilt: float,
+    centered: bool,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the loss; rows; ν and the certificate; and which pairs count.
+
+    The rows are margins, shifts, reward gaps, pair weights, the gradients with respect to the
+    chosen and to the rejected log-probabilities, and the two rewards. Nothing rejected: gaps.
+    """
+    outputs = _outputs(chosen, rejected, reference_chosen, reduction)
+    logps = (chosen, rejected, reference_chosen, reference_rejected)
+    pool = (mask, context, context_mask)
+    settings = (beta, gamma0, tau, tilt, centered, reduction)
+    if launch := _launcher(chosen.device):
+        try:
+            launch.loss(outputs, *logps, *pool, *settings)
+            return outputs
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            _give_up(chosen.device, f"{type(error).__name__}: {error}")
+    from gamma_loss._arrays import namespace
+    from gamma_loss.losses import array_loss
+
+    upcast = (None if array is None else array.to(outputs[0].dtype) for array in logps)
+    loss, aux = array_loss(namespace(chosen), *upcast, *pool, *settings, "eager")
+    slope = -beta * aux.pair_weights
+    if reduction == "mean":
+        slope = slope / aux.mask.sum().clamp(min=1)
+    rows = (aux.margins, aux.shifts, aux.reward_gaps, aux.pair_weights, slope, -slope)
+    rows += (aux.chosen_rewards, aux.rejected_rewards)
+    certificate = torch.stack([aux.multiplier, aux.residual])
+    return loss, torch.stack(rows), certificate, aux.mask.clone()
+
+
+def _outputs(
+    chosen: Tensor, rejected: Tensor | None, reference: Tensor | None, reduction: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, dtype = chosen.shape[0], torch.float32
+    for array in (chosen, rejected, reference):
+        if array is not None:
+            dtype = torch.promote_types(dtype, array.dtype)
+    return (
+        chosen.new_empty(n if reduction == "none" else (), dtype=dtype),
+        chosen.new_empty((8, n), dtype=dtype),
+        chosen.new_empty(2, dtype=dtype),
+        chosen.new_empty(n, dtype=torch.bool),
+    )
+
+
+# Registered at this level because custom_op takes three times as long on the host.
+_library = torch.library.Library("gamma_loss", "DEF")
+_library.define(
+    "solve(Tensor gaps, Tensor? mask, Tensor? context, Tensor? context_mask, "
+    "float gamma0, float tau, bool kernel) -> (Tensor, Tensor)"
+)
+_library.define(
+    "loss(Tensor chosen, Tensor? rejected, Tensor? reference_chosen, Tensor? reference_rejected, "
+    "Tensor? mask, Tensor? context, Tensor? context_mask, float beta, float gamma0, float tau, "
+    "float tilt, bool centered, str reduction) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.impl("solve", _solve, "CompositeExplicitAutograd")
+_library.impl("loss", _loss, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("gamma_loss::solve", lib=_library)
+def _fake_solve(gaps: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(gaps), gaps.new_empty(2)
+
+
+@torch.library.register_fake("gamma_loss::loss", lib=_library)
+def _fake_loss(
+    chosen: Tensor, rejected: Tensor | None, reference: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _outputs(chosen, rejected, reference, rest[-1])
+
+
+def _map(operator: Any, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    """torch.vmap: one call for each pool."""
+    rows = (
+        operator(
+            *(
+                argument if dim is None else argument.select(dim, i)
+                for argument, dim in zip(arguments, in_dims, strict=True)
+            )
+        )
+        for i in range(info.batch_size)
+    )
+    outputs = tuple(torch.stack(each) for each in zip(*rows, strict=True))
+    return outputs, (0,) * len(outputs)
+
+
+for _name in ("solve", "loss"):
+    torch.library.register_vmap(
+        f"gamma_loss::{_name}",
+        functools.partial(_map, getattr(torch.ops.gamma_loss, _name)),
+        lib=_library,
+    )
