@@ -6,7 +6,7 @@ Every implementation of `solve_margins`, and NumPy, solve the same pools as the 
 (20 multiplicative-weights steps), which runs eager and through torch.compile. Calls alternate in
 one process, and ratios are of medians. Beside them, in turn with them:
 
-- ``copy``: the floor. A solve has to read the gaps and write the margins; this copies as many bytes.
+- ``copy``: the floor. A solve must read the gaps and write the margins; this moves as many bytes.
 - ``empty call``: torch.compile's ``x + 1`` on 8 numbers, what calling any compiled function costs.
 - on CUDA, ``published routine``: the published step as a whole, with its copies to the host and its
   random sample (the batch 16 pairs, the deque full); and ``(graph)``: a replay of a CUDA graph.
