@@ -126,7 +126,7 @@ def implementations(device: str, interpret: bool = False) -> tuple[list[str], di
         else:
             usable.append(impl)
     for impl, why in skipped.items():
-        print(f"Left out: {impl} ({why})", file=sys.stderr)
+        print(f"Left out: {impl} ({why})")
     return usable, skipped
 
 
@@ -188,7 +188,7 @@ def warm_up(
             synchronise(device)
         except Exception as error:
             skipped[name] = reason(error)
-            print(f"Left out: {name} ({skipped[name]})", file=sys.stderr)
+            print(f"Left out: {name} ({skipped[name]})")
             del calls[name]
             results.pop(name, None)
     return results

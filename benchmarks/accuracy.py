@@ -145,6 +145,11 @@ def main() -> None:
     compared = solvers(usable, args.device)
     budget = harness.Budget(args.seconds, len(plan))
     problems: list[dict[str, Any]] = []
+    record = harness.machine(args.device) | {
+        "pools": {"gaps": SIZE, "scales": SCALES},
+        "left_out": skipped,
+        "results": problems,  # each with one error for each scale
+    }
     for turn, kappa, gamma0, tau in harness.progress(plan, "accuracy"):
         if turn and not budget.left():
             continue
@@ -158,6 +163,7 @@ def main() -> None:
                     margins = solve(torch.tensor(pools, dtype=dtype), gamma0, tau)
                 except Exception as error:
                     skipped[name] = f"γ0 = {gamma0:g}, τ = {tau:g}: {harness.reason(error)}"
+                    print(f"Left out: {name} ({skipped[name]})")
                     del compared[name]
                     continue
                 x = margins.numpy().astype(np.longdouble) / gamma0
@@ -172,13 +178,8 @@ def main() -> None:
                         "errors": [float(value) for value in worst],
                     }
                 )
+        harness.write(args.out, record)  # each time, so that an interrupted run leaves something
 
-    record = harness.machine(args.device) | {
-        "pools": {"gaps": SIZE, "scales": SCALES},
-        "left_out": skipped,
-        "results": problems,  # each with one error for each scale
-    }
-    harness.write(args.out, record)
     print("Error |x - x*| / (1 + x*) of x = γ / γ0: of the median pool, and of the worst")
     cells = summary(
         problems, lambda problem: (problem["kappa"], problem["solver"], problem["dtype"])
@@ -195,8 +196,6 @@ def main() -> None:
             for kappa in kappas
         ],
     )
-    for name, why in skipped.items():
-        print(f"Left out: {name} ({why})")
     with harness.picture(args.out, panels=3) as axes:
         if axes:
             draw(problems, axes)

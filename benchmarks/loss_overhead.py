@@ -218,9 +218,8 @@ def draw(record: dict[str, Any], axes: list[Any]) -> None:
             if name in result["losses"]
         ]
         x, height = np.array(points).T
-        axes[0].bar(
-            x + (i + 0.5) / (len(names) + 1) - 0.5, height, 1 / (len(names) + 1), label=name
-        )
+        width = 1 / (len(names) + 1)
+        axes[0].bar(x + (i - (len(names) - 1) / 2) * width, height, width, label=name)
     axes[0].set_xticks(range(len(record["alone"])), [str(r["pairs"]) for r in record["alone"]])
     axes[0].set(xlabel="pairs", ylabel="microseconds, forward and backward")
     axes[0].set_title(f"The loss alone\n{record['device']}", fontsize=9)

@@ -75,29 +75,28 @@ print(json.dumps(result))
 """
 
 
-def first_calls(names: list[str], device: str, budget: harness.Budget, warm: bool) -> dict:
+def first_calls(name: str, device: str, budget: harness.Budget, warm: bool) -> dict[str, Any]:
     """Time the first solve of 256 gaps in fresh processes, with empty and with filled caches."""
-    results: dict[str, Any] = {}
-    for name in harness.progress(names, "first calls"):
-        with tempfile.TemporaryDirectory() as caches:
-            environment = os.environ | {
-                "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
-                "TRITON_CACHE_DIR": f"{caches}/triton",
-            }
-            results[name] = {}
-            for state in ("cold", "warm") if warm else ("cold",):
-                results[name][state] = _first_call(name, device, environment, budget.left())
-    return results
+    end = time.perf_counter() + budget.share()
+    with tempfile.TemporaryDirectory() as caches:
+        environment = os.environ | {
+            "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
+            "TRITON_CACHE_DIR": f"{caches}/triton",
+        }
+        return {
+            state: _first_call(name, device, environment, end - time.perf_counter())
+            for state in ("cold", "warm")[: 1 + warm]
+        }
 
 
 def _first_call(name: str, device: str, environment: dict[str, str], seconds: float) -> dict:
-    if seconds < 10:
+    if seconds <= 0:
         return {"left_out": "no time left"}
+    line = [sys.executable, "-c", FIRST_CALL, name, device]
     try:
         done = subprocess.run(
-            [sys.executable, "-c", FIRST_CALL, name, device],
-            env=environment, timeout=seconds, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            line, env=environment, timeout=seconds, capture_output=True, text=True, check=True
+        )
         return json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
         return {"left_out": f"not there after {seconds:.0f} s"}
@@ -215,6 +214,7 @@ def show(record: dict[str, Any], device: str) -> None:
             copy = row.get("times_as_fast_as_copy")
             cells += [copy and 1 / copy, row.get(count), row.get("nanoseconds_per_gap")]
             rows.append([*cells, row.get("error")])
+    print("Times are of one call. × PEER: how many times as fast as that peer.")
     harness.table(columns, rows)
     print("\nSeconds from the imports to the first result, 256 gaps, in a process of its own")
     columns = ["solver", "caches", "imports", "first call", "second call", "Inductor kernels"]
@@ -256,26 +256,28 @@ def main() -> None:
     """Run every combination, print tables, write the results."""
     args = harness.arguments(__doc__, seconds=600)
     usable, skipped = harness.implementations(args.device)
+    record: dict[str, Any] = harness.machine(args.device)
+    record |= {"settings": SETTINGS, "left_out": skipped, "first_calls": {}, "results": []}
+
+    whole = harness.Budget(args.seconds, 1)
+    names = ["eager"] if args.quick else ["auto", *usable, "published, compiled"]
+    first = harness.Budget(max(args.seconds * 0.3, 15), len(names))
+    for name in harness.progress(names, "first calls"):
+        record["first_calls"][name] = first_calls(name, args.device, first, warm=not args.quick)
+        harness.write(args.out, record)  # each time, so that an interrupted run leaves something
+
     single, double = torch.float32, torch.float64
     plan = [(LLAMA, size, single) for size in SIZES]
-    plan += [(name, 256, single) for name in SETTINGS if name != LLAMA]
     plan += [(LLAMA, size, double) for size in DOUBLE_SIZES]
+    plan += [(name, 256, single) for name in SETTINGS if name != LLAMA]  # the hard one last
     if args.quick:
         plan = [(LLAMA, 256, single)]
-    record: dict[str, Any] = harness.machine(args.device)
-    record |= {"settings": SETTINGS, "left_out": skipped, "results": [], "first_calls": {}}
-    budget = harness.Budget(args.seconds * 0.6, len(plan))
+    budget = harness.Budget(whole.left(), len(plan))
     for name, size, dtype in harness.progress(plan, "margin_kernel"):
         row = {"setting": name, "gaps": size, "dtype": str(dtype).split(".")[1]}
         row |= measure(size, dtype, SETTINGS[name], args.device, usable, budget)
         record["results"].append(row)
-        harness.write(args.out, record)  # each time, so that an interrupted run leaves something
-    names = ["auto", *usable, "published, compiled"]
-    if args.quick:
-        names = ["eager"]
-    rest = harness.Budget(max(args.seconds * 0.4 + budget.left(), 15), len(names))
-    record["first_calls"] = first_calls(names, args.device, rest, warm=not args.quick)
-    harness.write(args.out, record)
+        harness.write(args.out, record)
     show(record, args.device)
     with harness.picture(args.out) as axes:
         if axes:
