@@ -220,7 +220,7 @@ def in_turns(
                 synchronise(device)
                 done = time.perf_counter()
                 if turns < 0:
-                    blocks[name] = min(BLOCK, max(1, int(2e-3 / (done - start))))
+                    blocks[name] = min(BLOCK, max(1, int(2e-2 / (done - start))))
                 else:
                     times[name]["wall"].append((done - start) / blocks[name])
                     times[name]["host"].append((returned - start) / blocks[name])
@@ -244,7 +244,7 @@ def times_as_fast(seconds: Sequence[float], peer: Sequence[float]) -> float:
 
 
 def launches(call: Call, device: str, calls: int = 10) -> dict[str, Any]:
-    """Count what one call hands out, by torch's profiler.
+    """Count what one call hands out, by torch's profiler (which may slow down what runs after it).
 
     On CUDA ``kernels``, ``copies`` (memory copies and fills) and ``device_microseconds``: the time
     that both together keep the device busy, without the gaps between them. On the CPU

@@ -70,8 +70,8 @@ def losses(usable: list[str], compiled: bool) -> dict[str, Loss]:
 
 def measure_alone(
     pairs: int, device: str, usable: list[str], budget: harness.Budget
-) -> dict[str, Any]:
-    """Time forward and backward of every loss on one batch."""
+) -> tuple[dict[str, Any], dict[str, harness.Call]]:
+    """Time forward and backward of every loss on one batch. Returns the results and the calls."""
     seconds, started = budget.share(), time.perf_counter()
     values = np.random.default_rng(pairs).normal(size=(4, pairs)) * 15 - 100
     logps = [
@@ -96,8 +96,7 @@ def measure_alone(
             if peer in times:
                 ratio = 1 / harness.times_as_fast(t["wall"], times[peer]["wall"])
                 rows[name][f"times_the_time_of_{key}"] = ratio
-        rows[name] |= harness.launches(calls[name], device)
-    return {"pairs": pairs, "losses": rows, "left_out": skipped}
+    return {"pairs": pairs, "losses": rows, "left_out": skipped}, calls
 
 
 class Shape(NamedTuple):
@@ -247,11 +246,17 @@ def main() -> None:
     record["alone"] = []
     whole = harness.Budget(args.seconds, 1)
     budget = harness.Budget(args.seconds * 0.6, len(sizes))
+    calls: dict[int, dict[str, harness.Call]] = {}  # to profile when all is timed
     for size in harness.progress(sizes, "loss_overhead"):
-        record["alone"].append(measure_alone(size, args.device, usable, budget))
+        result, calls[size] = measure_alone(size, args.device, usable, budget)
+        record["alone"].append(result)
         harness.write(args.out, record)  # each time, so that an interrupted run leaves something
     alone = next(result for result in record["alone"] if result["pairs"] == shape.pairs)
     record["step"] = measure_steps(shape, args.device, usable, whole.left(), alone)
+    harness.write(args.out, record)
+    for result in record["alone"]:
+        for name, row in result["losses"].items():
+            row |= harness.launches(calls[result["pairs"]][name], args.device)
     harness.write(args.out, record)
     show(record, args.device)
     with harness.picture(args.out, panels=2) as axes:

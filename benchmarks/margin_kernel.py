@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,18 +76,21 @@ print(json.dumps(result))
 """
 
 
-def first_calls(name: str, device: str, budget: harness.Budget, warm: bool) -> dict[str, Any]:
+def first_calls(names: list[str], device: str, seconds: float, warm: bool) -> dict[str, Any]:
     """Time the first solve of 256 gaps in fresh processes, with empty and with filled caches."""
-    end = time.perf_counter() + budget.share()
+    end = time.perf_counter() + seconds
+    plan = [(state, name) for state in ("cold", "warm")[: 1 + warm] for name in names]
+    results: dict[str, Any] = {name: {} for name in names}
     with tempfile.TemporaryDirectory() as caches:
-        environment = os.environ | {
-            "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
-            "TRITON_CACHE_DIR": f"{caches}/triton",
-        }
-        return {
-            state: _first_call(name, device, environment, end - time.perf_counter())
-            for state in ("cold", "warm")[: 1 + warm]
-        }
+        for state, name in harness.progress(plan, "first calls"):
+            directory = Path(caches) / name
+            environment = os.environ | {
+                "TORCHINDUCTOR_CACHE_DIR": str(directory / "inductor"),
+                "TRITON_CACHE_DIR": str(directory / "triton"),
+            }
+            left = end - time.perf_counter()
+            results[name][state] = _first_call(name, device, environment, left)
+    return results
 
 
 def _first_call(name: str, device: str, environment: dict[str, str], seconds: float) -> dict:
@@ -132,8 +136,8 @@ def measure(
     device: str,
     usable: list[str],
     budget: harness.Budget,
-) -> dict[str, Any]:
-    """Time all solvers on one pool."""
+) -> tuple[dict[str, Any], dict[str, harness.Call]]:
+    """Time all solvers on one pool. Returns the results, and the calls to count launches of."""
     seconds = budget.share()
     started = time.perf_counter()
     gaps = torch.tensor(np.random.default_rng(size).normal(size=size) * 2, dtype=dtype).to(device)
@@ -141,18 +145,15 @@ def measure(
     if not (in_time := budget.left() > 0):
         skipped["published, compiled"] = "no time left"
     calls = solvers(gaps, setting, usable, in_time)
-    results = harness.warm_up(calls, device, skipped)
+    large = size >= 1_000_000
+    results = harness.warm_up(calls, device, skipped, times=1 if large else 3)
     results.pop("published routine", None)  # of a batch and a pool of its own
     exact = solve_margins(gaps.double(), **setting, impl="eager").margins
     errors = {
         name: float(((margins - exact).abs() / (setting["gamma0"] + exact)).max())
         for name, margins in results.items()
     }
-    counts = {
-        name: harness.launches(call, device, calls=10 if size < 100_000 else 2)
-        for name, call in calls.items()
-        if name != "numpy"
-    }
+    plain = {name: call for name, call in calls.items() if name != "numpy"}
     if device == "cuda":
         for name in [n for n in calls if n != "published routine"]:
             try:
@@ -163,11 +164,11 @@ def measure(
     target, eight, empty = torch.empty_like(gaps), gaps[:8].clone(), harness.fresh_compile(_add_one)
     floors = {"copy": lambda: target.copy_(gaps), "empty call": lambda: empty(eight)}
     harness.warm_up(floors, device, skipped)
-    counts["copy"] = harness.launches(floors["copy"], device)
     calls |= floors
+    plain["copy"] = floors["copy"]
 
     left = max(seconds - (time.perf_counter() - started), 0.2)
-    times = harness.in_turns(calls, left, device, least=harness.LEAST if size < 1e6 else 2)
+    times = harness.in_turns(calls, left, device, least=2 if large else harness.LEAST)
     moved = 2 * gaps.numel() * gaps.element_size()
     rows = {}
     for name, t in times.items():
@@ -179,14 +180,13 @@ def measure(
             if peer in times and name != "empty call":
                 ratio = harness.times_as_fast(wall, times[peer]["wall"])
                 row[f"times_as_fast_as_{peer.replace(',', '').replace(' ', '_')}"] = ratio
-        row |= counts.get(name, {})
         if name in errors:
             row["error"] = errors[name]
         if name != "empty call":
             row["nanoseconds_per_gap"] = 1e9 * float(np.median(wall)) / size
             row["gigabytes_per_second"] = moved / float(np.median(wall)) / 1e9
         rows[name] = row
-    return {"bytes": moved, "solvers": rows, "left_out": skipped}
+    return {"bytes": moved, "solvers": rows, "left_out": skipped}, plain
 
 
 def _add_one(x: torch.Tensor) -> torch.Tensor:
@@ -260,11 +260,10 @@ def main() -> None:
     record |= {"settings": SETTINGS, "left_out": skipped, "first_calls": {}, "results": []}
 
     whole = harness.Budget(args.seconds, 1)
-    names = ["eager"] if args.quick else ["auto", *usable, "published, compiled"]
-    first = harness.Budget(max(args.seconds * 0.3, 15), len(names))
-    for name in harness.progress(names, "first calls"):
-        record["first_calls"][name] = first_calls(name, args.device, first, warm=not args.quick)
-        harness.write(args.out, record)  # each time, so that an interrupted run leaves something
+    names = ["eager"] if args.quick else ["auto", *reversed(usable), "published, compiled"]
+    most = max(args.seconds * 0.35, 15)
+    record["first_calls"] = first_calls(names, args.device, most, warm=not args.quick)
+    harness.write(args.out, record)
 
     single, double = torch.float32, torch.float64
     plan = [(LLAMA, size, single) for size in SIZES]
@@ -273,11 +272,20 @@ def main() -> None:
     if args.quick:
         plan = [(LLAMA, 256, single)]
     budget = harness.Budget(whole.left(), len(plan))
+    calls: dict[int, dict[str, harness.Call]] = {}  # to profile when all is timed
     for name, size, dtype in harness.progress(plan, "margin_kernel"):
         row = {"setting": name, "gaps": size, "dtype": str(dtype).split(".")[1]}
-        row |= measure(size, dtype, SETTINGS[name], args.device, usable, budget)
-        record["results"].append(row)
-        harness.write(args.out, record)
+        result, calls[len(record["results"])] = measure(
+            size, dtype, SETTINGS[name], args.device, usable, budget
+        )
+        record["results"].append(row | result)
+        harness.write(args.out, record)  # each time, so that an interrupted run leaves something
+    for index, solve in calls.items():
+        result = record["results"][index]
+        for name in solve:
+            times = 10 if result["gaps"] < 100_000 else 1
+            result["solvers"][name] |= harness.launches(solve[name], args.device, times)
+    harness.write(args.out, record)
     show(record, args.device)
     with harness.picture(args.out) as axes:
         if axes:

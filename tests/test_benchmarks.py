@@ -5,6 +5,8 @@ import random
 import sys
 import warnings
 from collections import deque
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import oracles
@@ -84,6 +86,29 @@ def test_counts_operators_but_not_what_they_dispatch():
     x = torch.ones(4)
     assert harness.launches(lambda: (x + x).sum(), "cpu") == {"operators": 2}
     assert harness.launches(lambda: torch.nn.functional.linear(x, x), "cpu") == {"operators": 1}
+
+
+def test_counts_kernels_and_their_time_from_a_profile(monkeypatch):
+    def event(name, microseconds, device=torch.autograd.DeviceType.CUDA, annotation=False):
+        elapsed = SimpleNamespace(elapsed_us=lambda: microseconds)
+        return SimpleNamespace(
+            name=name, device_type=device, is_user_annotation=annotation, time_range=elapsed
+        )
+
+    events = [
+        event("solve_kernel", 40.0),
+        event("solve_kernel", 44.0),
+        event("Memcpy DtoH (Device -> Pageable)", 6.0),
+        event("Torch-Compiled Region", 500.0, annotation=True),
+        event("cudaLaunchKernel", 300.0, device=torch.autograd.DeviceType.CPU),
+    ]
+    profiler = SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: nullcontext(profiler))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    counted = harness.launches(lambda: None, "cuda", calls=2)
+    assert counted == {"kernels": 1.0, "copies": 0.5, "device_microseconds": 45.0}
+    events.clear()
+    assert harness.launches(lambda: None, "cuda") == {}
 
 
 def test_fresh_compile_takes_a_code_object_of_its_own_each_time(monkeypatch):
