@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -31,4 +33,31 @@ def published_margins(reward_gaps: Tensor, gamma0: float, tau: float, steps: int
         gradient = gamma0 * torch.sigmoid(margins - reward_gaps) + tau * kl_gradient
         p = p * torch.exp(-rate * gradient)
         p = p / p.sum()
+    return margins
+
+
+QUEUE_SIZE = 2048  # gaps that each rank remembers
+POOL_SIZE = 256  # gaps that join a solve, the batch's own included
+
+
+def published_routine(
+    reward_gaps: Tensor, gamma0: float, tau: float, queue: deque[float], generator: random.Random
+) -> Tensor:
+    """Margins of a batch as the published training step finds them, with its traffic.
+
+    The pool is the batch and, up to `POOL_SIZE` gaps in all, a random sample of ``queue``: a Python
+    deque of at most `QUEUE_SIZE` earlier gaps. It is put together on the host, so the batch is
+    copied there and the pool back to the device; after the solve the batch is copied to the host a
+    second time, to be remembered. Both copies make the host wait for the device. What the
+    published code also prints each step is left out.
+
+    Source for the facts: as for `published_margins`.
+    """
+    pairs = reward_gaps.shape[0]
+    if pairs > POOL_SIZE:
+        raise ValueError(f"reward_gaps must hold at most {POOL_SIZE} pairs, got {pairs}")
+    earlier = generator.sample(queue, min(len(queue), POOL_SIZE - pairs))
+    pool = torch.tensor(earlier + reward_gaps.tolist(), dtype=reward_gaps.dtype)
+    margins = published_margins(pool.to(reward_gaps.device), gamma0, tau)[len(earlier) :]
+    queue.extend(reward_gaps.tolist())
     return margins
