@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
@@ -9,6 +10,8 @@ from typing import Any, TypeAlias, TypeVar
 # Arrays of any library that follows the array API standard; there is no common type to name yet.
 Array: TypeAlias = Any
 Namespace: TypeAlias = Any
+
+LARGE = 100_000  # entries of a vector
 
 State = TypeVar("State", bound=tuple[Any, ...])
 
@@ -62,6 +65,12 @@ def detach(array: Array) -> Array:
     return array
 
 
+@functools.lru_cache
+def _loop_body(step: Callable[[State], State]) -> Callable[[int, State], State]:
+    """Return the same function each time: JAX compiles a loop anew for another one."""
+    return lambda _, state: step(state)
+
+
 def repeat(
     times: int,
     step: Callable[[State], State],
@@ -75,7 +84,7 @@ def repeat(
     when two steps in a row have left the state ``settled(old, new)``.
     """
     if _is_jax(state[0]):
-        result: State = sys.modules["jax"].lax.fori_loop(0, times, lambda _, s: step(s), state)
+        result: State = sys.modules["jax"].lax.fori_loop(0, times, _loop_body(step), state)
         return result
     numpy = sys.modules.get("numpy")
     look = numpy is not None and isinstance(state[0], numpy.ndarray)
@@ -86,6 +95,13 @@ def repeat(
         if quiet == 2:
             break
     return state
+
+
+def dot(xp: Namespace, v: Array, w: Array) -> Array:
+    """Σ v w of vectors, by a sum in pairs where BLAS, with its few lanes, would lose digits."""
+    if is_torch(v) and sys.modules["torch"].compiler.is_compiling():
+        return v @ w  # a compiler's sum is in pairs, and the size may be a symbol
+    return xp.sum(v * w) if v.shape[0] > LARGE else v @ w
 
 
 def logistic(xp: Namespace, x: Array) -> Array:

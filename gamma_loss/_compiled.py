@@ -32,29 +32,27 @@ def solve(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return margins, ν and the certificate, as `gamma_loss.margins.solve_pool` does."""
     pool = (gaps, mask, context, context_mask)
-    passes = _newton.mild_passes(gamma0, tau, gaps.dtype == torch.float64)
-    hyperparameters = _scalars(gamma0, tau, gaps.dtype, gaps.device)
-    kind = (gaps.dtype, gaps.device.type, *map(_kind_of_size, pool), _same_size(gaps, context))
-    if passes:
-        result: tuple[Tensor, Tensor, Tensor] = _run(
-            _mild, (passes, *kind), *pool, *hyperparameters, passes
-        )
+    g0, a = _scalars(gamma0, tau, gaps.dtype, gaps.device)
+    home = (gaps.dtype, gaps.device.type)
+    if passes := _newton.mild_passes(gamma0, tau, gaps.dtype == torch.float64):
+        same = context is not None and len(context) == len(gaps)  # one symbol or two
+        kind = (passes, *home, *map(_size_class, pool), same)
+        result: tuple[Tensor, Tensor, Tensor] = _run(_mild, kind, *pool, g0, a, passes)
         return result
 
-    # The safeguarded passes are one program, called as often as needed: unrolled they would take
-    # minutes to compile.
-    inside, finite, state = _run(_start, ("start", *kind), *pool, *hyperparameters)
+    # One safeguarded pass is compiled, and called as often as needed: the whole, unrolled, would
+    # take minutes to compile.
+    gaps, inside, finite = assemble(*pool)
+    state = _newton.bracketed_start(torch, gaps, inside, g0, a)
     look = gaps.device.type == "cpu"  # where a value costs no synchronisation
-    kind = ("pass", gaps.dtype, gaps.device.type, min(inside.shape[0], 2))
     quiet = 0
     for _ in range(_newton.bracketed_passes(gamma0, tau)):
-        state, settled = _run(_pass, kind, state)
+        state, settled = _run(_pass, ("pass", *home, _size_class(gaps)), state)
         quiet = quiet + 1 if look and settled.item() else 0
         if quiet == 2:
             break
-    kind = ("end", *kind[1:], mask is None, _kind_of_size(gaps), inside.shape == gaps.shape)
-    result = _run(_end, kind, inside, finite, mask, gaps, state)
-    return result
+    margins, nu, residual = _newton.bracketed_end(torch, inside, state)
+    return deliver(margins, finite, mask, len(pool[0]), gamma0), nu, residual
 
 
 def _mild(
@@ -71,32 +69,9 @@ def _mild(
     return deliver(margins, finite, mask, gaps.shape[0], gamma0), nu, residual
 
 
-def _start(
-    gaps: Tensor,
-    mask: Tensor | None,
-    context: Tensor | None,
-    context_mask: Tensor | None,
-    gamma0: Tensor,
-    a: Tensor,
-) -> tuple[Tensor, Tensor, _newton.BracketedState]:
-    pool, inside, finite = assemble(gaps, mask, context, context_mask)
-    return inside, finite, _newton.bracketed_start(torch, pool, inside, gamma0, a)
-
-
 def _pass(state: _newton.BracketedState) -> tuple[_newton.BracketedState, Tensor]:
     new = _newton.bracketed_pass(state)
     return new, _newton.settled(state, new)
-
-
-def _end(
-    inside: Tensor,
-    finite: Tensor,
-    mask: Tensor | None,
-    gaps: Tensor,
-    state: _newton.BracketedState,
-) -> tuple[Tensor, Tensor, Tensor]:
-    margins, nu, residual = _newton.bracketed_end(torch, inside, state)
-    return deliver(margins, finite, mask, gaps.shape[0], state.gamma0), nu, residual
 
 
 def _run(function: Callable[..., Any], kind: tuple[Any, ...], *arguments: Any) -> Any:
@@ -127,10 +102,6 @@ def _scalars(
     )
 
 
-def _kind_of_size(array: Tensor | None) -> int:
-    """Sizes 0 and 1 are constants of a program; others are symbols."""
-    return -1 if array is None else min(array.shape[0], 2)
-
-
-def _same_size(gaps: Tensor, context: Tensor | None) -> bool:
-    return context is not None and context.shape == gaps.shape
+def _size_class(array: Tensor | None) -> int:
+    """Sizes of 0 and 1 are constants of a program; others are symbols."""
+    return -1 if array is None else min(len(array), 2)

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from gamma_loss._arrays import Array, Namespace, logistic, repeat, solver_namespace
+from gamma_loss._arrays import Array, Namespace, dot, logistic, repeat, solver_namespace
 
 # Where undamped Newton steps are safe: for a < 1.5 they first failed at κ e^a = 9.5 (16 million
 # random pools), where a step overshoots the bend of the sigmoid and can cycle.
@@ -80,17 +80,17 @@ def newton(
     """
     one, log_gamma0 = xp.ones_like(gamma0), xp.log(gamma0)
     h, u, nu = gamma0, log_gamma0, log_gamma0
-    total = (inside @ inside) * gamma0
+    total = dot(xp, inside, inside) * gamma0
     for _ in range(passes):
         p = logistic(xp, h - gaps)
         s = a * p
         v = u + s
         d = h * (s * p - s) - one
         w = inside * h / d
-        nu = (w @ (v + d) - total) / (w @ inside)
+        nu = (dot(xp, w, v + d) - total) / dot(xp, w, inside)
         u = u + (v - nu) / d
         h = xp.exp(u)
-    scale = total / (inside @ h)
+    scale = total / dot(xp, inside, h)
     h = h * scale
     # 0, where an entry takes no part, is in the range of the others, as ν lies in that of v.
     v_minus_nu = (u + xp.log(scale) - nu + a * logistic(xp, h - gaps)) * inside
@@ -136,12 +136,14 @@ def bracketed_start(
     xp: Namespace, gaps: Array, inside: Array, gamma0: Array, a: Array
 ) -> BracketedState:
     """Brackets, and the Newton step from equal margins."""
-    weights = inside / (inside @ inside)
+    weights = inside / dot(xp, inside, inside)
     cap = -xp.log(xp.max(weights))
     low, high = _level_bracket(xp, gaps, inside, gamma0, a, cap)
     at_start = p, q = _sigmoids(xp, gamma0 - gaps)
     d = a * gamma0 * p * q + 1
-    level = _clip(xp, _log(xp, (weights / d) @ p) - _log(xp, (weights / d) @ q), low, high)
+    level = _clip(
+        xp, _log(xp, dot(xp, weights / d, p)) - _log(xp, dot(xp, weights / d, q)), low, high
+    )
     at_level = _sigmoids(xp, level)
     r = a * _rise(xp, gamma0 - gaps - level, at_start, at_level)
     u_low, u_high = _closed_form_bracket(xp, gaps, gamma0, a, cap, at_start, level, at_level)
@@ -159,7 +161,7 @@ def bracketed_end(
 ) -> tuple[Array, Array, Array]:
     """Return ``(γ, ν, residual)``, the budget met exactly."""
     gamma0, a = state.gamma0, state.a
-    u = state.u - xp.log(state.weights @ xp.exp(state.u))
+    u = state.u - xp.log(dot(xp, state.weights, xp.exp(state.u)))
     r, _ = _residuals(xp, state.gaps, gamma0, a, u, state.level, state.at_level)
     r = r * inside  # 0 lies in the range of r
     return gamma0 * xp.exp(u), a * state.at_level[0], (xp.max(r) - xp.min(r)) / 2
@@ -196,8 +198,8 @@ def bracketed_pass(state: BracketedState) -> BracketedState:
     size = xp.abs(r)
     near = 2 * size / d
     off = xp.where((gamma0 * x + 1) * near < 0.69, xp.minimum(size, near), size)
-    least = weights @ xp.exp(xp.where(above, xp.maximum(u - off, u_low), u))
-    most = weights @ xp.exp(xp.where(above, u, xp.minimum(u + off, u_high)))
+    least = dot(xp, weights, xp.exp(xp.where(above, xp.maximum(u - off, u_low), u)))
+    most = dot(xp, weights, xp.exp(xp.where(above, u, xp.minimum(u + off, u_high))))
     too_high, too_low = least > 1, most < 1
     level_high = xp.where(too_high, level, level_high)
     level_low = xp.where(too_low, level, level_low)
@@ -212,7 +214,7 @@ def bracketed_pass(state: BracketedState) -> BracketedState:
     # The Newton step of the level, by at most half its bracket. Where the side of λ is not proven,
     # it has to be half the last one, or ν stays and only the pairs move: no going in circles.
     w = weights * x / d
-    d_nu = (w @ (r - d) + 1) / (w @ xp.ones_like(w))
+    d_nu = (dot(xp, w, r - d) + 1) / xp.sum(w)
     reach = _HALF * (level_high - level_low)
     new = _clip(xp, level + _logit_change(xp, *at_level, d_nu / a)[1], level - reach, level + reach)
     length = xp.abs(new - level)

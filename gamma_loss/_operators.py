@@ -34,15 +34,17 @@ def choose(impl: str, gaps: Tensor, size: int, gamma0: float, tau: float) -> str
     it. In a graph being traced, mild settings become part of it. Others would add some thousand
     nodes to it, and become one operator.
     """
-    if impl == "eager" or gamma0 == 0:
+    if gamma0 == 0:
         return "eager"
-    if impl == "triton":
-        return "triton" if _launcher(gaps.device) else "eager"
+    if impl == "triton" and _launcher(gaps.device):
+        return "triton"
     if torch.compiler.is_compiling():
         mild = _newton.mild_passes(gamma0, tau, gaps.dtype == torch.float64)
-        return "eager" if mild else "operator"
+        return "eager" if mild or impl == "eager" else "operator"
     if impl == "compile":
-        return "compile"
+        return "compile" if size > 1 else "eager"
+    if impl in ("eager", "triton"):
+        return "eager"
     if gaps.device.type == "cpu":
         return "operator" if size <= NUMPY_LIMIT else "eager"
     return "triton" if gaps.device.type in ("cuda", "xpu") and _launcher(gaps.device) else "eager"

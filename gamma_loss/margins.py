@@ -202,7 +202,7 @@ def solve_pool(
 def assemble(
     gaps: Array, mask: Array | None, context: Array | None, context_mask: Array | None
 ) -> tuple[Array, Array, Array]:
-    """Return the gaps of the pool (0 for one left out), 1 for those inside, and which are finite."""
+    """Return the pool's gaps (0 for one left out), 1 for those inside, and which are finite."""
     xp = solver_namespace(gaps)
     pool, in_pool = gaps, mask
     if context is not None:

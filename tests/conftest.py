@@ -7,12 +7,22 @@ import hypothesis
 import numpy as np
 import pytest
 
+from gamma_loss import MarginSolution, solve_margins
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Random examples on a developer's machine, the same ones every time where CI is to be repeatable.
 hypothesis.settings.register_profile(
     "default", deadline=None, print_blob=True, derandomize=bool(os.environ.get("CI"))
 )
 hypothesis.settings.load_profile("default")
+
+try:
+    import torch as _torch
+
+    if not _torch.cuda.is_available():  # then Triton's kernels run in its interpreter
+        os.environ["TRITON_INTERPRET"] = "1"
+except ImportError:
+    pass
 
 LIBRARIES = ("numpy", "torch", "jax", "array_api_strict")
 
@@ -54,3 +64,44 @@ def torch():
 @pytest.fixture(scope="session")
 def jax():
     return Library("jax") and importlib.import_module("jax")
+
+
+class Solver:
+    """`solve_margins` by one implementation, from NumPy arrays to NumPy arrays."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        if name != "numpy":
+            self.torch = pytest.importorskip("torch")
+        if name == "triton":
+            pytest.importorskip("triton")
+
+    def __call__(self, gaps, *, context=None, context_mask=None, mask=None, **settings):
+        arrays = {"context": context, "context_mask": context_mask, "mask": mask}
+        if self.name == "numpy":
+            return solve_margins(np.asarray(gaps), **arrays, **settings)
+        device = "cuda" if self.torch.cuda.is_available() else "cpu"
+        arrays = {
+            name: None if array is None else self.torch.tensor(np.asarray(array), device=device)
+            for name, array in {"reward_gaps": np.asarray(gaps), **arrays}.items()
+        }
+        solution = solve_margins(**arrays, **settings, impl=self.name)
+        return MarginSolution(*(np.asarray(array.cpu())[()] for array in solution))
+
+    def settings(self, max_examples: int = 100):
+        """As many random examples as a slow implementation can bear."""
+        share = {"numpy": 1, "compile": 1 / 2, "triton": 1 / 10}[self.name]
+        return hypothesis.settings(max_examples=max(5, int(max_examples * share)))
+
+
+# One worker gets all tests of "compile", so that it compiles everything once.
+@pytest.fixture(
+    scope="session",
+    params=[
+        "numpy",
+        pytest.param("compile", marks=pytest.mark.xdist_group("compile")),
+        "triton",
+    ],
+)
+def solver(request) -> Solver:
+    return Solver(request.param)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import oracles
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import gamma0s, pools, taus
 
@@ -32,31 +32,40 @@ def error(margins, gaps, gamma0, tau):
     return float(np.max(np.abs(x - expected) / (1 + expected)))
 
 
-@settings(max_examples=300)
-@given(pools(), gamma0s, taus)
-def test_float64_accuracy_over_the_domain(gaps, gamma0, tau):
-    solution = solve_margins(gaps, gamma0=gamma0, tau=tau)
-    assert solution.margins.dtype == np.float64
-    assert error(solution.margins, gaps, gamma0, tau) <= 1e-10
+def test_float64_accuracy_over_the_domain(solver):
+    @solver.settings(300)
+    @given(pools(), gamma0s, taus)
+    def check(gaps, gamma0, tau):
+        solution = solver(gaps, gamma0=gamma0, tau=tau)
+        assert solution.margins.dtype == np.float64
+        assert error(solution.margins, gaps, gamma0, tau) <= 1e-10
+
+    check()
 
 
-@settings(max_examples=300)
-@given(pools(), gamma0s, taus)
-def test_float32_accuracy_over_the_domain(gaps, gamma0, tau):
-    gaps = gaps.astype(np.float32)
-    solution = solve_margins(gaps, gamma0=gamma0, tau=tau)
-    assert solution.margins.dtype == np.float32
-    assert error(solution.margins, gaps.astype(np.float64), gamma0, tau) <= 2e-4
+def test_float32_accuracy_over_the_domain(solver):
+    @solver.settings(300)
+    @given(pools(), gamma0s, taus)
+    def check(gaps, gamma0, tau):
+        gaps = gaps.astype(np.float32)
+        solution = solver(gaps, gamma0=gamma0, tau=tau)
+        assert solution.margins.dtype == np.float32
+        assert error(solution.margins, gaps.astype(np.float64), gamma0, tau) <= 2e-4
+
+    check()
 
 
 @pytest.mark.parametrize("name", PUBLISHED_SETTINGS)
-@settings(max_examples=50)
-@given(gaps=pools())
-def test_float32_accuracy_in_the_published_settings(name, gaps):
-    gamma0, tau = PUBLISHED_SETTINGS[name]["gamma0"], PUBLISHED_SETTINGS[name]["tau"]
-    gaps = gaps.astype(np.float32)
-    solution = solve_margins(gaps, gamma0=gamma0, tau=tau)
-    assert error(solution.margins, gaps.astype(np.float64), gamma0, tau) <= 1e-5
+def test_float32_accuracy_in_the_published_settings(solver, name):
+    @solver.settings(50)
+    @given(gaps=pools())
+    def check(gaps):
+        gamma0, tau = PUBLISHED_SETTINGS[name]["gamma0"], PUBLISHED_SETTINGS[name]["tau"]
+        gaps = gaps.astype(np.float32)
+        solution = solver(gaps, gamma0=gamma0, tau=tau)
+        assert error(solution.margins, gaps.astype(np.float64), gamma0, tau) <= 1e-5
+
+    check()
 
 
 @pytest.mark.parametrize(("gaps", "gamma0", "tau"), EXTREME)
@@ -89,9 +98,9 @@ def test_a_million_gaps(gamma0, tau):
 
 
 @pytest.mark.parametrize("case", PUBLISHED["cases"], ids=lambda case: case["name"])
-def test_parity_with_the_published_implementation(case):
+def test_parity_with_the_published_implementation(solver, case):
     gaps, context = np.array(case["reward_gaps"]), np.array(case["context"])
-    solution = solve_margins(gaps, gamma0=case["gamma0"], tau=case["tau"], context=context)
+    solution = solver(gaps, gamma0=case["gamma0"], tau=case["tau"], context=context)
     bound = 2e-6 * case["gamma0"]
     assert np.max(np.abs(solution.margins - case["published_margins"])) <= bound
     shifts = solution.margins - case["gamma0"]
@@ -103,41 +112,57 @@ def rounding(gamma0, tau, size=1):
     return 64 * np.finfo(np.float64).eps * (1 + gamma0 / tau + math.log(size))
 
 
-@given(pools(min_size=2), gamma0s, taus)
-def test_order_budget_and_bounds(gaps, gamma0, tau):
-    margins, multiplier, _ = solve_margins(gaps, gamma0=gamma0, tau=tau)
-    slack, a = rounding(gamma0, tau, gaps.size), gamma0 / tau
-    x = margins / gamma0
-    assert abs(x.mean() - 1) <= slack
-    ordered = x[np.argsort(gaps, kind="stable")]
-    assert np.all(np.diff(ordered) >= -slack * (1 + ordered[1:]))
-    with np.errstate(over="ignore"):
-        assert np.all(x >= np.exp(-a) * (1 - slack))
-        assert np.all(x <= np.exp(a) * (1 + slack))
-    assert -slack <= multiplier <= a + slack * (1 + a)
+def test_order_budget_and_bounds(solver):
+    @solver.settings()
+    @given(pools(min_size=2), gamma0s, taus)
+    def check(gaps, gamma0, tau):
+        margins, multiplier, _ = solver(gaps, gamma0=gamma0, tau=tau)
+        slack, a = rounding(gamma0, tau, gaps.size), gamma0 / tau
+        x = margins / gamma0
+        assert abs(x.mean() - 1) <= slack
+        ordered = x[np.argsort(gaps, kind="stable")]
+        assert np.all(np.diff(ordered) >= -slack * (1 + ordered[1:]))
+        with np.errstate(over="ignore"):
+            assert np.all(x >= np.exp(-a) * (1 - slack))
+            assert np.all(x <= np.exp(a) * (1 + slack))
+        assert -slack <= multiplier <= a + slack * (1 + a)
+
+    check()
 
 
-@given(pools(min_size=2), gamma0s, taus, st.randoms(use_true_random=False))
-def test_permuting_the_pool_permutes_the_margins(gaps, gamma0, tau, random):
-    order = list(range(gaps.size))
-    random.shuffle(order)
-    x = solve_margins(gaps, gamma0=gamma0, tau=tau).margins / gamma0
-    permuted = solve_margins(gaps[order], gamma0=gamma0, tau=tau).margins / gamma0
-    assert np.max(np.abs(permuted - x[order]) / (1 + x)) <= rounding(gamma0, tau, gaps.size)
+def test_permuting_the_pool_permutes_the_margins(solver):
+    @solver.settings()
+    @given(pools(min_size=2), gamma0s, taus, st.randoms(use_true_random=False))
+    def check(gaps, gamma0, tau, random):
+        order = list(range(gaps.size))
+        random.shuffle(order)
+        x = solver(gaps, gamma0=gamma0, tau=tau).margins / gamma0
+        permuted = solver(gaps[order], gamma0=gamma0, tau=tau).margins / gamma0
+        assert np.max(np.abs(permuted - x[order]) / (1 + x)) <= rounding(gamma0, tau, gaps.size)
+
+    check()
 
 
-@given(st.floats(-1e4, 1e4), st.integers(1, 30), gamma0s, taus)
-def test_equal_gaps_and_one_gap_give_gamma0(gap, size, gamma0, tau):
-    margins = solve_margins(np.full(size, gap), gamma0=gamma0, tau=tau).margins
-    np.testing.assert_allclose(margins, gamma0, rtol=rounding(gamma0, tau, size))
+def test_equal_gaps_and_one_gap_give_gamma0(solver):
+    @solver.settings()
+    @given(st.floats(-1e4, 1e4), st.integers(1, 30), gamma0s, taus)
+    def check(gap, size, gamma0, tau):
+        margins = solver(np.full(size, gap), gamma0=gamma0, tau=tau).margins
+        np.testing.assert_allclose(margins, gamma0, rtol=rounding(gamma0, tau, size))
+
+    check()
 
 
-@given(pools(), gamma0s)
-def test_large_tau_gives_gamma0(gaps, gamma0):
-    # |log x| <= a, so |x - 1| <= e^a - 1
-    tau = 1e9
-    margins = solve_margins(gaps, gamma0=gamma0, tau=tau).margins
-    np.testing.assert_allclose(margins, gamma0, rtol=math.expm1(gamma0 / tau) + 1e-15)
+def test_large_tau_gives_gamma0(solver):
+    @solver.settings()
+    @given(pools(), gamma0s)
+    def check(gaps, gamma0):
+        # |log x| <= a, so |x - 1| <= e^a - 1
+        tau = 1e9
+        margins = solver(gaps, gamma0=gamma0, tau=tau).margins
+        np.testing.assert_allclose(margins, gamma0, rtol=math.expm1(gamma0 / tau) + 1e-15)
+
+    check()
 
 
 def test_gamma0_of_zero_gives_no_margins(library):
@@ -170,18 +195,21 @@ def test_certificate_bounds_the_error_of_any_candidate(gaps, gamma0, tau, seed):
     assert np.mean(np.abs(x - exact)) <= 2 * np.expm1(residual) + 1e-15
 
 
-@settings(max_examples=200)
-@given(pools(), gamma0s, taus)
-def test_residual_is_the_certificate_and_small(gaps, gamma0, tau):
-    margins, multiplier, residual = solve_margins(gaps, gamma0=gamma0, tau=tau)
-    expected, nu = oracles.margins(gaps, gamma0, tau)
-    a, eps = gamma0 / tau, np.finfo(np.float64).eps
-    error = np.mean(np.abs(margins - expected)) / gamma0
-    assert error <= 2 * np.expm1(residual) + rounding(gamma0, tau, gaps.size)  # of x itself
-    # v inherits the rounding error of z = γ0 x - g, times at most a/4, and of u.
-    z = gamma0 * (margins / gamma0).max() + np.abs(gaps).max()
-    assert residual <= 16 * eps * (1 + a + a * z)
-    assert abs(multiplier - nu) <= 1e-10 * (1 + a)
+def test_residual_is_the_certificate_and_small(solver):
+    @solver.settings(200)
+    @given(pools(), gamma0s, taus)
+    def check(gaps, gamma0, tau):
+        margins, multiplier, residual = solver(gaps, gamma0=gamma0, tau=tau)
+        expected, nu = oracles.margins(gaps, gamma0, tau)
+        a, eps = gamma0 / tau, np.finfo(np.float64).eps
+        error = np.mean(np.abs(margins - expected)) / gamma0
+        assert error <= 2 * np.expm1(residual) + rounding(gamma0, tau, gaps.size)  # of x itself
+        # v inherits the rounding error of z = γ0 x - g, times at most a/4, and of u.
+        z = gamma0 * (margins / gamma0).max() + np.abs(gaps).max()
+        assert residual <= 16 * eps * (1 + a + a * z)
+        assert abs(multiplier - nu) <= 1e-10 * (1 + a)
+
+    check()
 
 
 def test_residual_tells_of_an_unfinished_solve(monkeypatch):
@@ -196,35 +224,43 @@ def test_residual_tells_of_an_unfinished_solve(monkeypatch):
     assert 1e-6 < np.mean(np.abs(x - exact)) <= 2 * np.expm1(residual)
 
 
-@given(pools(), pools(), gamma0s, taus)
-@example(np.array([1.0]), np.array([-1.0, 3.0]), 100.0, 1e-3)
-def test_context_joins_the_pool(gaps, context, gamma0, tau):
-    together = solve_margins(np.concatenate([gaps, context]), gamma0=gamma0, tau=tau)
-    split = solve_margins(gaps, gamma0=gamma0, tau=tau, context=context)
-    np.testing.assert_array_equal(split.margins, together.margins[: gaps.size])
-    assert split.multiplier == together.multiplier
+def test_context_joins_the_pool(solver):
+    @solver.settings()
+    @given(pools(), pools(), gamma0s, taus)
+    @example(np.array([1.0]), np.array([-1.0, 3.0]), 100.0, 1e-3)
+    def check(gaps, context, gamma0, tau):
+        together = solver(np.concatenate([gaps, context]), gamma0=gamma0, tau=tau)
+        split = solver(gaps, gamma0=gamma0, tau=tau, context=context)
+        np.testing.assert_array_equal(split.margins, together.margins[: gaps.size])
+        assert split.multiplier == together.multiplier
+
+    check()
 
 
-@given(pools(), pools(), gamma0s, taus, st.randoms(use_true_random=False))
-def test_masked_entries_are_as_if_absent(gaps, context, gamma0, tau, random):
-    junk = [0.0, 1e4, -7.0, math.nan, math.inf]
-    mixed = [(gap, True) for gap in gaps] + [(random.choice(junk), False) for _ in range(5)]
-    random.shuffle(mixed)
-    mask = np.array([kept for _, kept in mixed])
-    values = np.array([gap for gap, _ in mixed])
-    plain = solve_margins(values[mask], gamma0=gamma0, tau=tau, context=context)
-    masked = solve_margins(
-        values,
-        gamma0=gamma0,
-        tau=tau,
-        context=np.concatenate([context, [5.0, math.nan, 3.0]]),
-        context_mask=np.arange(context.size + 3) < context.size,
-        mask=mask,
-    )
-    x, expected = masked.margins / gamma0, plain.margins / gamma0
-    tolerance = rounding(gamma0, tau, gaps.size + context.size)
-    assert np.max(np.abs(x[mask] - expected) / (1 + expected)) <= tolerance
-    assert np.all(masked.margins[~mask] == gamma0)
+def test_masked_entries_are_as_if_absent(solver):
+    @solver.settings()
+    @given(pools(), pools(), gamma0s, taus, st.randoms(use_true_random=False))
+    def check(gaps, context, gamma0, tau, random):
+        junk = [0.0, 1e4, -7.0, math.nan, math.inf]
+        mixed = [(gap, True) for gap in gaps] + [(random.choice(junk), False) for _ in range(5)]
+        random.shuffle(mixed)
+        mask = np.array([kept for _, kept in mixed])
+        values = np.array([gap for gap, _ in mixed])
+        plain = solver(values[mask], gamma0=gamma0, tau=tau, context=context)
+        masked = solver(
+            values,
+            gamma0=gamma0,
+            tau=tau,
+            context=np.concatenate([context, [5.0, math.nan, 3.0]]),
+            context_mask=np.arange(context.size + 3) < context.size,
+            mask=mask,
+        )
+        x, expected = masked.margins / gamma0, plain.margins / gamma0
+        tolerance = rounding(gamma0, tau, gaps.size + context.size)
+        assert np.max(np.abs(x[mask] - expected) / (1 + expected)) <= tolerance
+        assert np.all(masked.margins[~mask] == gamma0)
+
+    check()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -14,9 +14,10 @@ from gamma_loss.kernels import triton_kernels as kernels
 
 POOL_LIMIT = 16_384  # the largest pool that one program takes
 PROGRAMS = 1024  # at most, for a larger one
-# (entries, warps) at a time: measured to spill no registers on sm_90, for pools that fit and others.
+# (entries at a time, warps) for pools that fit, and for others: they spill no registers on sm_90.
 SMALL, LARGE = {False: (256, 8), True: (512, 16)}, (1024, 8)
-ROUNDS = {True: 6, False: 48}  # levels that a large pool may try: mild, any; those left over return
+# Levels that a large pool may try, in mild settings and in others; rounds left over return at once.
+ROUNDS = {True: 6, False: 48}
 
 # Whether Triton runs its kernels on the CPU, in Python.
 INTERPRETED = type(kernels.pool_kernel).__name__ == "InterpretedFunction"

@@ -179,7 +179,7 @@ def _level_bracket(least, largest, gamma0, a):
 
 @triton.jit
 def _first_level(p_sum, q_sum, low, high):
-    """The Newton step from equal margins."""
+    """Take the Newton step from equal margins."""
     level = tl.log(tl.maximum(p_sum, 1e-37)) - tl.log(tl.maximum(q_sum, 1e-37))
     return tl.minimum(tl.maximum(level, low), high)
 
@@ -206,7 +206,7 @@ def _settled(level, last, mass, EPS: tl.constexpr):
 
 @triton.jit
 def _v(u, gaps, gamma0, a):
-    """The certificate's log x + a σ(γ0 x - g)."""
+    """Return log x + a σ(γ0 x - g), which the certificate is about."""
     p, _q = _sigmoids(gamma0 * tl.exp(u) - gaps)
     return u + a * p
 
@@ -257,6 +257,7 @@ def pool_kernel(
     CENTERED: tl.constexpr,
     REDUCTION: tl.constexpr,
 ):
+    """Solve a pool in one program, and go on to a loss if there is one to write."""
     lane = tl.arange(0, BLOCK)
     zero = tl.zeros((BLOCK,), T)
     beta, gamma0 = tl.full((), beta, T), tl.full((), gamma0, T)
@@ -293,7 +294,8 @@ def pool_kernel(
     if PASSES > 0:
         # With v = u + a σ: u ← u - (v - ν) / D, kept as state_u + ν state_slope, so that each
         # step is one sweep over the pool.
-        nu = a * tl.where(empty, 0.0, wp_sum / w_sum)
+        p_equal, _q_equal = _sigmoids(gamma0)  # of gaps that are all 0
+        nu = a * tl.where(empty, p_equal, wp_sum / tl.where(empty, 1.0, w_sum))
         for _ in range(PASSES - 1):
             tl.debug_barrier()
             w_acc, wr_acc = zero, zero
@@ -568,6 +570,7 @@ def finish_kernel(
 
 @triton.jit
 def certify_kernel(partials, certificate, programs, P: tl.constexpr):
+    """Write the certificate, from the extremes of v."""
     lane = tl.arange(0, P)
     least = tl.load(partials + lane, mask=lane < programs, other=float("inf"))
     largest = tl.load(partials + P + lane, mask=lane < programs, other=float("-inf"))

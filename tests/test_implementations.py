@@ -1,0 +1,571 @@
+"""impl="compile" and impl="triton": what only they promise. Accuracy is in test_margins."""
+
+import subprocess
+import sys
+import threading
+import warnings
+
+import numpy as np
+import pytest
+
+from gamma_loss import gamma_dpo_loss, gamma_preference_loss, gamma_simpo_loss, solve_margins
+
+MILD, HARD = {"gamma0": 4.0, "tau": 10.0}, {"gamma0": 20.0, "tau": 2.0}
+CORNERS = [  # corners of the domain that random pools seldom reach
+    ([1e4, -1e4], 100.0, 1e-3),
+    ([0.0], 100.0, 1e-3),
+    ([-1e4, -1e4, 1e4], 1e-3, 1e3),
+    ([100.0, 101.0, 99.0, 150.0, 0.0], 100.0, 1e-3),
+    ([22.67784608, 3580.15056838], 82.10179909, 6.29615817),
+    ([1.70807319, 1e4], 16.89889605, 2.26420756),
+]
+
+
+@pytest.fixture
+def device(torch):
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def triton(torch):
+    return pytest.importorskip("triton")
+
+
+@pytest.fixture
+def operators(torch, monkeypatch):
+    """The module that chooses, as if nothing had failed yet."""
+    from gamma_loss import _operators
+
+    monkeypatch.setattr(_operators, "_given_up", set())
+    return _operators
+
+
+def rows(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape) * 3
+
+
+@pytest.mark.parametrize(("gaps", "gamma0", "tau"), CORNERS)
+def test_corners_of_the_domain(solver, gaps, gamma0, tau):
+    for dtype, tolerance in ((np.float64, 1e-10), (np.float32, 2e-4)):
+        gaps = np.asarray(gaps, dtype=dtype)
+        x = solver(gaps, gamma0=gamma0, tau=tau).margins / gamma0
+        expected = solve_margins(gaps.astype(np.float64), gamma0=gamma0, tau=tau).margins / gamma0
+        assert np.max(np.abs(x - expected) / (1 + expected)) <= tolerance
+
+
+@pytest.mark.parametrize("setting", [MILD, HARD])
+def test_bad_gaps_and_empty_pools(solver, setting):
+    gaps, context = np.array([-2.0, 0.5, np.nan, 3.0, -np.inf]), np.array([1.0, np.inf, -1.0])
+    expected = solve_margins(gaps[[0, 1, 3]], context=context[[0, 2]], **setting)
+    solution = solver(gaps, context=context, **setting)
+    np.testing.assert_allclose(solution.margins[[0, 1, 3]], expected.margins, rtol=1e-13)
+    assert np.isnan(solution.margins[[2, 4]]).all()
+    none = np.zeros(5, dtype=bool)
+    empty = solver(gaps, context=context, mask=none, context_mask=none[:3], **setting)
+    assert (empty.margins == setting["gamma0"]).all()
+    assert np.isfinite(empty.multiplier)
+    assert abs(empty.residual) <= 1e-12
+
+
+def test_other_libraries_have_neither_compile_nor_triton(jax):
+    for gaps in (np.array([1.0, 2.0]), jax.numpy.asarray([1.0, 2.0])):
+        for impl in ("compile", "triton"):
+            with pytest.raises(ValueError, match=f"impl='{impl}' needs torch tensors, got "):
+                solve_margins(gaps, **MILD, impl=impl)
+    with pytest.raises(ValueError, match=r"impl must be one of .*, got 'cuda'"):
+        solve_margins(np.array([1.0]), **MILD, impl="cuda")
+
+
+# --- the rule of "auto" ---
+
+
+def test_auto_by_device_and_size(torch, operators, monkeypatch):
+    few, many = torch.zeros(2), operators.NUMPY_LIMIT + 1
+    assert operators.choose("auto", few, 2, 4.0, 10.0) == "operator"
+    assert operators.choose("auto", few, many, 4.0, 10.0) == "eager"
+    assert operators.choose("auto", few, 2, 0.0, 10.0) == "eager"
+    fake = pytest.importorskip("torch._subclasses").FakeTensorMode()
+    with fake:
+        on_gpu = torch.empty(2, device="cuda")
+    monkeypatch.setattr(operators, "_launcher", lambda device: object())
+    assert operators.choose("auto", on_gpu, many, 20.0, 2.0) == "triton"
+    monkeypatch.setattr(operators, "_launcher", lambda device: None)
+    assert operators.choose("auto", on_gpu, 2, 20.0, 2.0) == "eager"
+
+
+# --- compile ---
+
+
+def graphs(torch):
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture
+def compiled(torch):
+    from gamma_loss import _compiled
+
+    _compiled._programs.clear()
+    torch.compiler.reset()
+    return _compiled
+
+
+def test_one_program_serves_all_sizes_and_hyperparameters(torch, compiled):
+    def solve(size, gamma0):
+        gaps = torch.tensor(rows(size), dtype=torch.float32)
+        margins = solve_margins(gaps, gamma0=gamma0, tau=10.0, impl="compile").margins
+        expected = solve_margins(gaps, gamma0=gamma0, tau=10.0, impl="eager").margins
+        torch.testing.assert_close(margins, expected)
+
+    solve(100, 4.0)
+    before = graphs(torch)
+    for size in (2, 77, 2304, 4096):
+        for gamma0 in (4.0, 3.9, 2.0):
+            solve(size, gamma0)
+    assert graphs(torch) == before
+    solve(5000, 4.0)  # on the CPU, Inductor makes another program of more than 4096
+    middle = graphs(torch)
+    for size in (4097, 30_000):
+        solve(size, 3.0)
+    assert graphs(torch) == middle <= before + 1
+    assert len(compiled._programs) == 1
+
+
+def test_inductor_makes_one_kernel_of_a_solve(torch, compiled):
+    run_and_get_code = pytest.importorskip("torch._inductor.utils").run_and_get_code
+    gaps = torch.tensor(rows(50), dtype=torch.float32)
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        _, (code,) = run_and_get_code(lambda: solve_margins(gaps, **MILD, impl="compile"))
+    assert code.count("async_compile.cpp_pybinding(") == 1
+    assert "extern_kernels" not in code
+
+
+def test_threads_share_one_compilation(torch, compiled):
+    gaps = torch.tensor(rows(33))
+    expected = solve_margins(gaps, **MILD, impl="eager").margins
+    results, start = [None] * 6, threading.Barrier(6)
+
+    def solve(i):
+        start.wait()
+        results[i] = solve_margins(gaps, **MILD, impl="compile").margins
+
+    before = graphs(torch)
+    threads = [threading.Thread(target=solve, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert graphs(torch) == before + 1
+    for result in results:
+        torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("setting", [MILD, HARD])
+@pytest.mark.parametrize("impl", ["auto", "compile", "triton"])
+def test_one_graph_in_the_callers_compile(torch, triton, device, setting, impl):
+    torch.compiler.reset()
+    captured = []
+
+    def backend(module, inputs):
+        captured.append(module)
+        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+
+    def loss(*logps):
+        value, aux = gamma_dpo_loss(*logps, beta=0.1, **setting, impl=impl)
+        return value, aux.margins
+
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    for seed in range(3):
+        logps = [torch.tensor(row, device=device) for row in rows((4, 9), seed)]
+        logps[0].requires_grad_()
+        value, margins = compiled(*logps)
+        expected, expected_margins = loss(*logps)
+        torch.testing.assert_close((value, margins), (expected, expected_margins))
+        (gradient,) = torch.autograd.grad(value, logps[:1])
+        torch.testing.assert_close(gradient, *torch.autograd.grad(expected, logps[:1]))
+    assert len(captured) == 1
+    assert len(list(captured[0].graph.nodes)) < 500
+
+
+# --- triton ---
+
+
+def both(torch, loss, *logps, **settings):
+    """Loss, aux and gradients by eager and by triton."""
+    results = []
+    for impl in ("eager", "triton"):
+        leaves = [logp.detach().clone().requires_grad_() for logp in logps]
+        value, aux = loss(*leaves, **settings, impl=impl)
+        factor = torch.linspace(1, 2, value.numel(), dtype=value.dtype, device=value.device)
+        (value * factor.reshape(value.shape)).sum().backward()
+        results.append((value.detach(), tuple(aux), [leaf.grad for leaf in leaves]))
+    return results
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_fused_loss_is_the_loss(torch, triton, device, reduction, dtype):
+    def some(size, seed):
+        return torch.tensor(rows(size, seed), dtype=getattr(torch, dtype), device=device)
+
+    logps = [some(9, seed) for seed in range(4)]
+    options = [
+        {},
+        {"centered": True, "context": some(7, 5)},
+        {"centered": False, "label_smoothing": 0.1, "mask": some(9, 6) > -1},
+        {
+            "label_smoothing": 0.2,
+            "robust": True,
+            "mask": some(9, 7) > 0,
+            "context": some(7, 8),
+            "context_mask": some(7, 9) > 0,
+        },
+        {"mask": some(9, 6) > 100},
+    ]
+    for i, option in enumerate(options):
+        setting = {**(HARD if i == 1 else MILD), "reduction": reduction, **option}
+        for eager, fused in (
+            both(torch, gamma_dpo_loss, *logps, beta=0.3, **setting),
+            both(torch, gamma_simpo_loss, *logps[:2], beta=2.0, **setting),
+            both(torch, gamma_preference_loss, logps[0], **setting),
+        ):
+            *aux, residual, multiplier, mask = eager[1]
+            *fused_aux, fused_residual, fused_multiplier, fused_mask = fused[1]
+            rounding = 100 * torch.finfo(residual.dtype).eps * (1 + setting["gamma0"])
+            assert max(abs(residual), abs(fused_residual)) <= rounding
+            assert (mask == fused_mask).all()
+            torch.testing.assert_close(
+                (fused[0], fused_aux, fused[2]), (eager[0], aux, eager[2]), rtol=2e-5, atol=2e-6
+            )
+            torch.testing.assert_close(fused_multiplier, multiplier)
+
+
+def test_fused_loss_of_half_precision_and_of_strides(torch, triton, device):
+    policy = torch.tensor(rows((6, 2)), device=device)
+    reference = torch.tensor(rows((6, 2), 1), device=device).to(torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float32):
+        eager, fused = both(
+            torch, gamma_dpo_loss, *policy.to(dtype).T, *reference.T, beta=0.3, **MILD
+        )
+        assert fused[0].dtype == torch.float32
+        assert fused[2][0].dtype == dtype
+        torch.testing.assert_close(fused[0], eager[0])
+        for gradient, expected in zip(fused[2], eager[2], strict=True):
+            torch.testing.assert_close(gradient, expected, rtol=2e-2, atol=1e-4)
+
+
+def test_a_bad_pair_shows_in_the_fused_loss_and_nowhere_else(torch, triton, device):
+    logps = torch.tensor(rows((2, 6)), device=device)
+    logps[0, 2] = float("nan")
+    eager, fused = both(torch, gamma_simpo_loss, *logps, beta=1.0, reduction="none", **MILD)
+    assert fused[0].isnan().tolist() == [False, False, True, False, False, False]
+    torch.testing.assert_close(fused, eager, equal_nan=True)
+
+
+def test_a_second_derivative_is_refused_not_wrong(torch, triton, device):
+    gaps = torch.tensor(rows(5), device=device, requires_grad=True)
+    loss, _ = gamma_preference_loss(gaps, **MILD, impl="triton")
+    (gradient,) = torch.autograd.grad(loss, gaps, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("setting", [MILD, HARD])
+def test_every_output_is_written(torch, triton, device, monkeypatch, setting):
+    gaps = torch.tensor(rows(300), device=device)
+    mask = gaps > -2
+    expected = gamma_preference_loss(gaps, mask=mask, context=gaps, **setting, impl="triton")
+    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+
+    def poison(tensor):
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else True)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    again = gamma_preference_loss(gaps, mask=mask, context=gaps, **setting, impl="triton")
+    torch.testing.assert_close(again, expected, rtol=0, atol=0)
+    solution = solve_margins(gaps, mask=mask, context=gaps, **setting, impl="triton")
+    torch.testing.assert_close(solution.margins, expected[1].margins, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("setting", [MILD, HARD])
+def test_a_large_pool_by_many_programs(torch, triton, device, monkeypatch, setting, dtype):
+    from gamma_loss.kernels import launch
+
+    size = 2000 if setting is MILD else 1100
+    gaps, context = rows(size).astype(dtype), rows(500, 1).astype(dtype)
+    gaps[3], gaps[4], context[5] = 300.0, np.nan, np.inf
+    mask, context_mask = rows(size, 2) > -2, rows(500, 3) > -2
+    pool = {"context": context, "mask": mask, "context_mask": context_mask}
+    pool = {name: torch.tensor(array, device=device) for name, array in pool.items()}
+    monkeypatch.setattr(launch, "POOL_LIMIT", 1000)
+    gaps = torch.tensor(gaps, device=device)
+    solution = solve_margins(gaps, **pool, **setting, impl="triton")
+    expected = solve_margins(gaps, **pool, **setting, impl="eager")
+    tolerance = 1e-4 if dtype == "float32" else 1e-10
+    torch.testing.assert_close(solution, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+    nothing = {name: array & False for name, array in pool.items() if name != "context"}
+    empty = solve_margins(gaps, context=pool["context"], **nothing, **setting, impl="triton")
+    assert (empty.margins == setting["gamma0"]).all()
+    assert empty.residual == 0
+    # A loss over more than one launch can take goes through the same margins.
+    gaps = gaps.nan_to_num(0.0)
+    _, aux = gamma_preference_loss(gaps, **setting, impl="triton")
+    margins = solve_margins(gaps, **setting, impl="triton").margins
+    torch.testing.assert_close(aux.margins, margins)
+
+
+def test_operators_are_what_they_say(torch, triton, device):
+    check = pytest.importorskip("torch.library").opcheck
+    gaps = torch.tensor(rows(5), device=device)
+    mask = gaps > -1
+    check(torch.ops.gamma_loss.solve, (gaps, mask, gaps, mask, 4.0, 10.0, True))
+    check(torch.ops.gamma_loss.solve, (gaps, None, None, None, 4.0, 10.0, False))
+    settings = (0.1, 4.0, 10.0, 0.0, True, "mean")
+    check(torch.ops.gamma_loss.loss, (gaps, gaps, gaps, gaps, mask, gaps, mask, *settings))
+
+
+@pytest.mark.parametrize("impl", ["auto", "eager", "triton"])
+def test_vmap_and_func_grad(torch, triton, device, impl):
+    batch = torch.tensor(rows((3, 6)), device=device)
+    mapped = torch.vmap(lambda gaps: solve_margins(gaps, **HARD, impl=impl))(batch)
+    for i in range(3):
+        expected = solve_margins(batch[i], **HARD, impl="eager")
+        torch.testing.assert_close(mapped.margins[i], expected.margins, rtol=1e-10, atol=1e-10)
+    gradient, (value, aux) = torch.func.grad_and_value(
+        lambda gaps: gamma_preference_loss(gaps, **MILD, impl=impl), has_aux=True
+    )(batch[0])
+    torch.testing.assert_close(value, gamma_preference_loss(batch[0], **MILD)[0])
+    torch.testing.assert_close(gradient, -aux.pair_weights / 6)
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_export(torch, triton, device, impl):
+    class Loss(torch.nn.Module):
+        def forward(self, *logps):
+            return gamma_dpo_loss(*logps, beta=0.1, **HARD, impl=impl)[0]
+
+    logps = tuple(torch.tensor(row, device=device) for row in rows((4, 9)))
+    exported = torch.export.export(Loss(), logps).module()
+    torch.testing.assert_close(exported(*logps), Loss()(*logps))
+
+
+def test_a_broken_launch_warns_once_and_eager_answers(
+    torch, triton, device, operators, monkeypatch
+):
+    from gamma_loss.kernels import launch
+
+    def broken(*_):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(launch, "loss", broken)
+    monkeypatch.setattr(launch, "solve", broken)
+    gaps, reference = torch.tensor(rows((2, 5)), device=device)
+    settings = {"beta": 0.5, "label_smoothing": 0.1, **MILD}
+    expected = gamma_dpo_loss(gaps, reference, reference, gaps, **settings, impl="eager")
+    with pytest.warns(RuntimeWarning, match=r"solves eagerly there: RuntimeError: no kernel image"):
+        result = gamma_dpo_loss(gaps, reference, reference, gaps, **settings, impl="triton")
+    torch.testing.assert_close(result, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gamma_dpo_loss(gaps, reference, reference, gaps, **settings, impl="triton")
+        solution = solve_margins(gaps, **MILD, impl="triton")
+    torch.testing.assert_close(solution, solve_margins(gaps, **MILD, impl="eager"))
+
+
+def test_a_missing_triton_warns_once_and_eager_answers(torch, operators, monkeypatch):
+    import gamma_loss.kernels
+
+    monkeypatch.delattr(gamma_loss.kernels, "launch", raising=False)
+    monkeypatch.setitem(sys.modules, "gamma_loss.kernels.launch", None)
+    gaps = torch.tensor(rows(5))
+    with pytest.warns(RuntimeWarning, match="Triton can't be used on cpu"):
+        solution = solve_margins(gaps, **MILD, impl="triton")
+    torch.testing.assert_close(solution, solve_margins(gaps, **MILD, impl="eager"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solve_margins(gaps, **MILD, impl="triton")
+
+
+COMPILE_AHEAD = """
+import os, re, subprocess, sys, tempfile
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from gamma_loss.kernels import launch, triton_kernels as kernels
+
+cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+
+
+def usage(kernel, constants, types, warps):
+    signature = {
+        name: "constexpr" if name in constants else types[name] for name in kernel.arg_names
+    }
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(kernel.arg_names.index(n),): v for n, v in constants.items()},
+    )
+    binary = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}
+    ).asm["cubin"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        log = subprocess.run(
+            [cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True
+        ).stdout
+    return *re.search(r"REG:(\\d+)", log).groups(), *re.search(r"STACK:(\\d+)", log).groups()
+
+
+for double in (False, True):
+    T = tl.float64 if double else tl.float32
+    names = "chosen rejected reference_chosen reference_rejected context rows certificate loss "
+    names += "state gaps_in old_partials partials margins_out"
+    types = dict.fromkeys(names.split(), "*fp64" if double else "*fp32")
+    types |= dict.fromkeys("mask context_mask mask_out".split(), "*i1")
+    types |= dict.fromkeys("n m turn programs".split(), "i32")
+    types |= dict.fromkeys("beta gamma0 a tilt".split(), "fp64")
+    large = {"T": T, "BLOCK": launch.LARGE[0], "P": launch.PROGRAMS}
+    plan = [(kernels.start_kernel, large, launch.LARGE[1])]
+    plan += [(kernels.certify_kernel, {"P": launch.PROGRAMS}, 4)]
+    for passes in (4 if double else 3, 0):
+        more = {"EPS": 1e-7, "PASSES": passes}
+        plan += [(kernels.step_kernel, large | more, launch.LARGE[1])]
+        plan += [(kernels.finish_kernel, large | more, launch.LARGE[1])]
+        for block, warps in (launch.SMALL[double], launch.LARGE):
+            loss = {"T": T, "BLOCK": block, "CENTERED": True, "REDUCTION": "mean"}
+            plan += [(kernels.pool_kernel, loss | more, warps)]
+    for kernel, constants, warps in plan:
+        print(kernel.__name__, T, constants, warps, *usage(kernel, constants, types, warps))
+"""
+
+
+def test_kernels_compile_to_an_sm_90_binary_without_spills(triton):
+    import os
+
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE_AHEAD], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 20
+    spilling = [line for line in lines if not line.endswith(" 0")]  # spilt registers go on a stack
+    assert not spilling
+
+
+# --- on a GPU ---
+
+
+@pytest.fixture
+def cuda(torch):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return "cuda"
+
+
+def kernels_launched(torch, call):
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return [e.name for e in profiler.events() if str(e.device_type).endswith("CUDA")]
+
+
+@pytest.mark.gpu
+def test_one_launch_forward_and_one_backward(torch, cuda):
+    logps = [torch.randn(256, device=cuda, requires_grad=i < 2) for i in range(4)]
+    context = torch.randn(2048, device=cuda)
+
+    def forward():
+        return gamma_dpo_loss(*logps, beta=0.1, **MILD, context=context)[0]
+
+    assert len(kernels_launched(torch, forward)) == 1
+    assert len(kernels_launched(torch, lambda: solve_margins(context, **MILD))) == 1
+    loss = forward()
+    one = torch.ones_like(loss)
+    backward = kernels_launched(
+        torch, lambda: torch.autograd.grad(loss, logps[:2], one, retain_graph=True)
+    )
+    assert len(backward) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [256, 2304, 100_000])
+@pytest.mark.parametrize("setting", [MILD, HARD])
+def test_nothing_synchronises(torch, cuda, size, setting):
+    gaps = torch.randn(size, device=cuda, requires_grad=True)
+    gamma_preference_loss(gaps, **setting)[0].backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gamma_preference_loss(gaps, **setting)[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [256, 2304, 100_000])
+@pytest.mark.parametrize("setting", [MILD, HARD])
+def test_a_cuda_graph_replays_with_new_values(torch, cuda, size, setting):
+    gaps = torch.randn(size, device=cuda)
+    mask = torch.ones(size, dtype=torch.bool, device=cuda)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        gamma_preference_loss(gaps, mask=mask, **setting)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, aux = gamma_preference_loss(gaps, mask=mask, **setting)
+    for _ in range(3):
+        gaps.normal_()
+        mask.copy_(torch.rand(size, device=cuda) > 0.2)
+        aux.margins.fill_(float("nan"))
+        graph.replay()
+        expected, expected_aux = gamma_preference_loss(gaps, mask=mask, **setting, impl="eager")
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(aux.margins, expected_aux.margins, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1, 2, 255, 257, 2304, 16_384, 16_385, 1_000_000])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("setting", [MILD, {"gamma0": 3.0, "tau": 3.0}, HARD])
+def test_sizes_on_the_device(torch, cuda, size, dtype, setting):
+    gaps = torch.tensor(rows(size), dtype=getattr(torch, dtype), device=cuda)
+    solution = solve_margins(gaps, **setting, impl="triton")
+    expected = solve_margins(gaps.cpu().double().numpy(), **setting).margins / setting["gamma0"]
+    x = solution.margins.cpu().double().numpy() / setting["gamma0"]
+    tolerance = 2e-4 if dtype == "float32" else 1e-10
+    assert np.max(np.abs(x - expected) / (1 + expected)) <= tolerance
+
+
+@pytest.mark.gpu
+def test_no_races(torch, cuda):
+    import shutil
+
+    if not (tool := shutil.which("compute-sanitizer")):
+        pytest.skip("needs compute-sanitizer")
+    program = (
+        "import torch; from gamma_loss import solve_margins\n"
+        "for n in (256, 2304, 40_000):\n"
+        "    for tau in (10.0, 0.1):\n"
+        "        gaps = torch.randn(n, device='cuda')\n"
+        "        solve_margins(gaps, gamma0=4.0, tau=tau)\n"
+        "torch.cuda.synchronize()\n"
+    )
+    for check in ("racecheck", "memcheck"):
+        done = subprocess.run(
+            [tool, "--tool", check, "--error-exitcode", "1", sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-2000:]
