@@ -53,7 +53,16 @@ def device(array: Array) -> Any:
 
     NumPy before 2.0 has no such attribute, and JAX checks devices itself and hides a tracer's.
     """
+    if is_torch(array):
+        return array.device
     return None if _is_jax(array) else getattr(array, "device", None)
+
+
+def is_real_floating(xp: Namespace, array: Array) -> bool:
+    """Whether an array holds real floats."""
+    if is_torch(array):  # its own answer takes a tenth of the time
+        return bool(array.dtype.is_floating_point)
+    return bool(xp.isdtype(array.dtype, "real floating"))
 
 
 def detach(array: Array) -> Array:

@@ -6,7 +6,7 @@ import math
 from numbers import Real
 from typing import Any
 
-from gamma_loss._arrays import Array, Namespace, device, namespace
+from gamma_loss._arrays import Array, Namespace, device, is_real_floating, namespace
 
 
 def number(
@@ -44,7 +44,7 @@ def real(**arrays: Array) -> Namespace:
     xp = _namespace(first_name, first)
     for name, array in arrays.items():
         _same_home(name, array, first_name, first, xp)
-        if not xp.isdtype(array.dtype, "real floating"):
+        if not is_real_floating(xp, array):
             raise TypeError(f"{name} must have a real floating dtype, got {array.dtype}")
     return xp
 
@@ -95,7 +95,7 @@ def _namespace(name: str, array: Any) -> Namespace:
 
 
 def _same_home(name: str, array: Any, of_name: str, of: Array, xp: Namespace) -> None:
-    if _namespace(name, array) is not xp:
+    if type(array) is not type(of) and _namespace(name, array) is not xp:
         raise TypeError(
             f"{name} must be an array of the same library as {of_name}, "
             f"{type(of).__module__}.{type(of).__name__}, "

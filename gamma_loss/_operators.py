@@ -1,7 +1,8 @@
 """What torch adds: the choice of an implementation, and operators that compilers leave whole.
 
     gamma_loss::solve   margins of a pool; ν and the certificate
-    gamma_loss::loss    the same, with losses, pair weights and gradients, in one launch
+    gamma_loss::loss    the same, with losses, pair weights and gradients, in one launch;
+                        gamma_loss::differentiable_loss has its gradient registered with autograd
 
 On a device that Triton knows they launch its kernels, elsewhere they run the array-API code (for a
 CPU pool of moderate size on NumPy, which takes half the time). The first launch that fails warns,
@@ -82,34 +83,42 @@ def fused_loss(
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, the eight rows of `_loss`, (ν, certificate) and mask, with the gradient of the loss."""
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = _FusedLoss.apply(
-        chosen, rejected, reference_chosen, reference_rejected, *settings
-    )
-    return result
+    arguments = (chosen, rejected, reference_chosen, reference_rejected, *settings)
+    # Tracing and transforms take an operator with a gradient. Called eagerly, that takes several
+    # times as long on the host as the class below.
+    if torch.compiler.is_compiling() or _transforming():
+        operator = torch.ops.gamma_loss.differentiable_loss
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = operator(*arguments)
+        return result
+    return _FusedLoss.apply(*arguments)  # type: ignore[no-any-return]
+
+
+# Whether torch.func is at work; taken as given where torch doesn't tell.
+_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, rows, certificate, mask = output
+    ctx.save_for_backward(rows)
+    ctx.mark_non_differentiable(rows, certificate, mask)
+
+
+def _scale(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    """The gradient is ready after the forward pass, but for the factor that comes from above."""
+    (rows,) = ctx.saved_tensors
+    chosen, rejected = (gradient * rows[4:6]).unbind()
+    of_inputs = zip((chosen, rejected, rejected, chosen), ctx.needs_input_grad[:4], strict=True)
+    return *(each if wanted else None for each, wanted in of_inputs), *[None] * 9
 
 
 class _FusedLoss(torch.autograd.Function):
-    """The gradient is ready after the forward pass: backward only scales it."""
-
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.gamma_loss.loss(*arguments)
+        _keep(ctx, arguments, result)
         return result
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, rows, certificate, mask = output
-        ctx.save_for_backward(rows)
-        ctx.mark_non_differentiable(rows, certificate, mask)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        (rows,) = ctx.saved_tensors
-        chosen, rejected = (gradient * rows[4:6]).unbind()
-        of_inputs = (chosen, rejected, rejected, chosen)
-        needed = zip(of_inputs, ctx.needs_input_grad[:4], strict=True)
-        return *(each if wanted else None for each, wanted in needed), *[None] * 9
+    backward = staticmethod(once_differentiable(_scale))
 
 
 def _launcher(device: torch.device) -> ModuleType | None:
@@ -230,13 +239,7 @@ _library.define(
     "solve(Tensor gaps, Tensor? mask, Tensor? context, Tensor? context_mask, "
     "float gamma0, float tau, bool kernel) -> (Tensor, Tensor)"
 )
-_library.define(
-    "loss(Tensor chosen, Tensor? rejected, Tensor? reference_chosen, Tensor? reference_rejected, "
-    "Tensor? mask, Tensor? context, Tensor? context_mask, float beta, float gamma0, float tau, "
-    "float tilt, bool centered, str reduction) -> (Tensor, Tensor, Tensor, Tensor)"
-)
 _library.impl("solve", _solve, "CompositeExplicitAutograd")
-_library.impl("loss", _loss, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("gamma_loss::solve", lib=_library)
@@ -244,11 +247,24 @@ def _fake_solve(gaps: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(gaps), gaps.new_empty(2)
 
 
-@torch.library.register_fake("gamma_loss::loss", lib=_library)
 def _fake_loss(
     chosen: Tensor, rejected: Tensor | None, reference: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _outputs(chosen, rejected, reference, rest[-1])
+
+
+for _name in ("loss", "differentiable_loss"):
+    _library.define(
+        f"{_name}(Tensor chosen, Tensor? rejected, Tensor? reference_chosen, "
+        "Tensor? reference_rejected, Tensor? mask, Tensor? context, Tensor? context_mask, "
+        "float beta, float gamma0, float tau, float tilt, bool centered, str reduction) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
+    )
+    _library.impl(_name, _loss, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gamma_loss::{_name}", _fake_loss, lib=_library)
+torch.library.register_autograd(
+    "gamma_loss::differentiable_loss", _scale, setup_context=_keep, lib=_library
+)
 
 
 def _map(operator: Any, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
@@ -266,7 +282,7 @@ def _map(operator: Any, info: Any, in_dims: tuple[int | None, ...], *arguments: 
     return outputs, (0,) * len(outputs)
 
 
-for _name in ("solve", "loss"):
+for _name in ("solve", "loss", "differentiable_loss"):
     torch.library.register_vmap(
         f"gamma_loss::{_name}",
         functools.partial(_map, getattr(torch.ops.gamma_loss, _name)),
