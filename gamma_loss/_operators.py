@@ -11,7 +11,6 @@ and from then on everything is solved eagerly.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from types import ModuleType
 from typing import Any
@@ -51,11 +50,11 @@ def choose(impl: str, gaps: Tensor, size: int, gamma0: float, tau: float) -> str
     return "triton" if gaps.device.type in ("cuda", "xpu") and _launcher(gaps.device) else "eager"
 
 
-def fits_one_launch(size: int) -> bool:
-    """Whether a pool is small enough for `fused_loss`."""
+def can_fuse(size: int) -> bool:
+    """Whether `fused_loss` can take a pool of a size: one launch, and not for torch.func."""
     from gamma_loss.kernels import launch
 
-    return size <= launch.POOL_LIMIT
+    return size <= launch.POOL_LIMIT and not _transforming()
 
 
 def solve(
@@ -84,9 +83,9 @@ def fused_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, the eight rows of `_loss`, (ν, certificate) and mask, with the gradient of the loss."""
     arguments = (chosen, rejected, reference_chosen, reference_rejected, *settings)
-    # Tracing and transforms take an operator with a gradient. Called eagerly, that takes several
-    # times as long on the host as the class below.
-    if torch.compiler.is_compiling() or _transforming():
+    # A graph gets the operator with a gradient of its own. Called eagerly, that takes several times
+    # as long on the host as the class below.
+    if torch.compiler.is_compiling():
         operator = torch.ops.gamma_loss.differentiable_loss
         result: tuple[Tensor, Tensor, Tensor, Tensor] = operator(*arguments)
         return result
@@ -104,7 +103,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _scale(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    """The gradient is ready after the forward pass, but for the factor that comes from above."""
+    """Scale the gradient, which has been ready since the forward pass."""
     (rows,) = ctx.saved_tensors
     chosen, rejected = (gradient * rows[4:6]).unbind()
     of_inputs = zip((chosen, rejected, rejected, chosen), ctx.needs_input_grad[:4], strict=True)
@@ -267,10 +266,10 @@ torch.library.register_autograd(
 )
 
 
-def _map(operator: Any, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-    """torch.vmap: one call for each pool."""
+def _map(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    """Let torch.vmap make one call for each pool."""
     rows = (
-        operator(
+        torch.ops.gamma_loss.solve(
             *(
                 argument if dim is None else argument.select(dim, i)
                 for argument, dim in zip(arguments, in_dims, strict=True)
@@ -278,13 +277,8 @@ def _map(operator: Any, info: Any, in_dims: tuple[int | None, ...], *arguments: 
         )
         for i in range(info.batch_size)
     )
-    outputs = tuple(torch.stack(each) for each in zip(*rows, strict=True))
-    return outputs, (0,) * len(outputs)
+    margins, certificates = zip(*rows, strict=True)
+    return (torch.stack(margins), torch.stack(certificates)), (0, 0)
 
 
-for _name in ("solve", "loss", "differentiable_loss"):
-    torch.library.register_vmap(
-        f"gamma_loss::{_name}",
-        functools.partial(_map, getattr(torch.ops.gamma_loss, _name)),
-        lib=_library,
-    )
+torch.library.register_vmap("gamma_loss::solve", _map, lib=_library)

@@ -405,7 +405,7 @@ def _gamma_loss(
     if impl == "triton":
         from gamma_loss import _operators
 
-        if _operators.fits_one_launch(size):
+        if _operators.can_fuse(size):
             loss, rows, certificate, mask = _operators.fused_loss(*arrays, *pool, *settings)
             margins, shifts, gaps, weights, _, _, chosen, rejected = rows.unbind()
             multiplier, residual = certificate.unbind()
