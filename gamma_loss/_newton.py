@@ -18,10 +18,14 @@ Both take ``inside``, 1 for a gap of the pool and 0 for one left out, and look a
 Python: the number of passes is fixed by the hyperparameters and the dtype, so a compiler sees
 straight-line code. `newton` also counts its operations: eager torch pays 2 µs for each, and 6 µs
 where a Python number takes part.
+
+What they know of the pool beyond single gaps goes through a `Whole`: sums and extremes, which a
+pool that is spread over processes replaces by reductions.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -36,7 +40,24 @@ _FLAT = -40.0  # below it γ0 exp(u) adds nothing to z, so a Newton step is exac
 _NARROW = 0.1  # how well the mass must be known for ν to move without a proven direction
 
 
-def solve(gaps: Array, inside: Array, gamma0: float, tau: float) -> tuple[Array, Array, Array]:
+class Whole:
+    """Sums and extremes over a pool that this process holds as a whole."""
+
+    def sums(self, *parts: Array) -> tuple[Array, ...]:
+        """Return the sums over the whole pool, given this process's."""
+        return parts
+
+    def extremes(self, least: Array, largest: Array) -> tuple[Array, ...]:
+        """Return the minimum and maximum over the whole pool, given this process's."""
+        return least, largest
+
+
+_WHOLE = Whole()
+
+
+def solve(
+    gaps: Array, inside: Array, gamma0: float, tau: float, pool: Whole = _WHOLE
+) -> tuple[Array, Array, Array]:
     """Return ``(γ, ν, residual)`` for a pool, the two last of shape ()."""
     xp = solver_namespace(gaps)
     if gamma0 == 0:  # nothing to share out, and no scale to measure x by
@@ -45,8 +66,8 @@ def solve(gaps: Array, inside: Array, gamma0: float, tau: float) -> tuple[Array,
     kappa = a * gamma0
     if a < _MILD_A and kappa * math.exp(a) < _MILD_DIFFICULTY:
         double = xp.finfo(gaps.dtype).bits >= 64
-        return newton(xp, gaps, inside, gamma0, a, _newton_passes(kappa, a, double))
-    return bracketed(xp, gaps, inside, gamma0, a, _bracketed_passes(kappa))
+        return newton(xp, gaps, inside, gamma0, a, _newton_passes(kappa, a, double), pool)
+    return bracketed(xp, gaps, inside, gamma0, a, _bracketed_passes(kappa), pool)
 
 
 def _newton_passes(kappa: float, a: float, double: bool) -> int:
@@ -63,7 +84,13 @@ def _bracketed_passes(kappa: float) -> int:
 
 
 def newton(
-    xp: Namespace, gaps: Array, inside: Array, gamma0: float, a: float, passes: int
+    xp: Namespace,
+    gaps: Array,
+    inside: Array,
+    gamma0: float,
+    a: float,
+    passes: int,
+    pool: Whole = _WHOLE,
 ) -> tuple[Array, Array, Array]:
     """Undamped arrowhead Newton from equal margins.
 
@@ -73,20 +100,24 @@ def newton(
     scalar = gaps[0]
     half_a, one = xp.full_like(scalar, a / 2), xp.full_like(scalar, 1.0)
     h, u = xp.full_like(scalar, gamma0 / 2), xp.full_like(scalar, math.log(gamma0 / 2))
-    half_gaps, total = gaps / 2, (inside @ inside) * h
+    half_gaps, (count,) = gaps / 2, pool.sums(inside @ inside)
+    total = count * h
     for _ in range(passes):
         t = xp.tanh(h - half_gaps)
         s = half_a * t
         v = u + s
         d = h * (s * t - half_a) - one
         w = inside * h / d
-        nu = (w @ (v + d) - total) / (w @ inside)
+        top, bottom = pool.sums(w @ (v + d), w @ inside)
+        nu = (top - total) / bottom
         u = u + (v - nu) / d
         h = xp.exp(u)
-    h = h * (total / (inside @ h))
+    (mass,) = pool.sums(inside @ h)
+    h = h * (total / mass)
     v = xp.log(h) + half_a * xp.tanh(h - half_gaps)
     v_minus_nu = (v - nu) * inside  # ν lies in the range of v, so that zeros do not widen it
-    residual = (xp.max(v_minus_nu) - xp.min(v_minus_nu)) / 2
+    least, largest = pool.extremes(xp.min(v_minus_nu), xp.max(v_minus_nu))
+    residual = (largest - least) / 2
     return h + h, nu + (a / 2 - math.log(gamma0 / 2)), residual
 
 
@@ -110,22 +141,30 @@ class _State(NamedTuple):
 
 
 def bracketed(
-    xp: Namespace, gaps: Array, inside: Array, gamma0: float, a: float, passes: int
+    xp: Namespace,
+    gaps: Array,
+    inside: Array,
+    gamma0: float,
+    a: float,
+    passes: int,
+    pool: Whole = _WHOLE,
 ) -> tuple[Array, Array, Array]:
     """Arrowhead Newton inside brackets, for any κ.
 
     ν is written as ``a σ(λ)``: ``r = u + a (σ(z) - σ(λ))`` then keeps its relative accuracy where
     a σ is large, and every pair has a closed-form bracket (see `_closed_form_bracket`).
     """
-    weights = inside / (inside @ inside)
+    (count,) = pool.sums(inside @ inside)
+    weights = inside / count
     zero = gaps[0] * 0
     gamma0, a = zero + gamma0, zero + a  # arrays, so that a loop can carry them
-    cap = -xp.log(xp.max(weights))
-    low, high = _level_bracket(xp, gaps, inside, gamma0, a, cap)
+    cap = xp.log(count)
+    low, high = _level_bracket(xp, gaps, inside, gamma0, a, cap, pool)
     # Start with the Newton step from equal margins.
     at_start = p, q = _sigmoids(xp, gamma0 - gaps)
     d = a * gamma0 * p * q + 1
-    level = _clip(xp, _log(xp, (weights / d) @ p) - _log(xp, (weights / d) @ q), low, high)
+    of_p, of_q = pool.sums((weights / d) @ p, (weights / d) @ q)
+    level = _clip(xp, _log(xp, of_p) - _log(xp, of_q), low, high)
     at_level = _sigmoids(xp, level)
     r = a * _rise(xp, gamma0 - gaps - level, at_start, at_level)
     u_low, u_high = _closed_form_bracket(xp, gaps, gamma0, a, cap, at_start, level, at_level)
@@ -136,15 +175,19 @@ def bracketed(
         gaps, weights, gamma0, a, cap, at_start, u, u_low, u_high, seen, seen,
         level, at_level, low, high, stride,
     )  # fmt: skip
-    state = repeat(passes, _bracketed_pass, state)
+    # The function itself where it will do: JAX finds its compiled loop by it.
+    step = _bracketed_pass if pool is _WHOLE else functools.partial(_bracketed_pass, pool=pool)
+    state = repeat(passes, step, state)
 
-    u = state.u - xp.log(weights @ xp.exp(state.u))
+    (mass,) = pool.sums(weights @ xp.exp(state.u))
+    u = state.u - xp.log(mass)
     r, _ = _residuals(xp, gaps, gamma0, a, u, state.level, state.at_level)
     r = r * inside  # 0 lies in the range of r
-    return gamma0 * xp.exp(u), a * state.at_level[0], (xp.max(r) - xp.min(r)) / 2
+    least, largest = pool.extremes(xp.min(r), xp.max(r))
+    return gamma0 * xp.exp(u), a * state.at_level[0], (largest - least) / 2
 
 
-def _bracketed_pass(_: int, state: _State) -> _State:
+def _bracketed_pass(_: int, state: _State, pool: Whole = _WHOLE) -> _State:
     gaps, weights, gamma0, a, cap, at_start, u, u_low, u_high, low_seen, high_seen = state[:11]
     level, at_level, level_low, level_high, stride = state[11:]
     xp = solver_namespace(gaps)
@@ -165,9 +208,6 @@ def _bracketed_pass(_: int, state: _State) -> _State:
     off = xp.where((gamma0 * x + 1) * near < 0.69, xp.minimum(size, near), size)
     least = weights @ xp.exp(xp.where(above, xp.maximum(u - off, u_low), u))
     most = weights @ xp.exp(xp.where(above, u, xp.minimum(u + off, u_high)))
-    too_high, too_low = least > 1, most < 1
-    level_high = xp.where(too_high, level, level_high)
-    level_low = xp.where(too_low, level, level_low)
 
     # Where the sigmoid dominates, Newton in its logit instead: the same step with another r and d.
     rise, z_change = _logit_change(xp, p, q, -r / a)
@@ -179,7 +219,11 @@ def _bracketed_pass(_: int, state: _State) -> _State:
     # The Newton step of the level, by at most half its bracket. Where the side of λ is not proven,
     # it has to be half the last one, or ν stays and only the pairs move: no going in circles.
     w = weights * x / d
-    d_nu = (w @ (r - d) + 1) / (w @ xp.ones_like(w))
+    least, most, top, bottom = pool.sums(least, most, w @ (r - d), w @ xp.ones_like(w))
+    too_high, too_low = least > 1, most < 1
+    level_high = xp.where(too_high, level, level_high)
+    level_low = xp.where(too_low, level, level_low)
+    d_nu = (top + 1) / bottom
     reach = _HALF * (level_high - level_low)
     new = _clip(xp, level + _logit_change(xp, *at_level, d_nu / a)[1], level - reach, level + reach)
     length = xp.abs(new - level)
@@ -255,12 +299,13 @@ def _closed_form_bracket(
 
 
 def _level_bracket(
-    xp: Namespace, gaps: Array, inside: Array, gamma0: Array, a: Array, cap: Array
+    xp: Namespace, gaps: Array, inside: Array, gamma0: Array, a: Array, cap: Array, pool: Whole
 ) -> tuple[Array, Array]:
     """Bounds on λ: ν lies in the range of a σ(γ0 - g), and no x exceeds the pool's size."""
     infinity = xp.full_like(gaps, float("inf"))
     least = xp.min(xp.where(inside > 0, gaps, infinity))
     largest = xp.max(xp.where(inside > 0, gaps, -infinity))
+    least, largest = pool.extremes(least, largest)
     far = xp.log1p(a) + 50  # beyond it a σ(λ) is 0 or a to well below rounding error
     low, high = _clip(xp, gamma0 - largest, -far, far), _clip(xp, gamma0 - least, -far, far)
     # The pair with the largest gap has u <= log n, so ν <= log n + a σ(γ0 n - largest).

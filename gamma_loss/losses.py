@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gamma_loss import _checks
 from gamma_loss._arrays import Array, Namespace, detach, sigmoid, softplus
@@ -59,6 +59,7 @@ def gamma_dpo_loss(
     robust: bool = False,
     reduction: str = "mean",
     impl: str = "auto",
+    group: Any = None,
 ) -> tuple[Array, GammaLossAux]:
     """γ-DPO: DPO in which every pair has its own target margin.
 
@@ -89,6 +90,12 @@ def gamma_dpo_loss(
         Over the unmasked pairs. "none" gives one loss a pair, 0 for a masked one.
     impl : {"auto", "eager"}
         See `solve_margins`.
+    group : torch.distributed.ProcessGroup, optional
+        The ranks that share the pool, see `solve_margins`. The "mean" is then over the pairs of all
+        of them: each rank's loss is the sum over its own pairs, divided by all unmasked pairs and
+        multiplied by the number of ranks. So the ranks' average, which is what DDP and FSDP take of
+        gradients, is exactly that of one process with all pairs; with as many pairs on each rank it
+        is the mean over the rank's own.
 
     Returns
     -------
@@ -129,6 +136,7 @@ def gamma_dpo_loss(
     """
     beta = _checks.number("beta", beta, above=0)
     xp, (policy_chosen, policy_rejected, reference_chosen, reference_rejected) = _log_probabilities(
+        group is not None,
         policy_chosen_logps=policy_chosen_logps,
         policy_rejected_logps=policy_rejected_logps,
         reference_chosen_logps=reference_chosen_logps,
@@ -140,7 +148,7 @@ def gamma_dpo_loss(
         xp, chosen_rewards, rejected_rewards,
         gamma0=gamma0, tau=tau, centered=centered,
         context=context, context_mask=context_mask, mask=mask,
-        label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl,
+        label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl, group=group,
     )  # fmt: skip
 
 
@@ -159,6 +167,7 @@ def gamma_simpo_loss(
     robust: bool = False,
     reduction: str = "mean",
     impl: str = "auto",
+    group: Any = None,
 ) -> tuple[Array, GammaLossAux]:
     """γ-SimPO: SimPO in which every pair has its own target margin.
 
@@ -189,6 +198,8 @@ def gamma_simpo_loss(
         See `gamma_dpo_loss`.
     impl : {"auto", "eager"}
         See `solve_margins`.
+    group : torch.distributed.ProcessGroup, optional
+        See `gamma_dpo_loss`.
 
     Returns
     -------
@@ -221,13 +232,15 @@ def gamma_simpo_loss(
     """
     beta = _checks.number("beta", beta, above=0)
     xp, (chosen, rejected) = _log_probabilities(
-        policy_chosen_logps=policy_chosen_logps, policy_rejected_logps=policy_rejected_logps
+        group is not None,
+        policy_chosen_logps=policy_chosen_logps,
+        policy_rejected_logps=policy_rejected_logps,
     )
     return _gamma_loss(
         xp, beta * chosen, beta * rejected,
         gamma0=gamma0, tau=tau, centered=centered,
         context=context, context_mask=context_mask, mask=mask,
-        label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl,
+        label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl, group=group,
     )  # fmt: skip
 
 
@@ -244,6 +257,7 @@ def gamma_preference_loss(
     robust: bool = False,
     reduction: str = "mean",
     impl: str = "auto",
+    group: Any = None,
 ) -> tuple[Array, GammaLossAux]:
     """γ-PO on reward gaps from any source: a reward model, or another margin-based method.
 
@@ -268,6 +282,8 @@ def gamma_preference_loss(
         See `gamma_dpo_loss`.
     impl : {"auto", "eager"}
         See `solve_margins`.
+    group : torch.distributed.ProcessGroup, optional
+        See `gamma_dpo_loss`.
 
     Returns
     -------
@@ -296,12 +312,12 @@ def gamma_preference_loss(
     array([0.283, 0.233, 0.057])
     """
     xp, (gaps,) = _checks.floats(reward_gaps=reward_gaps)
-    _checks.pairs(reward_gaps=gaps)
+    _checks.pairs(group is not None, reward_gaps=gaps)
     return _gamma_loss(
         xp, gaps, xp.zeros_like(gaps),
         gamma0=gamma0, tau=tau, centered=centered,
         context=context, context_mask=context_mask, mask=mask,
-        label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl,
+        label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl, group=group,
     )  # fmt: skip
 
 
@@ -379,9 +395,9 @@ def _logistic(xp: Namespace, s: Array, tilt: float) -> Array:
     return loss + tilt * s if tilt else loss
 
 
-def _log_probabilities(**logps: Array) -> tuple[Namespace, list[Array]]:
+def _log_probabilities(may_be_empty: bool, /, **logps: Array) -> tuple[Namespace, list[Array]]:
     xp, arrays = _checks.floats(**logps)
-    _checks.pairs(**dict(zip(logps, arrays, strict=True)))
+    _checks.pairs(may_be_empty, **dict(zip(logps, arrays, strict=True)))
     return xp, arrays
 
 
@@ -400,13 +416,14 @@ def _gamma_loss(
     robust: bool,
     reduction: str,
     impl: str,
+    group: Any,
 ) -> tuple[Array, GammaLossAux]:
     _checks.choice("reduction", reduction, REDUCTIONS)
     tilt = _tilt(label_smoothing, robust)
     gaps = chosen_rewards - rejected_rewards
     margins, multiplier, residual = solve_margins(
         gaps, gamma0=gamma0, tau=tau,
-        context=context, context_mask=context_mask, mask=mask, impl=impl,
+        context=context, context_mask=context_mask, mask=mask, impl=impl, group=group,
     )  # fmt: skip
     shifts = margins - gamma0
     if mask is None:
@@ -420,6 +437,10 @@ def _gamma_loss(
     loss = losses if reduction == "none" else xp.sum(losses)
     if reduction == "mean":
         counted = xp.sum(xp.astype(mask, losses.dtype))
+        if group is not None:
+            from gamma_loss.torch import distributed
+
+            loss, counted = distributed.mean(loss, counted, group)
         loss = loss / xp.maximum(counted, xp.ones_like(counted))
     return loss, GammaLossAux(
         margins=margins,

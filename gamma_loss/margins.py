@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gamma_loss import _checks, _newton
 from gamma_loss._arrays import Array, detach
@@ -43,6 +43,7 @@ def solve_margins(
     context_mask: Array | None = None,
     mask: Array | None = None,
     impl: str = "auto",
+    group: Any = None,
 ) -> MarginSolution:
     """Share a mean target margin among preference pairs, by their reward gaps.
 
@@ -77,6 +78,12 @@ def solve_margins(
     impl : {"auto", "eager"}
         "eager" runs the solver's array operations one by one; inside torch.compile or jax.jit
         they become part of the caller's graph. "auto" is "eager" for now.
+    group : torch.distributed.ProcessGroup, optional
+        The ranks that share the pool (``torch.distributed.group.WORLD`` is all). Each rank gives
+        its own gaps and context, as many as it has or none, and gets its own margins of the one
+        problem over all of them. All ranks of the group call this together, with the same settings
+        and dtype. Up to 131,072 gaps are gathered; of more only sums are exchanged, at each Newton
+        pass. The ranks' numbers of gaps are read on the host: one synchronisation.
 
     Returns
     -------
@@ -121,13 +128,13 @@ def solve_margins(
     tau = _checks.number("tau", tau, above=0)
     _checks.choice("impl", impl, IMPLEMENTATIONS)
     xp, (gaps,) = _checks.floats(reward_gaps=reward_gaps)
-    _checks.pairs(reward_gaps=gaps)
+    _checks.pairs(group is not None, reward_gaps=gaps)
     pool, in_pool = detach(gaps), mask
     if mask is not None:
         _checks.mask("mask", mask, "reward_gaps", gaps, xp)
     if context is not None:
         _, (_, context) = _checks.floats(reward_gaps=gaps, context=context)
-        _checks.pairs(context=context)
+        _checks.pairs(group is not None, context=context)
         pool = xp.concat([pool, xp.astype(detach(context), gaps.dtype)])
         if context_mask is not None:
             _checks.mask("context_mask", context_mask, "context", context, xp)
@@ -144,10 +151,15 @@ def solve_margins(
     finite = xp.isfinite(pool)
     in_pool = finite if in_pool is None else in_pool & finite
     pool = xp.where(in_pool, pool, xp.zeros_like(pool))
-    if mask is not None or context_mask is not None:
-        in_pool = in_pool | ~xp.any(in_pool)  # an empty pool counts as one of equal gaps
-    inside = xp.astype(in_pool, pool.dtype)
-    margins, multiplier, residual = _newton.solve(pool, inside, gamma0, tau)
+    if group is not None:
+        from gamma_loss.torch import distributed
+
+        margins, multiplier, residual = distributed.solve(pool, in_pool, gamma0, tau, group)
+    else:
+        if mask is not None or context_mask is not None:
+            in_pool = in_pool | ~xp.any(in_pool)  # an empty pool counts as one of equal gaps
+        inside = xp.astype(in_pool, pool.dtype)
+        margins, multiplier, residual = _newton.solve(pool, inside, gamma0, tau)
 
     margins = xp.where(finite, margins, xp.full_like(margins, math.nan))
     if context is not None:
