@@ -3,11 +3,13 @@
 import multiprocessing
 import os
 import traceback
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
 
 RANKS = (1, 2, 3, 5)
+PATIENCE = timedelta(seconds=90)  # of a rank that waits for another
 
 
 class Ranks:
@@ -26,10 +28,10 @@ class Ranks:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, ranks, task, *arguments):
+    def run(self, ranks, task, *arguments, gather_limit=2**17):
         """Have the first `ranks` processes call ``task(group, *arguments)``; return the results."""
         for pipe in self.pipes[:ranks]:
-            pipe.send((ranks, task, arguments))
+            pipe.send((ranks, gather_limit, task, arguments))
         results = []
         for rank, pipe in enumerate(self.pipes[:ranks]):
             assert pipe.poll(120), f"rank {rank} of {ranks} does not answer"
@@ -49,11 +51,15 @@ def _serve(pipe, init_method, rank):
     import torch
     import torch.distributed as dist
 
+    from gamma_loss.torch import distributed
+
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=max(RANKS))
-    groups = {ranks: dist.new_group(list(range(ranks))) for ranks in RANKS}
+    dist.init_process_group(
+        "gloo", init_method=init_method, rank=rank, world_size=max(RANKS), timeout=PATIENCE
+    )
+    groups = {ranks: dist.new_group(list(range(ranks)), timeout=PATIENCE) for ranks in RANKS}
     while True:
-        ranks, task, arguments = pipe.recv()
+        ranks, distributed.GATHER_LIMIT, task, arguments = pipe.recv()
         try:
             pipe.send((False, task(groups[ranks], *arguments)))
         except Exception:
@@ -69,20 +75,13 @@ def shard(values, sizes, rank):
     return values[start : start + sizes[rank]]
 
 
-def _limit(gather_limit):
-    from gamma_loss.torch import distributed
-
-    distributed.GATHER_LIMIT = 2**17 if gather_limit is None else gather_limit
-
-
-def sharded_loss(group, sizes, setting, gather_limit=None, gaps=None, mask=None, options=None):
+def sharded_loss(group, sizes, setting, gaps=None, mask=None, options=None):
     """This rank's share of a loss and its gradient, as NumPy arrays."""
     import torch
     import torch.distributed as dist
 
     from gamma_loss import gamma_preference_loss
 
-    _limit(gather_limit)
     rank = dist.get_rank(group)
     whole = pool(sum(sizes)) if gaps is None else gaps
     mine = torch.tensor(shard(whole, sizes, rank), requires_grad=True)
@@ -99,14 +98,13 @@ def sharded_loss(group, sizes, setting, gather_limit=None, gaps=None, mask=None,
     }
 
 
-def with_context(group, gaps, context, setting, gather_limit):
+def with_context(group, gaps, context, setting):
     """Margins where only some ranks have a context, and only some a mask of it."""
     import torch
     import torch.distributed as dist
 
     from gamma_loss import solve_margins
 
-    _limit(gather_limit)
     rank = dist.get_rank(group)
     others, mask = context[rank]
     return solve_margins(
@@ -160,7 +158,6 @@ def ddp(group, sizes, steps, queue_size, setting):
 
     from gamma_loss import GammaPreferenceLoss
 
-    _limit(None)
     model = linear_model()
     # `sizes` None: one process with all pairs.
     wrapped = model if sizes is None else DistributedDataParallel(model, process_group=group)
@@ -179,6 +176,29 @@ def ddp(group, sizes, steps, queue_size, setting):
         weights.append(model.weight.detach().numpy().copy())
     gaps, mask = loss_module.queue.context()
     return np.stack(weights), gaps[mask].numpy()
+
+
+def logs_of_no_pairs(group):
+    """The metrics of a rank without pairs, in a group where another has some."""
+    import torch
+    import torch.distributed as dist
+
+    from gamma_loss import gamma_preference_loss, metrics
+
+    gaps = torch.zeros(2 * dist.get_rank(group))
+    _, aux = gamma_preference_loss(gaps, gamma0=4.0, tau=10.0, group=group)
+    return {name: value.item() for name, value in metrics(aux).items()}
+
+
+def run_example(group, code):
+    """Run a script that expects to be started by torchrun; return its queue."""
+    from unittest import mock
+
+    names = {}
+    with mock.patch("torch.distributed.init_process_group"):
+        exec(compile(code, "queue.md", "exec"), names)
+    gaps, mask = names["loss_fn"].queue.context()
+    return gaps[mask].numpy()
 
 
 def linear_model():

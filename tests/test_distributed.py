@@ -1,6 +1,8 @@
 """One problem over many ranks: real gloo processes against one process that holds all gaps."""
 
 import functools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,7 +75,7 @@ def assert_equal_whole(shards, expected):
 def test_sharded_equals_whole_for_16(ranks, count, hard, limit):
     for sizes in SIZES_OF_16[count]:
         setting = HARD if hard else MILD
-        shards = ranks.run(count, work.sharded_loss, sizes, setting, limit)
+        shards = ranks.run(count, work.sharded_loss, sizes, setting, gather_limit=limit)
         assert_equal_whole(shards, whole(16, hard))
 
 
@@ -88,7 +90,7 @@ def test_sharded_equals_whole_above_the_limit(ranks, sizes, hard):
 def test_a_rank_with_nan_leaves_the_others_right(ranks, setting, limit):
     gaps, sizes = work.pool(16), (5, 6, 5)
     gaps[5:11] = np.nan
-    shards = ranks.run(3, work.sharded_loss, sizes, setting, limit, gaps)
+    shards = ranks.run(3, work.sharded_loss, sizes, setting, gaps, gather_limit=limit)
     expected = solve_margins(np.concatenate([gaps[:5], gaps[11:]]), **setting).margins
     for each, margins in ((shards[0], expected[:5]), (shards[2], expected[5:])):
         np.testing.assert_allclose(each["margins"], margins, **CLOSE)
@@ -105,7 +107,7 @@ def test_masks_and_options(ranks, sizes, limit):
 
     gaps, mask = work.pool(16), np.arange(16) % 3 != 0
     options = {"label_smoothing": 0.1, "centered": True}
-    shards = ranks.run(2, work.sharded_loss, sizes, HARD, limit, gaps, mask, options)
+    shards = ranks.run(2, work.sharded_loss, sizes, HARD, gaps, mask, options, gather_limit=limit)
     leaf = torch.tensor(gaps, requires_grad=True)
     loss, aux = gamma_preference_loss(leaf, mask=torch.tensor(mask), **HARD, **options)
     loss.backward()
@@ -121,9 +123,7 @@ def test_masks_and_options(ranks, sizes, limit):
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_other_reductions_are_over_the_ranks_own_pairs(ranks, reduction):
     sizes = (4, 12)
-    shards = ranks.run(
-        2, work.sharded_loss, sizes, MILD, GATHER, None, None, {"reduction": reduction}
-    )
+    shards = ranks.run(2, work.sharded_loss, sizes, MILD, None, None, {"reduction": reduction})
     losses, _ = gamma_preference_loss(work.pool(16), reduction="none", **MILD)
     for rank, each in enumerate(shards):
         expected = work.shard(losses, sizes, rank)
@@ -140,7 +140,7 @@ def test_no_gap_anywhere(ranks, limit, gamma0):
         ((2, 0, 1), np.zeros(3), np.zeros(3, dtype=bool)),
     ):
         for rank, each in enumerate(
-            ranks.run(3, work.sharded_loss, sizes, setting, limit, gaps, mask)
+            ranks.run(3, work.sharded_loss, sizes, setting, gaps, mask, gather_limit=limit)
         ):
             assert each["loss"] == 0
             assert not each["gradient"].any()
@@ -156,7 +156,7 @@ def test_the_contexts_of_all_ranks_join_the_pool(ranks, limit):
         (work.pool(4, seed=3), np.array([True, False, True, True])),
     ]
     for setting in (MILD, HARD):
-        margins = ranks.run(3, work.with_context, gaps, context, setting, limit)
+        margins = ranks.run(3, work.with_context, gaps, context, setting, gather_limit=limit)
         others = np.concatenate([context[0][0], context[2][0][context[2][1]]])
         expected = solve_margins(np.concatenate(gaps), context=others, **setting).margins
         np.testing.assert_allclose(np.concatenate(margins), expected, **CLOSE)
@@ -167,7 +167,9 @@ def test_every_rank_issues_the_same_collectives_and_only_small_ones_above_the_li
     gaps = work.pool(16)
     gaps[3:] = np.nan
     for limit, largest in ((GATHER, 13), (REDUCE, 4)):
-        logs = ranks.run(3, work.collectives, work.sharded_loss, (3, 0, 13), setting, limit, gaps)
+        logs = ranks.run(
+            3, work.collectives, work.sharded_loss, (3, 0, 13), setting, gaps, gather_limit=limit
+        )
         assert logs[0] == logs[1] == logs[2]
         assert max(size for _, size in logs[0]) == largest
 
@@ -206,3 +208,22 @@ def test_ddp_takes_the_steps_of_one_process(ranks, sizes):
         np.testing.assert_allclose(their_weights, weights, rtol=0, atol=1e-12)
         np.testing.assert_allclose(their_queue, queue, rtol=0, atol=1e-12)
         np.testing.assert_array_equal(their_queue, results[0][1])
+
+
+def test_metrics_of_a_rank_without_pairs(ranks):
+    logs, _ = ranks.run(2, work.logs_of_no_pairs)
+    assert np.isnan(logs.pop("gamma/min"))
+    assert np.isnan(logs.pop("gamma/max"))
+    assert logs.pop("gamma/residual") < 1e-6
+    assert set(logs.values()) == {0.0}
+
+
+def test_the_docs_examples(ranks):
+    page = (Path(__file__).parents[1] / "docs" / "queue.md").read_text()
+    blocks = re.findall(r"```python\n(import.*?)```", page, re.DOTALL)
+    for queue in ranks.run(5, work.run_example, blocks[0]):
+        assert len(queue) == 20 * 5 * 2
+    pytest.importorskip("jax")
+    names = {}
+    exec(compile(blocks[1], "queue.md", "exec"), names)
+    assert names["queue"].mask.sum() == 3
