@@ -150,30 +150,63 @@ def refused(group, setting_of):
         return str(error)
 
 
-def ddp(group, sizes, steps, queue_size, setting):
-    """Train a linear model under DDP; return its weights at each step, and the queue."""
+def train(group, engine, sizes, steps, setting, folder=None, resume=False):
+    """Train a linear model; return its weights after each step, and the queue.
+
+    ``engine`` None is one process with all pairs. With a folder, the state goes there half-way, to
+    be resumed from by another call.
+    """
     import torch
     import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
 
     from gamma_loss import GammaPreferenceLoss
 
-    model = linear_model()
-    # `sizes` None: one process with all pairs.
-    wrapped = model if sizes is None else DistributedDataParallel(model, process_group=group)
+    model = wrapped = torch.nn.Linear(4, 1, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, -0.5, 0.3, 0.1]]))
+        model.bias.zero_()
+    if engine == "ddp":
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, process_group=group)
+    elif engine == "fsdp":
+        fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
     loss_module = GammaPreferenceLoss(
-        queue_size=queue_size, group=None if sizes is None else group, **setting
+        queue_size=40, group=group if engine else None, **setting
     ).double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+
+    def state():
+        of_model, of_optimizer = get_state_dict(model, optimizer)
+        return {"model": of_model, "optimizer": of_optimizer, "loss": loss_module.state_dict()}
+
+    start = 0
+    if resume:
+        start, saved = steps // 2, state()
+        dcp.load(saved, checkpoint_id=folder, process_group=group)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=saved["model"],
+            optim_state_dict=saved["optimizer"],
+        )
+        loss_module.load_state_dict(saved["loss"])
     weights = []
-    for step in range(steps):
+    for step in range(start, steps):
+        if folder and not resume and step == steps // 2:
+            dcp.save(state(), checkpoint_id=folder, process_group=group)
         data = np.random.default_rng(step).normal(size=(12, 4))
-        mine = data if sizes is None else shard(data, sizes, dist.get_rank(group))
+        mine = shard(data, sizes, dist.get_rank(group)) if engine else data
         loss, _ = loss_module(wrapped(torch.tensor(mine))[:, 0])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        weights.append(model.weight.detach().numpy().copy())
+        weight = model.weight.detach()
+        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        weights.append(weight.numpy().copy())
     gaps, mask = loss_module.queue.context()
     return np.stack(weights), gaps[mask].numpy()
 
@@ -199,13 +232,3 @@ def run_example(group, code):
         exec(compile(code, "queue.md", "exec"), names)
     gaps, mask = names["loss_fn"].queue.context()
     return gaps[mask].numpy()
-
-
-def linear_model():
-    import torch
-
-    model = torch.nn.Linear(4, 1, dtype=torch.float64)
-    with torch.no_grad():
-        model.weight.copy_(torch.tensor([[1.0, -0.5, 0.3, 0.1]]))
-        model.bias.zero_()
-    return model

@@ -198,16 +198,31 @@ def test_wrong_groups():
         solve_margins(torch.zeros(0), **MILD)
 
 
-@pytest.mark.parametrize("sizes", [(12,), (6, 6), (4, 4, 4), (1, 0, 7, 1, 3)])
-def test_ddp_takes_the_steps_of_one_process(ranks, sizes):
-    results = ranks.run(len(sizes), work.ddp, sizes, 20, 40, MILD)
-    weights, queue = work.ddp(None, None, 20, 40, MILD)
+@functools.lru_cache(maxsize=1)
+def trained_in_one_process():
+    weights, queue = work.train(None, None, None, 20, MILD)
     assert len(queue) == 40
+    return weights, queue
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("sizes", [(12,), (6, 6), (4, 4, 4), (1, 0, 7, 1, 3)])
+def test_training_takes_the_steps_of_one_process(ranks, sizes, engine):
+    weights, queue = trained_in_one_process()
+    results = ranks.run(len(sizes), work.train, engine, sizes, 20, MILD)
     for their_weights, their_queue in results:
         # Rounding differences of 1e-16 a step, 20 steps, all numbers of order 1.
         np.testing.assert_allclose(their_weights, weights, rtol=0, atol=1e-12)
         np.testing.assert_allclose(their_queue, queue, rtol=0, atol=1e-12)
         np.testing.assert_array_equal(their_queue, results[0][1])
+
+
+def test_a_sharded_run_resumes_to_the_bit(ranks, tmp_path):
+    task = (work.train, "fsdp", (4, 3, 5), 20, MILD, str(tmp_path))
+    never_stopped, resumed = ranks.run(3, *task), ranks.run(3, *task, True)
+    for (weights, queue), (their_weights, their_queue) in zip(never_stopped, resumed, strict=True):
+        np.testing.assert_array_equal(their_weights, weights[10:])
+        np.testing.assert_array_equal(their_queue, queue)
 
 
 def test_metrics_of_a_rank_without_pairs(ranks):

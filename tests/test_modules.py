@@ -213,6 +213,15 @@ def test_torch_compile_makes_one_graph(torch, backend):
             assert stored(compiled_module) == stored(eager_module)
 
 
+def test_wrong_arguments(torch):
+    with pytest.raises(ValueError, match="queue_size must be >= 0, got -1"):
+        preference_loss(queue_size=-1)
+    with pytest.raises(TypeError, match="queue_size must be an int, got NoneType"):
+        preference_loss(queue_size=None)
+    with pytest.raises(ValueError, match="gamma0 must be finite and >= 0, got -2"):
+        GammaDPOLoss(beta=1.0, gamma0=-2.0, tau=1.0)(*logps(torch, 4))
+
+
 def test_a_name_that_does_not_exist():
     with pytest.raises(AttributeError, match="has no attribute 'GammaFooLoss'"):
         gamma_loss.GammaFooLoss  # noqa: B018

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gamma_loss import _checks
 from gamma_loss.losses import (
     GammaLossAux,
     gamma_dpo_loss,
@@ -34,6 +35,7 @@ class _QueuedLoss(torch.nn.Module):
         self._function = function
         self.group = group
         self.settings = settings
+        queue_size = _checks.whole_number("queue_size", queue_size, least=0)
         self.queue = GapQueue(queue_size) if queue_size else None
         self._context: QueueState | None = None  # what the last training forward solved over
 
@@ -98,6 +100,11 @@ class GammaDPOLoss(_QueuedLoss):
     ----------
     queue : GapQueue or None
     settings : dict
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a queue_size that is no integer >= 0, and from a call as `gamma_dpo_loss` does.
 
     Notes
     -----
