@@ -143,6 +143,8 @@ def test_no_gap_anywhere(ranks, limit, gamma0):
             ranks.run(3, work.sharded_loss, sizes, setting, gaps, mask, gather_limit=limit)
         ):
             assert each["loss"] == 0
+            assert each["residual"] <= 1e-10
+            assert np.isfinite(each["multiplier"])
             assert not each["gradient"].any()
             np.testing.assert_array_equal(each["margins"], np.full(sizes[rank], gamma0))
 

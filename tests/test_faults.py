@@ -75,7 +75,7 @@ def test_soak(torch):
             gc.collect()
             tensors.append(sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects()))
             memory.append(_resident_bytes())
-    assert tensors[0] == tensors[1]
+    assert tensors[1] <= tensors[0]  # fewer where other tests left garbage
     assert loss_module.queue.mask.all() == (SOAK_STEPS * 4 > 2048)
     # Room for the allocator; a batch that was kept each step would be 100,000 times 512 bytes.
     assert memory[1] - memory[0] < 16 * 2**20

@@ -60,6 +60,16 @@ def test_the_same_in_every_library(library):
     assert contents(queue_push(state, library.array([0.5], "float32")))[-1] == 0.5
 
 
+def test_the_order_of_a_long_queue(library):
+    rng = np.random.default_rng(0)
+    state, expected = queue_init(library.array([0.0]), 700), deque(maxlen=700)
+    for pairs in (500, 1000, 40):
+        gaps, mask = rng.normal(size=pairs), rng.random(pairs) < 0.4
+        state = queue_push(state, library.array(gaps), library.array(mask, "bool"))
+        expected.extend(gaps[mask].tolist())
+        assert contents(state) == list(expected)
+
+
 def test_a_gap_beyond_the_queues_dtype_is_dropped():
     with np.errstate(over="ignore"):
         state = queue_push(queue_init(np.zeros(1, np.float32), 3), np.array([1e300, 1.0]))
