@@ -2,8 +2,10 @@
 
 The reference implementation of Sun et al., *Robust Preference Optimization via Dynamic Target
 Margins*, Findings of ACL 2025, arXiv:2506.03690. Importing it imports no array library; each one
-is used when its arrays arrive.
+is used when its arrays arrive, and torch also when one of the modules is asked for.
 """
+
+from typing import TYPE_CHECKING
 
 from gamma_loss.losses import (
     GammaLossAux,
@@ -15,20 +17,41 @@ from gamma_loss.losses import (
 from gamma_loss.margins import MarginSolution, solve_margins
 from gamma_loss.metrics import metrics
 from gamma_loss.presets import PUBLISHED_SETTINGS
+from gamma_loss.queue import QueueState, queue_init, queue_push
 from gamma_loss.smoothing import label_smoothing_from_shift, shift_from_label_smoothing
+
+if TYPE_CHECKING:
+    from gamma_loss.torch import GammaDPOLoss, GammaPreferenceLoss, GammaSimPOLoss, GapQueue
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PUBLISHED_SETTINGS",
+    "GammaDPOLoss",
     "GammaLossAux",
+    "GammaPreferenceLoss",
+    "GammaSimPOLoss",
+    "GapQueue",
     "MarginSolution",
+    "QueueState",
     "gamma_dpo_loss",
     "gamma_preference_loss",
     "gamma_simpo_loss",
     "label_smoothing_from_shift",
     "metrics",
     "preference_loss",
+    "queue_init",
+    "queue_push",
     "shift_from_label_smoothing",
     "solve_margins",
 ]
+
+_MODULES = ("GammaDPOLoss", "GammaPreferenceLoss", "GammaSimPOLoss", "GapQueue")
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import gamma_loss.torch
+
+    return getattr(gamma_loss.torch, name)

@@ -29,6 +29,15 @@ def number(
     return number
 
 
+def whole_number(name: str, value: Any, *, least: int) -> int:
+    """Return a Python integer that is large enough."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
+    return value
+
+
 def choice(name: str, value: str, options: tuple[str, ...]) -> None:
     """Refuse a value that is not among the options."""
     if value not in options:
@@ -60,13 +69,13 @@ def upcast(xp: Namespace, array: Array) -> Array:
     return xp.astype(array, xp.float32) if xp.finfo(array.dtype).bits < 32 else array
 
 
-def pairs(**arrays: Array) -> None:
-    """Check that the arrays are 1-D, of one shape, and not empty."""
+def pairs(may_be_empty: bool = False, /, **arrays: Array) -> None:
+    """Check that the arrays are 1-D, of one shape, and not empty unless they may be."""
     first_name, first = next(iter(arrays.items()))
     for name, array in arrays.items():
         if array.ndim != 1:
             raise ValueError(f"{name} must be 1-D, one entry a pair, got shape {_shape(array)}")
-        if array.shape[0] == 0:
+        if array.shape[0] == 0 and not may_be_empty:
             raise ValueError(f"{name} must hold at least one pair, got shape {_shape(array)}")
         if array.shape != first.shape:
             raise ValueError(

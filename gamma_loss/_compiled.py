@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gamma_loss import _newton
-from gamma_loss.margins import assemble, deliver
+from gamma_loss.margins import as_weights, assemble, deliver
 
 _programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _lock = threading.Lock()
@@ -42,17 +42,18 @@ def solve(
 
     # One safeguarded pass is compiled, and called as often as needed: the whole, unrolled, would
     # take minutes to compile.
-    gaps, inside, finite = assemble(*pool)
-    state = _newton.bracketed_start(torch, gaps, inside, g0, a)
+    values, in_pool, finite = assemble(*pool)
+    inside = as_weights(in_pool, values)
+    state = _newton.bracketed_start(torch, values, inside, g0, a)
     look = gaps.device.type == "cpu"  # where a value costs no synchronisation
     quiet = 0
     for _ in range(_newton.bracketed_passes(gamma0, tau)):
-        state, settled = _run(_pass, ("pass", *home, _size_class(gaps)), state)
+        state, settled = _run(_pass, ("pass", *home, _size_class(values)), state)
         quiet = quiet + 1 if look and settled.item() else 0
         if quiet == 2:
             break
     margins, nu, residual = _newton.bracketed_end(torch, inside, state)
-    return deliver(margins, finite, mask, len(pool[0]), gamma0), nu, residual
+    return deliver(margins, finite, mask, len(gaps), gamma0), nu, residual
 
 
 def _mild(
@@ -64,7 +65,8 @@ def _mild(
     a: Tensor,
     passes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    pool, inside, finite = assemble(gaps, mask, context, context_mask)
+    pool, in_pool, finite = assemble(gaps, mask, context, context_mask)
+    inside = as_weights(in_pool, pool)
     margins, nu, residual = _newton.newton(torch, pool, inside, gamma0, a, passes)
     return deliver(margins, finite, mask, gaps.shape[0], gamma0), nu, residual
 

@@ -19,10 +19,14 @@ shape (). The number of passes is fixed by the hyperparameters and the dtype, so
 straight-line code; only for NumPy, where looking at a value is free, do `bracketed`'s passes end
 early. `newton` also counts its operations: eager torch pays 2 µs for each, and 6 µs where a Python
 number takes part.
+
+What they know of the pool beyond single gaps goes through a `Whole`: sums and extremes, which a
+pool that is spread over processes replaces by reductions.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -37,7 +41,24 @@ _FLAT = -40.0  # below it γ0 exp(u) adds nothing to z, so a Newton step is exac
 _NARROW = 0.1  # how well the mass must be known for ν to move without a proven direction
 
 
-def solve(gaps: Array, inside: Array, gamma0: float, tau: float) -> tuple[Array, Array, Array]:
+class Whole:
+    """Sums and extremes over a pool that this process holds as a whole."""
+
+    def sums(self, *parts: Array) -> tuple[Array, ...]:
+        """Return the sums over the whole pool, given this process's."""
+        return parts
+
+    def extremes(self, least: Array, largest: Array) -> tuple[Array, ...]:
+        """Return the minimum and maximum over the whole pool, given this process's."""
+        return least, largest
+
+
+_WHOLE = Whole()
+
+
+def solve(
+    gaps: Array, inside: Array, gamma0: float, tau: float, pool: Whole = _WHOLE
+) -> tuple[Array, Array, Array]:
     """Return ``(γ, ν, residual)`` for a pool, the two last of shape ()."""
     xp = solver_namespace(gaps)
     if gamma0 == 0:  # nothing to share out, and no scale to measure x by
@@ -46,8 +67,8 @@ def solve(gaps: Array, inside: Array, gamma0: float, tau: float) -> tuple[Array,
     g0, a = xp.full_like(scalar, gamma0), xp.full_like(scalar, gamma0 / tau)
     passes = mild_passes(gamma0, tau, xp.finfo(gaps.dtype).bits >= 64)
     if passes:
-        return newton(xp, gaps, inside, g0, a, passes)
-    return bracketed(xp, gaps, inside, g0, a, bracketed_passes(gamma0, tau))
+        return newton(xp, gaps, inside, g0, a, passes, pool)
+    return bracketed(xp, gaps, inside, g0, a, bracketed_passes(gamma0, tau), pool)
 
 
 def mild_passes(gamma0: float, tau: float, double: bool) -> int:
@@ -72,7 +93,13 @@ def bracketed_passes(gamma0: float, tau: float) -> int:
 
 
 def newton(
-    xp: Namespace, gaps: Array, inside: Array, gamma0: Array, a: Array, passes: int
+    xp: Namespace,
+    gaps: Array,
+    inside: Array,
+    gamma0: Array,
+    a: Array,
+    passes: int,
+    pool: Whole = _WHOLE,
 ) -> tuple[Array, Array, Array]:
     """Undamped arrowhead Newton from equal margins.
 
@@ -80,21 +107,25 @@ def newton(
     """
     one, log_gamma0 = xp.ones_like(gamma0), xp.log(gamma0)
     h, u, nu = gamma0, log_gamma0, log_gamma0
-    total = dot(xp, inside, inside) * gamma0
+    (count,) = pool.sums(dot(xp, inside, inside))
+    total = count * gamma0
     for _ in range(passes):
         p = logistic(xp, h - gaps)
         s = a * p
         v = u + s
         d = h * (s * p - s) - one
         w = inside * h / d
-        nu = (dot(xp, w, v + d) - total) / dot(xp, w, inside)
+        top, bottom = pool.sums(dot(xp, w, v + d), dot(xp, w, inside))
+        nu = (top - total) / bottom
         u = u + (v - nu) / d
         h = xp.exp(u)
-    scale = total / dot(xp, inside, h)
+    (mass,) = pool.sums(dot(xp, inside, h))
+    scale = total / mass
     h = h * scale
     # 0, where an entry takes no part, is in the range of the others, as ν lies in that of v.
     v_minus_nu = (u + xp.log(scale) - nu + a * logistic(xp, h - gaps)) * inside
-    residual = (xp.max(v_minus_nu) - xp.min(v_minus_nu)) / 2
+    least, largest = pool.extremes(xp.min(v_minus_nu), xp.max(v_minus_nu))
+    residual = (largest - least) / 2
     return h, nu - log_gamma0, residual
 
 
@@ -120,30 +151,38 @@ class BracketedState(NamedTuple):
 
 
 def bracketed(
-    xp: Namespace, gaps: Array, inside: Array, gamma0: Array, a: Array, passes: int
+    xp: Namespace,
+    gaps: Array,
+    inside: Array,
+    gamma0: Array,
+    a: Array,
+    passes: int,
+    pool: Whole = _WHOLE,
 ) -> tuple[Array, Array, Array]:
     """Arrowhead Newton inside brackets, for any κ.
 
     ν is written as ``a σ(λ)``: ``r = u + a (σ(z) - σ(λ))`` then keeps its relative accuracy where
     a σ is large, and every pair has a closed-form bracket (see `_closed_form_bracket`).
     """
-    state = bracketed_start(xp, gaps, inside, gamma0, a)
-    state = repeat(passes, bracketed_pass, state, settled)
-    return bracketed_end(xp, inside, state)
+    state = bracketed_start(xp, gaps, inside, gamma0, a, pool)
+    # The function itself where it will do: JAX finds its compiled loop by it.
+    step = bracketed_pass if pool is _WHOLE else functools.partial(bracketed_pass, pool=pool)
+    state = repeat(passes, step, state, settled)
+    return bracketed_end(xp, inside, state, pool)
 
 
 def bracketed_start(
-    xp: Namespace, gaps: Array, inside: Array, gamma0: Array, a: Array
+    xp: Namespace, gaps: Array, inside: Array, gamma0: Array, a: Array, pool: Whole = _WHOLE
 ) -> BracketedState:
     """Brackets, and the Newton step from equal margins."""
-    weights = inside / dot(xp, inside, inside)
-    cap = -xp.log(xp.max(weights))
-    low, high = _level_bracket(xp, gaps, inside, gamma0, a, cap)
+    (count,) = pool.sums(dot(xp, inside, inside))
+    weights = inside / count
+    cap = xp.log(count)
+    low, high = _level_bracket(xp, gaps, inside, gamma0, a, cap, pool)
     at_start = p, q = _sigmoids(xp, gamma0 - gaps)
     d = a * gamma0 * p * q + 1
-    level = _clip(
-        xp, _log(xp, dot(xp, weights / d, p)) - _log(xp, dot(xp, weights / d, q)), low, high
-    )
+    of_p, of_q = pool.sums(dot(xp, weights / d, p), dot(xp, weights / d, q))
+    level = _clip(xp, _log(xp, of_p) - _log(xp, of_q), low, high)
     at_level = _sigmoids(xp, level)
     r = a * _rise(xp, gamma0 - gaps - level, at_start, at_level)
     u_low, u_high = _closed_form_bracket(xp, gaps, gamma0, a, cap, at_start, level, at_level)
@@ -157,14 +196,16 @@ def bracketed_start(
 
 
 def bracketed_end(
-    xp: Namespace, inside: Array, state: BracketedState
+    xp: Namespace, inside: Array, state: BracketedState, pool: Whole = _WHOLE
 ) -> tuple[Array, Array, Array]:
     """Return ``(γ, ν, residual)``, the budget met exactly."""
     gamma0, a = state.gamma0, state.a
-    u = state.u - xp.log(dot(xp, state.weights, xp.exp(state.u)))
+    (mass,) = pool.sums(dot(xp, state.weights, xp.exp(state.u)))
+    u = state.u - xp.log(mass)
     r, _ = _residuals(xp, state.gaps, gamma0, a, u, state.level, state.at_level)
     r = r * inside  # 0 lies in the range of r
-    return gamma0 * xp.exp(u), a * state.at_level[0], (xp.max(r) - xp.min(r)) / 2
+    least, largest = pool.extremes(xp.min(r), xp.max(r))
+    return gamma0 * xp.exp(u), a * state.at_level[0], (largest - least) / 2
 
 
 def settled(old: BracketedState, new: BracketedState) -> Array:
@@ -178,7 +219,7 @@ def settled(old: BracketedState, new: BracketedState) -> Array:
     return moved * moved * bend <= xp.finfo(new.u.dtype).eps / 16
 
 
-def bracketed_pass(state: BracketedState) -> BracketedState:
+def bracketed_pass(state: BracketedState, pool: Whole = _WHOLE) -> BracketedState:
     """Move ν, and every pair by a Newton step or half its bracket."""
     gaps, weights, gamma0, a, cap, at_start, u, u_low, u_high, low_seen, high_seen = state[:11]
     level, at_level, level_low, level_high, stride = state[11:]
@@ -200,9 +241,6 @@ def bracketed_pass(state: BracketedState) -> BracketedState:
     off = xp.where((gamma0 * x + 1) * near < 0.69, xp.minimum(size, near), size)
     least = dot(xp, weights, xp.exp(xp.where(above, xp.maximum(u - off, u_low), u)))
     most = dot(xp, weights, xp.exp(xp.where(above, u, xp.minimum(u + off, u_high))))
-    too_high, too_low = least > 1, most < 1
-    level_high = xp.where(too_high, level, level_high)
-    level_low = xp.where(too_low, level, level_low)
 
     # Where the sigmoid dominates, Newton in its logit instead: the same step with another r and d.
     rise, z_change = _logit_change(xp, p, q, -r / a)
@@ -214,7 +252,11 @@ def bracketed_pass(state: BracketedState) -> BracketedState:
     # The Newton step of the level, by at most half its bracket. Where the side of λ is not proven,
     # it has to be half the last one, or ν stays and only the pairs move: no going in circles.
     w = weights * x / d
-    d_nu = (dot(xp, w, r - d) + 1) / xp.sum(w)
+    least, most, top, bottom = pool.sums(least, most, dot(xp, w, r - d), xp.sum(w))
+    too_high, too_low = least > 1, most < 1
+    level_high = xp.where(too_high, level, level_high)
+    level_low = xp.where(too_low, level, level_low)
+    d_nu = (top + 1) / bottom
     reach = _HALF * (level_high - level_low)
     new = _clip(xp, level + _logit_change(xp, *at_level, d_nu / a)[1], level - reach, level + reach)
     length = xp.abs(new - level)
@@ -290,12 +332,13 @@ def _closed_form_bracket(
 
 
 def _level_bracket(
-    xp: Namespace, gaps: Array, inside: Array, gamma0: Array, a: Array, cap: Array
+    xp: Namespace, gaps: Array, inside: Array, gamma0: Array, a: Array, cap: Array, pool: Whole
 ) -> tuple[Array, Array]:
     """Bounds on λ: ν lies in the range of a σ(γ0 - g), and no x exceeds the pool's size."""
     infinity = xp.full_like(gaps, float("inf"))
     least = xp.min(xp.where(inside > 0, gaps, infinity))
     largest = xp.max(xp.where(inside > 0, gaps, -infinity))
+    least, largest = pool.extremes(least, largest)
     far = xp.log1p(a) + 50  # beyond it a σ(λ) is 0 or a to well below rounding error
     low, high = _clip(xp, gamma0 - largest, -far, far), _clip(xp, gamma0 - least, -far, far)
     # The pair with the largest gap has u <= log n, so ν <= log n + a σ(γ0 n - largest).

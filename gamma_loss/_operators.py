@@ -89,7 +89,8 @@ def fused_loss(
         operator = torch.ops.gamma_loss.differentiable_loss
         result: tuple[Tensor, Tensor, Tensor, Tensor] = operator(*arguments)
         return result
-    return _FusedLoss.apply(*arguments)  # type: ignore[no-any-return]
+    result = _FusedLoss.apply(*arguments)  # type: ignore[no-untyped-call]
+    return result
 
 
 # Whether torch.func is at work; taken as given where torch doesn't tell.
@@ -117,7 +118,10 @@ class _FusedLoss(torch.autograd.Function):
         _keep(ctx, arguments, result)
         return result
 
-    backward = staticmethod(once_differentiable(_scale))
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        return _scale(ctx, *gradients)
 
 
 def _launcher(device: torch.device) -> ModuleType | None:
@@ -164,8 +168,8 @@ def _solve(
             _give_up(gaps.device, f"{type(error).__name__}: {error}")
     pool = (gaps, mask, context, context_mask)
     if gaps.device.type == "cpu":
-        arrays = (None if array is None else array.numpy() for array in pool)
-        margins, *certificate = solve_pool(*arrays, gamma0, tau)
+        values, *more = (None if array is None else array.numpy() for array in pool)
+        margins, *certificate = solve_pool(values, more[0], more[1], more[2], gamma0, tau)
         return torch.from_numpy(margins), torch.tensor(certificate, dtype=gaps.dtype)
     margins, *certificate = solve_pool(*pool, gamma0, tau)
     return margins, torch.stack(certificate)
@@ -206,13 +210,14 @@ def _loss(
     from gamma_loss._arrays import namespace
     from gamma_loss.losses import array_loss
 
-    upcast = (None if array is None else array.to(outputs[0].dtype) for array in logps)
-    loss, aux = array_loss(namespace(chosen), *upcast, *pool, *settings, "eager")
+    upcast: Any = [None if array is None else array.to(outputs[0].dtype) for array in logps]
+    more: Any = (*pool, *settings, "eager")
+    loss, aux = array_loss(namespace(chosen), *upcast, *more)
     slope = -beta * aux.pair_weights
     if reduction == "mean":
         slope = slope / aux.mask.sum().clamp(min=1)
-    rows = (aux.margins, aux.shifts, aux.reward_gaps, aux.pair_weights, slope, -slope)
-    rows += (aux.chosen_rewards, aux.rejected_rewards)
+    rows = [aux.margins, aux.shifts, aux.reward_gaps, aux.pair_weights, slope, -slope]
+    rows += [aux.chosen_rewards, aux.rejected_rewards]
     certificate = torch.stack([aux.multiplier, aux.residual])
     return loss, torch.stack(rows), certificate, aux.mask.clone()
 
@@ -241,7 +246,6 @@ _library.define(
 _library.impl("solve", _solve, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("gamma_loss::solve", lib=_library)
 def _fake_solve(gaps: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(gaps), gaps.new_empty(2)
 
@@ -252,6 +256,7 @@ def _fake_loss(
     return _outputs(chosen, rejected, reference, rest[-1])
 
 
+torch.library.register_fake("gamma_loss::solve", _fake_solve, lib=_library)
 for _name in ("loss", "differentiable_loss"):
     _library.define(
         f"{_name}(Tensor chosen, Tensor? rejected, Tensor? reference_chosen, "

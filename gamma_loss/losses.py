@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gamma_loss import _checks
 from gamma_loss._arrays import Array, Namespace, detach, sigmoid, softplus
@@ -59,6 +59,7 @@ def gamma_dpo_loss(
     robust: bool = False,
     reduction: str = "mean",
     impl: str = "auto",
+    group: Any = None,
 ) -> tuple[Array, GammaLossAux]:
     """γ-DPO: DPO in which every pair has its own target margin.
 
@@ -89,6 +90,12 @@ def gamma_dpo_loss(
         Over the unmasked pairs. "none" gives one loss a pair, 0 for a masked one.
     impl : {"auto", "eager", "compile", "triton"}
         See `solve_margins`.
+    group : torch.distributed.ProcessGroup, optional
+        The ranks that share the pool, see `solve_margins`. The "mean" is then over the pairs of all
+        of them: each rank's loss is the sum over its own pairs, divided by all unmasked pairs and
+        multiplied by the number of ranks. So the ranks' average, which is what DDP and FSDP take of
+        gradients, is exactly that of one process with all pairs; with as many pairs on each rank it
+        is the mean over the rank's own.
 
     Returns
     -------
@@ -136,7 +143,7 @@ def gamma_dpo_loss(
     return _gamma_loss(
         logps, beta=beta, gamma0=gamma0, tau=tau, centered=centered,
         context=context, context_mask=context_mask, mask=mask,
-        label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl,
+        label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl, group=group,
     )  # fmt: skip
 
 
@@ -155,6 +162,7 @@ def gamma_simpo_loss(
     robust: bool = False,
     reduction: str = "mean",
     impl: str = "auto",
+    group: Any = None,
 ) -> tuple[Array, GammaLossAux]:
     """γ-SimPO: SimPO in which every pair has its own target margin.
 
@@ -185,6 +193,8 @@ def gamma_simpo_loss(
         See `gamma_dpo_loss`.
     impl : {"auto", "eager", "compile", "triton"}
         See `solve_margins`.
+    group : torch.distributed.ProcessGroup, optional
+        See `gamma_dpo_loss`.
 
     Returns
     -------
@@ -222,7 +232,7 @@ def gamma_simpo_loss(
     return _gamma_loss(
         logps, beta=beta, gamma0=gamma0, tau=tau, centered=centered,
         context=context, context_mask=context_mask, mask=mask,
-        label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl,
+        label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl, group=group,
     )  # fmt: skip
 
 
@@ -239,6 +249,7 @@ def gamma_preference_loss(
     robust: bool = False,
     reduction: str = "mean",
     impl: str = "auto",
+    group: Any = None,
 ) -> tuple[Array, GammaLossAux]:
     """γ-PO on reward gaps from any source: a reward model, or another margin-based method.
 
@@ -263,6 +274,8 @@ def gamma_preference_loss(
         See `gamma_dpo_loss`.
     impl : {"auto", "eager", "compile", "triton"}
         See `solve_margins`.
+    group : torch.distributed.ProcessGroup, optional
+        See `gamma_dpo_loss`.
 
     Returns
     -------
@@ -293,7 +306,7 @@ def gamma_preference_loss(
     return _gamma_loss(
         {"reward_gaps": reward_gaps}, beta=1.0, gamma0=gamma0, tau=tau, centered=centered,
         context=context, context_mask=context_mask, mask=mask,
-        label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl,
+        label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl, group=group,
     )  # fmt: skip
 
 
@@ -385,6 +398,7 @@ def _gamma_loss(
     robust: bool,
     reduction: str,
     impl: str,
+    group: Any = None,
 ) -> tuple[Array, GammaLossAux]:
     """Check, and choose between one fused operator and `array_loss`.
 
@@ -396,13 +410,14 @@ def _gamma_loss(
     _checks.choice("reduction", reduction, REDUCTIONS)
     tilt = _tilt(label_smoothing, robust)
     xp = _checks.real(**logps)
-    _checks.pairs(**logps)
-    size = check_pool(xp, *next(iter(logps.items())), mask, context, context_mask)
+    shared = group is not None
+    _checks.pairs(shared, **logps)
+    size = check_pool(xp, *next(iter(logps.items())), mask, context, context_mask, shared)
     arrays = (*logps.values(), None, None, None)[:4]
     pool = (mask, context, context_mask)
     settings = (beta, gamma0, tau, tilt, bool(centered), reduction)
     impl = choose_implementation(impl, arrays[0], size, gamma0, tau)
-    if impl == "triton":
+    if impl == "triton" and not shared:
         from gamma_loss import _operators
 
         if _operators.can_fuse(size):
@@ -412,8 +427,9 @@ def _gamma_loss(
             return loss, GammaLossAux(
                 margins, shifts, gaps, chosen, rejected, weights, residual, multiplier, mask
             )
-    upcast = [None if array is None else _checks.upcast(xp, array) for array in arrays]
-    return array_loss(xp, *upcast, *pool, *settings, impl)
+    upcast: Any = [None if array is None else _checks.upcast(xp, array) for array in arrays]
+    more: Any = (*pool, *settings, impl, group)
+    return array_loss(xp, *upcast, *more)
 
 
 def array_loss(
@@ -432,6 +448,7 @@ def array_loss(
     centered: bool,
     reduction: str,
     impl: str,
+    group: Any = None,
 ) -> tuple[Array, GammaLossAux]:
     """Compute a loss in array-API operations, its margins by an implementation."""
     if rejected is None:
@@ -441,7 +458,9 @@ def array_loss(
             chosen, rejected = chosen - reference_chosen, rejected - reference_rejected
         chosen_rewards, rejected_rewards = beta * chosen, beta * rejected
     gaps = chosen_rewards - rejected_rewards
-    margins, multiplier, residual = solve_by(impl, gaps, mask, context, context_mask, gamma0, tau)
+    margins, multiplier, residual = solve_by(
+        impl, gaps, mask, context, context_mask, gamma0, tau, group
+    )
     shifts = margins - gamma0
     if mask is None:
         mask = xp.ones_like(gaps, dtype=xp.bool)
@@ -454,6 +473,10 @@ def array_loss(
     loss = losses if reduction == "none" else xp.sum(losses)
     if reduction == "mean":
         counted = xp.sum(xp.astype(mask, losses.dtype))
+        if group is not None:
+            from gamma_loss.torch import distributed
+
+            loss, counted = distributed.mean(loss, counted, group)
         loss = loss / xp.maximum(counted, xp.ones_like(counted))
     return loss, GammaLossAux(
         margins=margins,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gamma_loss import _checks, _newton
 from gamma_loss._arrays import Array, Namespace, detach, is_torch, namespace, solver_namespace
@@ -43,6 +43,7 @@ def solve_margins(
     context_mask: Array | None = None,
     mask: Array | None = None,
     impl: str = "auto",
+    group: Any = None,
 ) -> MarginSolution:
     """Share a mean target margin among preference pairs, by their reward gaps.
 
@@ -74,9 +75,28 @@ def solve_margins(
         Further gaps that join the pool and get no margin, such as a queue of recent gaps.
     context_mask, mask : boolean array, optional
         True for the entries of `context` and of `reward_gaps` that take part.
-    impl : {"auto", "eager"}
-        "eager" runs the solver's array operations one by one; inside torch.compile or jax.jit
-        they become part of the caller's graph. "auto" is "eager" for now.
+    impl : {"auto", "eager", "compile", "triton"}
+        How to solve; all agree to rounding error.
+
+        - "eager": array operations one by one. Inside torch.compile or jax.jit they become part of
+          the caller's graph.
+        - "compile" (torch): the same through torch.compile, compiled at the first call for a kind
+          of pool (dtype, device, masks), not for a size or for values of gamma0 and tau.
+        - "triton" (torch, on a GPU that Triton knows): one launch of a kernel for a pool of up to
+          16,384 gaps, about ten for any larger one (about fifty outside mild settings). A loss of
+          such a pool is one launch as well, and its gradient one elementwise step. If Triton is
+          missing or fails, it warns once and solves as "eager" does.
+        - "auto": "triton" for a torch tensor on such a GPU. For one on the CPU NumPy solves up to
+          65,536 gaps, and "eager" more. In a graph that torch.compile or torch.export traces, the
+          operations of a mild setting (gamma0 < 1.5 tau, and about gamma0² < 3 tau) become part of
+          it and any other solve is one operator. "eager" for all other arrays.
+    group : torch.distributed.ProcessGroup, optional
+        The ranks that share the pool (``torch.distributed.group.WORLD`` is all). Each rank gives
+        its own gaps and context, as many as it has or none, and gets its own margins of the one
+        problem over all of them. All ranks of the group call this together, with the same settings
+        and dtype. Up to 131,072 gaps are gathered; of more only sums are exchanged, at each Newton
+        pass. The ranks' numbers of gaps are read on the host: one synchronisation. Solved as
+        "eager" does, whatever `impl` is.
 
     Returns
     -------
@@ -120,10 +140,11 @@ def solve_margins(
     gamma0 = _checks.number("gamma0", gamma0, least=0)
     tau = _checks.number("tau", tau, above=0)
     xp, (gaps,) = _checks.floats(reward_gaps=reward_gaps)
-    _checks.pairs(reward_gaps=gaps)
-    size = check_pool(xp, "reward_gaps", gaps, mask, context, context_mask)
+    shared = group is not None
+    _checks.pairs(shared, reward_gaps=gaps)
+    size = check_pool(xp, "reward_gaps", gaps, mask, context, context_mask, shared)
     impl = choose_implementation(impl, gaps, size, gamma0, tau)
-    return solve_by(impl, gaps, mask, context, context_mask, gamma0, tau)
+    return solve_by(impl, gaps, mask, context, context_mask, gamma0, tau, group)
 
 
 def check_pool(
@@ -133,6 +154,7 @@ def check_pool(
     mask: Array | None,
     context: Array | None,
     context_mask: Array | None,
+    may_be_empty: bool = False,
 ) -> int:
     """Check what comes beside the gaps, and return the size of the pool."""
     if mask is not None:
@@ -142,7 +164,7 @@ def check_pool(
             raise ValueError("context_mask was given without a context")
         return int(gaps.shape[0])
     _checks.real(**{name: gaps, "context": context})
-    _checks.pairs(context=context)
+    _checks.pairs(may_be_empty, context=context)
     if context_mask is not None:
         _checks.mask("context_mask", context_mask, "context", context, xp)
     return int(gaps.shape[0] + context.shape[0])
@@ -168,12 +190,20 @@ def solve_by(
     context_mask: Array | None,
     gamma0: float,
     tau: float,
+    group: Any = None,
 ) -> MarginSolution:
     """Solve a checked pool by the implementation chosen for it."""
     gaps = detach(gaps)
     if context is not None:
         context = namespace(context).astype(detach(context), gaps.dtype)
     pool = (gaps, mask, context, context_mask)
+    if group is not None:
+        from gamma_loss.torch import distributed
+
+        values, in_pool, finite = assemble(*pool)
+        margins, multiplier, residual = distributed.solve(values, in_pool, gamma0, tau, group)
+        margins = deliver(margins, finite, mask, gaps.shape[0], gamma0)
+        return MarginSolution(margins, multiplier, residual)
     if impl == "eager":
         return MarginSolution(*solve_pool(*pool, gamma0, tau))
     if impl == "compile":
@@ -194,7 +224,8 @@ def solve_pool(
     tau: float,
 ) -> tuple[Array, Array, Array]:
     """Solve with array-API operations, one by one."""
-    pool, inside, finite = assemble(gaps, mask, context, context_mask)
+    pool, in_pool, finite = assemble(gaps, mask, context, context_mask)
+    inside = as_weights(in_pool, pool)
     margins, multiplier, residual = _newton.solve(pool, inside, gamma0, tau)
     return deliver(margins, finite, mask, gaps.shape[0], gamma0), multiplier, residual
 
@@ -202,7 +233,7 @@ def solve_pool(
 def assemble(
     gaps: Array, mask: Array | None, context: Array | None, context_mask: Array | None
 ) -> tuple[Array, Array, Array]:
-    """Return the pool's gaps (0 for one left out), 1 for those inside, and which are finite."""
+    """Return the pool's gaps (0 for one left out), which are in it, and which are finite."""
     xp = solver_namespace(gaps)
     pool, in_pool = gaps, mask
     if context is not None:
@@ -216,10 +247,13 @@ def assemble(
             )
     finite = xp.isfinite(pool)
     in_pool = finite if in_pool is None else in_pool & finite
-    pool = xp.where(in_pool, pool, xp.zeros_like(pool))
-    if mask is not None or context_mask is not None:
-        in_pool = in_pool | ~xp.any(in_pool)  # an empty pool counts as one of equal gaps
-    return pool, xp.where(in_pool, xp.ones_like(pool), xp.zeros_like(pool)), finite
+    return xp.where(in_pool, pool, xp.zeros_like(pool)), in_pool, finite
+
+
+def as_weights(in_pool: Array, pool: Array) -> Array:
+    """Return 1 for an entry inside and 0 for others; an empty pool is one of equal gaps."""
+    xp = solver_namespace(pool)
+    return xp.where(in_pool | ~xp.any(in_pool), xp.ones_like(pool), xp.zeros_like(pool))
 
 
 def deliver(

@@ -12,7 +12,8 @@ def metrics(aux: GammaLossAux) -> dict[str, Array]:
 
     Nothing is copied to the host, so logging can wait until it is convenient. Means are over the
     unmasked pairs of the batch; a pair that is not finite makes them NaN, as it does the loss. With
-    every pair masked they are 0, and the margins' extremes gamma0.
+    every pair masked they are 0, and the margins' extremes gamma0; of an empty batch (one rank of a
+    group may have one) they are 0, and the extremes NaN.
 
     Parameters
     ----------
@@ -41,15 +42,19 @@ def metrics(aux: GammaLossAux) -> dict[str, Array]:
     (0.333, 1.43)
     """
     xp = namespace(aux.margins)
-    zero, one = xp.zeros_like(aux.margins), xp.ones_like(aux.margins)
-    count = xp.maximum(xp.sum(xp.astype(aux.mask, zero.dtype)), one[0])
+    zero, one = xp.zeros_like(aux.margins), xp.ones_like(aux.residual)
+    count = xp.maximum(xp.sum(xp.astype(aux.mask, zero.dtype)), one)
 
     def mean(values: Array) -> Array:
         return xp.sum(xp.where(aux.mask, values, zero)) / count
 
     shown, infinity = aux.mask | ~xp.any(aux.mask), xp.full_like(zero, float("inf"))
+    least = largest = one * float("nan")
+    if zero.shape[0]:
+        least = xp.min(xp.where(shown, aux.margins, infinity))
+        largest = xp.max(xp.where(shown, aux.margins, -infinity))
     mean_margin = mean(aux.margins)
-    share = aux.margins / xp.where(mean_margin == 0, one[0], mean_margin)  # n p_i, mean 1
+    share = aux.margins / xp.where(mean_margin == 0, one, mean_margin)  # n p_i, mean 1
     tiny = xp.full_like(share, xp.finfo(share.dtype).smallest_normal)
     weights = xp.sum(aux.pair_weights)
     squares = xp.sum(aux.pair_weights * aux.pair_weights)
@@ -60,12 +65,12 @@ def metrics(aux: GammaLossAux) -> dict[str, Array]:
         "rewards/chosen": mean(aux.chosen_rewards),
         "rewards/rejected": mean(aux.rejected_rewards),
         "rewards/margins": mean(aux.reward_gaps),
-        "rewards/accuracies": mean(xp.where(aux.reward_gaps > 0, one, zero)),
+        "rewards/accuracies": mean(xp.astype(aux.reward_gaps > 0, zero.dtype)),
         "gamma/mean": mean_margin,
-        "gamma/min": xp.min(xp.where(shown, aux.margins, infinity)),
-        "gamma/max": xp.max(xp.where(shown, aux.margins, -infinity)),
+        "gamma/min": least,
+        "gamma/max": largest,
         "gamma/kl": mean(share * xp.log(xp.maximum(share, tiny))),
-        "gamma/effective_pairs": weights * weights / xp.where(squares == 0, one[0], squares),
+        "gamma/effective_pairs": weights * weights / xp.where(squares == 0, one, squares),
         "gamma/implied_smoothing": mean(smoothing),
         "gamma/residual": aux.residual,
     }

@@ -56,15 +56,14 @@ def solve(
     tau: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the margins, and ν with the certificate, of a pool of any size."""
-    gaps, mask, context, context_mask = _contiguous(gaps, mask, context, context_mask)
+    pool = _contiguous(gaps, mask, context, context_mask)
     n, m = gaps.shape[0], 0 if context is None else context.shape[0]
     settings = _settings(gaps.dtype, n + m, gamma0, tau)
     margins, certificate = torch.empty_like(gaps), gaps.new_empty(2)
-    pool = (gaps, mask, context, context_mask)
     with _on_device_of(gaps):
         if n + m <= POOL_LIMIT:
             kernels.pool_kernel[(1,)](
-                gaps, None, None, None, mask, context, context_mask,
+                pool[0], None, None, None, *pool[1:],
                 margins, certificate, None, None, gaps.new_empty(3 * (n + m)), n, m,
                 beta=1.0, tilt=0.0, CENTERED=False, REDUCTION="none", **settings,
             )  # fmt: skip

@@ -1,0 +1,107 @@
+"""A queue of recent reward gaps as a value: pure functions on arrays of any library."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from gamma_loss import _checks
+from gamma_loss._arrays import Array, detach, device
+
+
+class QueueState(NamedTuple):
+    """The last gaps that were pushed, in arrays of fixed shape.
+
+    Its two fields are what a loss takes as `context` and `context_mask`.
+
+    Attributes
+    ----------
+    gaps : array, shape (capacity,)
+        In reward units, the oldest first and the newest last; 0 in the slots that are still empty,
+        which come before the oldest.
+    mask : boolean array, shape (capacity,)
+        True for the filled slots.
+    """
+
+    gaps: Array
+    mask: Array
+
+
+def queue_init(like: Array, capacity: int = 2048) -> QueueState:
+    """Return an empty queue.
+
+    Parameters
+    ----------
+    like : array
+        Any array of the library and device that the queue shall be on. Its dtype is the queue's;
+        half precision becomes float32.
+    capacity : int
+        How many gaps the queue holds, >= 1.
+
+    Returns
+    -------
+    QueueState
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `like` is no array of real floats, or the capacity no integer >= 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> queue_init(np.zeros(0), capacity=3)
+    QueueState(gaps=array([0., 0., 0.]), mask=array([False, False, False]))
+    """
+    capacity = _checks.whole_number("capacity", capacity, least=1)
+    xp, (like,) = _checks.floats(like=like)
+    gaps = xp.zeros(capacity, dtype=like.dtype, device=device(like))
+    return QueueState(gaps, xp.zeros_like(gaps, dtype=xp.bool))
+
+
+def queue_push(state: QueueState, gaps: Array, mask: Array | None = None) -> QueueState:
+    """Return the queue with a batch of gaps behind it, without its oldest where it is full.
+
+    All shapes are fixed by those of the arguments, and no value is looked at from Python.
+
+    Parameters
+    ----------
+    state : QueueState
+    gaps : array, shape (pairs,)
+        In reward units, the newest last. What is not finite in the queue's dtype is dropped. Of
+        more than `capacity` gaps the last remain. A batch of none is allowed.
+    mask : boolean array, shape (pairs,), optional
+        True for the gaps to keep.
+
+    Returns
+    -------
+    QueueState
+        Constants for automatic differentiation.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `solve_margins` does, naming the argument.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> state = queue_init(np.zeros(0), capacity=3)
+    >>> state = queue_push(state, np.array([1.0, np.nan, 2.0]))
+    >>> state
+    QueueState(gaps=array([0., 1., 2.]), mask=array([False,  True,  True]))
+    >>> queue_push(state, np.array([3.0, 4.0])).gaps
+    array([2., 3., 4.])
+    """
+    xp, (queued, values) = _checks.floats(queue=state.gaps, gaps=gaps)
+    _checks.pairs(True, gaps=values)
+    values = xp.astype(detach(values), queued.dtype)
+    keep = xp.isfinite(values)
+    if mask is not None:
+        _checks.mask("mask", mask, "gaps", values, xp)
+        keep = keep & mask
+
+    # Everything that is kept goes behind everything that is not, each in its order; then cut.
+    filled = xp.concat([state.mask, keep])
+    everything = xp.concat([queued, xp.where(keep, values, xp.zeros_like(values))])
+    order = xp.argsort(xp.astype(filled, xp.int8), stable=True)[-queued.shape[0] :]
+    return QueueState(xp.take(everything, order, axis=0), xp.take(filled, order, axis=0))

@@ -1,0 +1,6 @@
+"""What needs torch: the queue and the losses as modules, and pools over many ranks."""
+
+from gamma_loss.torch.modules import GammaDPOLoss, GammaPreferenceLoss, GammaSimPOLoss
+from gamma_loss.torch.queue import GapQueue
+
+__all__ = ["GammaDPOLoss", "GammaPreferenceLoss", "GammaSimPOLoss", "GapQueue"]

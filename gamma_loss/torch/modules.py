@@ -1,0 +1,260 @@
+"""The losses as modules that keep a queue of recent gaps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gamma_loss import _checks
+from gamma_loss.losses import (
+    GammaLossAux,
+    gamma_dpo_loss,
+    gamma_preference_loss,
+    gamma_simpo_loss,
+)
+from gamma_loss.queue import QueueState
+from gamma_loss.torch import distributed
+from gamma_loss.torch.queue import GapQueue
+
+
+class _QueuedLoss(torch.nn.Module):
+    """A loss function, its settings, and the queue that it solves over and pushes to."""
+
+    queue: GapQueue | None
+
+    def __init__(
+        self,
+        function: Callable[..., tuple[torch.Tensor, GammaLossAux]],
+        queue_size: int,
+        group: Any,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        self._function = function
+        self.group = group
+        self.settings = settings
+        queue_size = _checks.whole_number("queue_size", queue_size, least=0)
+        self.queue = GapQueue(queue_size) if queue_size else None
+        self._context: QueueState | None = None  # what the last training forward solved over
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+    def _loss(
+        self, *arguments: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, GammaLossAux]:
+        if self.queue is None:
+            return self._function(*arguments, mask=mask, group=self.group, **self.settings)
+        again = self.training and _is_recomputation()
+        context = self._context if again and self._context is not None else self.queue.context()
+        gaps, filled = context
+        if self.group is not None:  # every rank holds the whole queue and contributes a part
+            gaps, filled = distributed.part(gaps, self.group), distributed.part(filled, self.group)
+        loss, aux = self._function(
+            *arguments,
+            context=gaps,
+            context_mask=filled,
+            mask=mask,
+            group=self.group,
+            **self.settings,
+        )
+        if self.training and not again:
+            pushed = torch.where(aux.mask, aux.reward_gaps, torch.nan)
+            if self.group is not None:
+                pushed = distributed.gather(pushed, self.group)
+            self.queue.push(pushed)
+            if not torch.compiler.is_compiling():
+                self._context = context
+        return loss, aux
+
+
+def _is_recomputation() -> bool:
+    """Whether a backward pass is running, so that a forward is activation checkpointing's second.
+
+    Inside torch.compile checkpointing is the compiler's and runs no Python twice.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class GammaDPOLoss(_QueuedLoss):
+    """`gamma_dpo_loss` with a queue of recent gaps, as a module.
+
+    In training mode, solves over the queue and the batch, then pushes the batch's gaps. In
+    evaluation mode, reads the queue and leaves it as it is. It has no parameters; the queue is its
+    state, so save its ``state_dict`` with the model's.
+
+    Parameters
+    ----------
+    beta, gamma0, tau, centered, label_smoothing, robust, reduction, impl
+        As `gamma_dpo_loss`, with its defaults. Kept in the dictionary ``settings``, which a
+        schedule may change between calls.
+    queue_size : int
+        How many gaps the queue holds; 0 for none.
+    group : torch.distributed.ProcessGroup, optional
+        The ranks that share one pool and one queue; see `solve_margins`. Every rank of it calls
+        the module together, pushes all ranks' gaps, and so holds the same queue.
+
+    Attributes
+    ----------
+    queue : GapQueue or None
+    settings : dict
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a queue_size that is no integer >= 0, and from a call as `gamma_dpo_loss` does.
+
+    Notes
+    -----
+    *Gradient accumulation:* each micro-batch's forward pushes once, and later micro-batches of the
+    same step see it.
+
+    *Activation checkpointing:* a forward inside a backward pass is a recomputation. It solves over
+    what the last forward solved over and pushes nothing. With several forwards before the first
+    backward (pipeline schedules) it still pushes nothing, but may see a later queue than at first.
+
+    *A retried step:* take ``saved = copy.deepcopy(loss.state_dict())`` before the step, as for the
+    optimizer, and ``loss.load_state_dict(saved)`` before running it again.
+
+    *A step that a loss scaler skips:* its gaps stay in the queue. Scaling touches gradients only,
+    so they are right, and those that are not finite were never stored.
+
+    Examples
+    --------
+    >>> loss_module = GammaDPOLoss(beta=1.0, gamma0=1.0, tau=0.5, queue_size=8)
+    >>> logps = torch.tensor([[-10.0, -12.0], [-14.0, -12.5], [-12.0, -12.0], [-12.0, -12.0]])
+    >>> loss, aux = loss_module(*logps)
+    >>> loss_module.queue.context().gaps
+    tensor([0.0000, 0.0000, 0.0000, 0.0000, 0.0000, 0.0000, 4.0000, 0.5000])
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float,
+        gamma0: float,
+        tau: float,
+        centered: bool = True,
+        label_smoothing: float = 0.0,
+        robust: bool = False,
+        reduction: str = "mean",
+        impl: str = "auto",
+        queue_size: int = 2048,
+        group: Any = None,
+    ) -> None:
+        super().__init__(
+            gamma_dpo_loss, queue_size, group,
+            beta=beta, gamma0=gamma0, tau=tau, centered=centered,
+            label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        policy_chosen_logps: torch.Tensor,
+        policy_rejected_logps: torch.Tensor,
+        reference_chosen_logps: torch.Tensor,
+        reference_rejected_logps: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, GammaLossAux]:
+        """Return the ``(loss, aux)`` of `gamma_dpo_loss`."""
+        return self._loss(
+            policy_chosen_logps, policy_rejected_logps,
+            reference_chosen_logps, reference_rejected_logps, mask=mask,
+        )  # fmt: skip
+
+
+class GammaSimPOLoss(_QueuedLoss):
+    """`gamma_simpo_loss` with a queue of recent gaps, as a module. See `GammaDPOLoss`.
+
+    Parameters
+    ----------
+    beta, gamma0, tau, centered, label_smoothing, robust, reduction, impl
+        As `gamma_simpo_loss`, with its defaults.
+    queue_size, group
+        See `GammaDPOLoss`.
+
+    Examples
+    --------
+    >>> from gamma_loss import PUBLISHED_SETTINGS
+    >>> loss_module = GammaSimPOLoss(**PUBLISHED_SETTINGS["llama-3-8b-instruct"], queue_size=0)
+    >>> loss, aux = loss_module(torch.tensor([-0.8, -0.9]), torch.tensor([-1.4, -0.8]))
+    >>> round(float(loss), 4)
+    2.307
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float,
+        gamma0: float,
+        tau: float,
+        centered: bool = False,
+        label_smoothing: float = 0.0,
+        robust: bool = False,
+        reduction: str = "mean",
+        impl: str = "auto",
+        queue_size: int = 2048,
+        group: Any = None,
+    ) -> None:
+        super().__init__(
+            gamma_simpo_loss, queue_size, group,
+            beta=beta, gamma0=gamma0, tau=tau, centered=centered,
+            label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        policy_chosen_logps: torch.Tensor,
+        policy_rejected_logps: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, GammaLossAux]:
+        """Return the ``(loss, aux)`` of `gamma_simpo_loss`."""
+        return self._loss(policy_chosen_logps, policy_rejected_logps, mask=mask)
+
+
+class GammaPreferenceLoss(_QueuedLoss):
+    """`gamma_preference_loss` with a queue of recent gaps, as a module. See `GammaDPOLoss`.
+
+    Parameters
+    ----------
+    gamma0, tau, centered, label_smoothing, robust, reduction, impl
+        As `gamma_preference_loss`, with its defaults.
+    queue_size, group
+        See `GammaDPOLoss`.
+
+    Examples
+    --------
+    >>> loss_module = GammaPreferenceLoss(gamma0=1.0, tau=1.0)
+    >>> loss, aux = loss_module(torch.tensor([-1.0, 0.0, 3.0]))
+    >>> round(float(loss), 4)  # the queue is still empty: the value of the function
+    1.0936
+    """
+
+    def __init__(
+        self,
+        *,
+        gamma0: float,
+        tau: float,
+        centered: bool = False,
+        label_smoothing: float = 0.0,
+        robust: bool = False,
+        reduction: str = "mean",
+        impl: str = "auto",
+        queue_size: int = 2048,
+        group: Any = None,
+    ) -> None:
+        super().__init__(
+            gamma_preference_loss, queue_size, group,
+            gamma0=gamma0, tau=tau, centered=centered,
+            label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl,
+        )  # fmt: skip
+
+    def forward(
+        self, reward_gaps: torch.Tensor, *, mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, GammaLossAux]:
+        """Return the ``(loss, aux)`` of `gamma_preference_loss`."""
+        return self._loss(reward_gaps, mask=mask)

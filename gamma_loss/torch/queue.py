@@ -1,0 +1,167 @@
+"""The queue of recent reward gaps as part of a training run's state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gamma_loss import _checks
+from gamma_loss.queue import QueueState, queue_init, queue_push
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+class GapQueue(torch.nn.Module):
+    """The last `capacity` reward gaps, first in first out, as buffers of a module.
+
+    It starts empty, has fixed shapes and never looks at a value from the host: a push or a read is
+    the same few kernels every time, so CUDA graphs and ``torch.compile(fullgraph=True)`` take it as
+    it is. The buffers are in the ``state_dict``, move with ``.to()``, and stay float32 or float64
+    when the module is cast to half precision.
+
+    Parameters
+    ----------
+    capacity : int
+        How many gaps are kept, >= 1.
+    dtype : torch.float32 or torch.float64
+    device : torch.device or str, optional
+
+    Attributes
+    ----------
+    gaps : Tensor, shape (capacity,)
+        In reward units, the oldest first and the newest last; empty slots come first.
+    mask : boolean Tensor, shape (capacity,)
+        True for the filled slots.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a capacity that is no integer >= 1, or another dtype.
+    RuntimeError
+        From ``load_state_dict``, where the checkpoint's queue has another capacity.
+
+    Notes
+    -----
+    The order is kept by moving the gaps up, not by a position that goes round: two queues that hold
+    the same gaps are then equal, and moving 2,048 numbers is one small kernel. `QueueState` and
+    `queue_push` are the same queue as a value.
+
+    The published implementation keeps a Python deque of 2,048 gaps on each rank and draws a pool of
+    at most 256 from it. The exact solve is cheap enough for all of them, which is what the losses
+    do; `sample` draws a pool like the paper's (Algorithm 2 of arXiv:2506.03690).
+
+    Examples
+    --------
+    >>> queue = GapQueue(capacity=3)
+    >>> queue.push(torch.tensor([1.0, torch.nan, 2.0]))
+    >>> queue.context()
+    QueueState(gaps=tensor([0., 1., 2.]), mask=tensor([False,  True,  True]))
+    """
+
+    gaps: torch.Tensor
+    mask: torch.Tensor
+
+    def __init__(
+        self,
+        capacity: int = 2048,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype}")
+        empty = queue_init(torch.empty(0, dtype=dtype, device=device), capacity)
+        self.register_buffer("gaps", empty.gaps)
+        self.register_buffer("mask", empty.mask)
+
+    @property
+    def capacity(self) -> int:
+        """How many gaps the queue can hold."""
+        return self.gaps.shape[0]
+
+    def push(self, gaps: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        """Append a batch, and drop the oldest gaps where the queue is full.
+
+        Parameters
+        ----------
+        gaps : Tensor, shape (pairs,)
+            In reward units. What is not finite is not stored.
+        mask : boolean Tensor, shape (pairs,), optional
+            True for the gaps to store.
+        """
+        state = queue_push(QueueState(self.gaps, self.mask), gaps, mask)
+        self.gaps.copy_(state.gaps)
+        self.mask.copy_(state.mask)
+
+    def context(self) -> QueueState:
+        """Return copies of ``(gaps, mask)``: a loss's `context` and `context_mask`."""
+        return QueueState(self.gaps.clone(), self.mask.clone())
+
+    def sample(self, k: int, *, generator: torch.Generator | None = None) -> QueueState:
+        """Draw k of the stored gaps, each at most once and all equally likely.
+
+        Parameters
+        ----------
+        k : int
+            Between 1 and the capacity.
+        generator : torch.Generator, optional
+            On the queue's device. The same state of it draws the same gaps from the same queue.
+
+        Returns
+        -------
+        gaps : Tensor, shape (k,)
+        mask : boolean Tensor, shape (k,)
+            False for the last entries where fewer than k gaps are stored.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a k that is no integer between 1 and the capacity.
+        """
+        k = _checks.whole_number("k", k, least=1)
+        if k > self.capacity:
+            raise ValueError(f"k must be at most the capacity, {self.capacity}, got {k}")
+        lots = torch.rand(self.capacity, device=self.gaps.device, generator=generator)
+        drawn = torch.topk(torch.where(self.mask, lots, -1.0), k).indices
+        return QueueState(self.gaps[drawn], self.mask[drawn])
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"capacity={self.capacity}"
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GapQueue:
+        before = self.gaps
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.gaps.dtype not in _DTYPES:  # half() and its like: moved, not cast
+            self.gaps = before.to(self.gaps.device)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        saved = state_dict.get(prefix + "gaps")
+        if saved is not None and saved.shape != self.gaps.shape:
+            error_msgs.append(
+                f"{prefix or 'the queue '}gaps: the checkpoint's queue has a capacity of "
+                f"{saved.shape[0]}, this one of {self.capacity}. Build it with the checkpoint's "
+                "capacity, or leave the queue's keys out of the state_dict to start it empty."
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )

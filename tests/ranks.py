@@ -1,0 +1,234 @@
+"""Real processes with gloo between them, and what the tests have them do."""
+
+import multiprocessing
+import os
+import traceback
+from datetime import timedelta
+from functools import partial
+
+import numpy as np
+
+RANKS = (1, 2, 3, 5)
+PATIENCE = timedelta(seconds=90)  # of a rank that waits for another
+
+
+class Ranks:
+    """Five worker processes, each in a gloo group of the first 1, 2, 3 and 5 of them."""
+
+    def __init__(self, folder):
+        context = multiprocessing.get_context("forkserver")  # torch is imported once, then forked
+        context.set_forkserver_preload(["torch", "torch.distributed", "gamma_loss.torch"])
+        self.pipes, self.processes = [], []
+        for rank in range(max(RANKS)):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(theirs, f"file://{folder}/gloo", rank), daemon=True
+            )
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, ranks, task, *arguments, gather_limit=2**17):
+        """Have the first `ranks` processes call ``task(group, *arguments)``; return the results."""
+        for pipe in self.pipes[:ranks]:
+            pipe.send((ranks, gather_limit, task, arguments))
+        results = []
+        for rank, pipe in enumerate(self.pipes[:ranks]):
+            assert pipe.poll(120), f"rank {rank} of {ranks} does not answer"
+            failed, result = pipe.recv()
+            assert not failed, f"rank {rank} of {ranks}:\n{result}"
+            results.append(result)
+        return results
+
+    def close(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _serve(pipe, init_method, rank):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    import torch
+    import torch.distributed as dist
+
+    from gamma_loss.torch import distributed
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=init_method, rank=rank, world_size=max(RANKS), timeout=PATIENCE
+    )
+    groups = {ranks: dist.new_group(list(range(ranks)), timeout=PATIENCE) for ranks in RANKS}
+    while True:
+        ranks, distributed.GATHER_LIMIT, task, arguments = pipe.recv()
+        try:
+            pipe.send((False, task(groups[ranks], *arguments)))
+        except Exception:
+            pipe.send((True, traceback.format_exc()))
+
+
+def pool(size, scale=5.0, seed=0):
+    return np.random.default_rng(seed).normal(size=size) * scale
+
+
+def shard(values, sizes, rank):
+    start = sum(sizes[:rank])
+    return values[start : start + sizes[rank]]
+
+
+def sharded_loss(group, sizes, setting, gaps=None, mask=None, options=None):
+    """This rank's share of a loss and its gradient, as NumPy arrays."""
+    import torch
+    import torch.distributed as dist
+
+    from gamma_loss import gamma_preference_loss
+
+    rank = dist.get_rank(group)
+    whole = pool(sum(sizes)) if gaps is None else gaps
+    mine = torch.tensor(shard(whole, sizes, rank), requires_grad=True)
+    kept = None if mask is None else torch.tensor(shard(mask, sizes, rank))
+    loss, aux = gamma_preference_loss(mine, mask=kept, group=group, **setting, **(options or {}))
+    loss.sum().backward()
+    return {
+        "loss": loss.detach().numpy(),
+        "gradient": mine.grad.numpy(),
+        **{
+            name: getattr(aux, name).numpy()
+            for name in ("margins", "pair_weights", "residual", "multiplier")
+        },
+    }
+
+
+def with_context(group, gaps, context, setting):
+    """Margins where only some ranks have a context, and only some a mask of it."""
+    import torch
+    import torch.distributed as dist
+
+    from gamma_loss import solve_margins
+
+    rank = dist.get_rank(group)
+    others, mask = context[rank]
+    return solve_margins(
+        torch.tensor(gaps[rank]),
+        context=None if others is None else torch.tensor(others),
+        context_mask=None if mask is None else torch.tensor(mask),
+        group=group,
+        **setting,
+    ).margins.numpy()
+
+
+def collectives(group, task, *arguments):
+    """Which collectives the task issues, and with how many numbers."""
+    import torch.distributed as dist
+
+    log, originals = [], {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
+
+    def logged(name, *arguments, **keywords):
+        log.append((name, max(each.numel() for each in arguments if hasattr(each, "numel"))))
+        return originals[name](*arguments, **keywords)
+
+    for name in originals:
+        setattr(dist, name, partial(logged, name))
+    try:
+        task(group, *arguments)
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return log
+
+
+def refused(group, setting_of):
+    """The error that this rank raises where the ranks' settings differ."""
+    import torch
+    import torch.distributed as dist
+
+    from gamma_loss import solve_margins
+
+    setting, dtype = setting_of[dist.get_rank(group)]
+    try:
+        solve_margins(torch.zeros(3, dtype=getattr(torch, dtype)), group=group, **setting)
+    except ValueError as error:
+        return str(error)
+
+
+def train(group, engine, sizes, steps, setting, folder=None, resume=False):
+    """Train a linear model; return its weights after each step, and the queue.
+
+    ``engine`` None is one process with all pairs. With a folder, the state goes there half-way, to
+    be resumed from by another call.
+    """
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    from gamma_loss import GammaPreferenceLoss
+
+    model = wrapped = torch.nn.Linear(4, 1, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, -0.5, 0.3, 0.1]]))
+        model.bias.zero_()
+    if engine == "ddp":
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, process_group=group)
+    elif engine == "fsdp":
+        fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
+    loss_module = GammaPreferenceLoss(
+        queue_size=40, group=group if engine else None, **setting
+    ).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+
+    def state():
+        of_model, of_optimizer = get_state_dict(model, optimizer)
+        return {"model": of_model, "optimizer": of_optimizer, "loss": loss_module.state_dict()}
+
+    start = 0
+    if resume:
+        start, saved = steps // 2, state()
+        dcp.load(saved, checkpoint_id=folder, process_group=group)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=saved["model"],
+            optim_state_dict=saved["optimizer"],
+        )
+        loss_module.load_state_dict(saved["loss"])
+    weights = []
+    for step in range(start, steps):
+        if folder and not resume and step == steps // 2:
+            dcp.save(state(), checkpoint_id=folder, process_group=group)
+        data = np.random.default_rng(step).normal(size=(12, 4))
+        mine = shard(data, sizes, dist.get_rank(group)) if engine else data
+        loss, _ = loss_module(wrapped(torch.tensor(mine))[:, 0])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        weight = model.weight.detach()
+        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        weights.append(weight.numpy().copy())
+    gaps, mask = loss_module.queue.context()
+    return np.stack(weights), gaps[mask].numpy()
+
+
+def logs_of_no_pairs(group):
+    """The metrics of a rank without pairs, in a group where another has some."""
+    import torch
+    import torch.distributed as dist
+
+    from gamma_loss import gamma_preference_loss, metrics
+
+    gaps = torch.zeros(2 * dist.get_rank(group))
+    _, aux = gamma_preference_loss(gaps, gamma0=4.0, tau=10.0, group=group)
+    return {name: value.item() for name, value in metrics(aux).items()}
+
+
+def run_example(group, code):
+    """Run a script that expects to be started by torchrun; return its queue."""
+    from unittest import mock
+
+    names = {}
+    with mock.patch("torch.distributed.init_process_group"):
+        exec(compile(code, "queue.md", "exec"), names)
+    gaps, mask = names["loss_fn"].queue.context()
+    return gaps[mask].numpy()

@@ -1,0 +1,246 @@
+"""One problem over many ranks: real gloo processes against one process that holds all gaps."""
+
+import functools
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks as work
+
+from gamma_loss import gamma_preference_loss, solve_margins
+
+pytest.importorskip("torch")
+
+MILD, HARD = {"gamma0": 4.0, "tau": 10.0}, {"gamma0": 20.0, "tau": 2.0}
+GATHER, REDUCE = 2**17, 0
+SIZES_OF_16 = {  # uneven, with an empty rank wherever there are three
+    1: [(16,)],
+    2: [(8, 8), (16, 0), (3, 13)],
+    3: [(5, 0, 11), (1, 14, 1)],
+    5: [(1, 0, 7, 2, 6), (0, 0, 16, 0, 0)],
+}
+SIZES_ABOVE_THE_LIMIT = [  # the hard setting takes 8 s a million, so most of it is on fewer
+    ((1_000_000,), False),
+    ((700_001, 299_999), False),
+    ((600_000, 0, 400_000), False),
+    ((123_456, 376_544, 1, 0, 499_999), False),
+    ((150_000,), True),
+    ((100_001, 49_999), True),
+    ((90_000, 0, 60_000), True),
+    ((123_456, 376_544, 1, 0, 499_999), True),
+]
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    processes = work.Ranks(tmp_path_factory.mktemp("ranks"))
+    yield processes
+    processes.close()
+
+
+@functools.lru_cache(maxsize=4)
+def whole(size, hard):
+    """Margins, loss and its gradient in one process."""
+    import torch
+
+    gaps = torch.tensor(work.pool(size), requires_grad=True)
+    loss, aux = gamma_preference_loss(gaps, **(HARD if hard else MILD))
+    loss.backward()
+    return {
+        "loss": loss.detach().numpy(),
+        "gradient": gaps.grad.numpy(),
+        "margins": aux.margins.numpy(),
+        "multiplier": aux.multiplier.numpy(),
+    }
+
+
+def assert_equal_whole(shards, expected):
+    count = len(shards)
+    for name in ("margins", "gradient"):
+        joined = np.concatenate([each[name] for each in shards])
+        joined = joined / count if name == "gradient" else joined  # DDP's average
+        np.testing.assert_allclose(joined, expected[name], **CLOSE)
+    loss = sum(each["loss"] for each in shards) / count
+    np.testing.assert_allclose(loss, expected["loss"], **CLOSE)
+    for each in shards:
+        np.testing.assert_allclose(each["multiplier"], expected["multiplier"], **CLOSE)
+        assert each["residual"] == shards[0]["residual"] <= 1e-10
+
+
+@pytest.mark.parametrize("limit", [GATHER, REDUCE])
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("count", work.RANKS)
+def test_sharded_equals_whole_for_16(ranks, count, hard, limit):
+    for sizes in SIZES_OF_16[count]:
+        setting = HARD if hard else MILD
+        shards = ranks.run(count, work.sharded_loss, sizes, setting, gather_limit=limit)
+        assert_equal_whole(shards, whole(16, hard))
+
+
+@pytest.mark.parametrize(("sizes", "hard"), SIZES_ABOVE_THE_LIMIT)
+def test_sharded_equals_whole_above_the_limit(ranks, sizes, hard):
+    shards = ranks.run(len(sizes), work.sharded_loss, sizes, HARD if hard else MILD)
+    assert_equal_whole(shards, whole(sum(sizes), hard))
+
+
+@pytest.mark.parametrize("limit", [GATHER, REDUCE])
+@pytest.mark.parametrize("setting", [MILD, HARD])
+def test_a_rank_with_nan_leaves_the_others_right(ranks, setting, limit):
+    gaps, sizes = work.pool(16), (5, 6, 5)
+    gaps[5:11] = np.nan
+    shards = ranks.run(3, work.sharded_loss, sizes, setting, gaps, gather_limit=limit)
+    expected = solve_margins(np.concatenate([gaps[:5], gaps[11:]]), **setting).margins
+    for each, margins in ((shards[0], expected[:5]), (shards[2], expected[5:])):
+        np.testing.assert_allclose(each["margins"], margins, **CLOSE)
+        assert np.isfinite(each["loss"])
+        assert np.isfinite(each["gradient"]).all()
+    assert np.isnan(shards[1]["margins"]).all()
+    assert np.isnan(shards[1]["loss"])
+
+
+@pytest.mark.parametrize("limit", [GATHER, REDUCE])
+@pytest.mark.parametrize("sizes", [(6, 10), (0, 16)])
+def test_masks_and_options(ranks, sizes, limit):
+    import torch
+
+    gaps, mask = work.pool(16), np.arange(16) % 3 != 0
+    options = {"label_smoothing": 0.1, "centered": True}
+    shards = ranks.run(2, work.sharded_loss, sizes, HARD, gaps, mask, options, gather_limit=limit)
+    leaf = torch.tensor(gaps, requires_grad=True)
+    loss, aux = gamma_preference_loss(leaf, mask=torch.tensor(mask), **HARD, **options)
+    loss.backward()
+    expected = {
+        "loss": loss.detach(),
+        "gradient": leaf.grad,
+        "margins": aux.margins,
+        "multiplier": aux.multiplier,
+    }
+    assert_equal_whole(shards, expected)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_other_reductions_are_over_the_ranks_own_pairs(ranks, reduction):
+    sizes = (4, 12)
+    shards = ranks.run(2, work.sharded_loss, sizes, MILD, None, None, {"reduction": reduction})
+    losses, _ = gamma_preference_loss(work.pool(16), reduction="none", **MILD)
+    for rank, each in enumerate(shards):
+        expected = work.shard(losses, sizes, rank)
+        expected = expected.sum() if reduction == "sum" else expected
+        np.testing.assert_allclose(each["loss"], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("limit", [GATHER, REDUCE])
+@pytest.mark.parametrize("gamma0", [0.0, 4.0, 20.0])
+def test_no_gap_anywhere(ranks, limit, gamma0):
+    setting = {"gamma0": gamma0, "tau": 2.0}
+    for sizes, gaps, mask in (
+        ((0, 0, 0), np.zeros(0), None),
+        ((2, 0, 1), np.zeros(3), np.zeros(3, dtype=bool)),
+    ):
+        for rank, each in enumerate(
+            ranks.run(3, work.sharded_loss, sizes, setting, gaps, mask, gather_limit=limit)
+        ):
+            assert each["loss"] == 0
+            assert each["residual"] <= 1e-10
+            assert np.isfinite(each["multiplier"])
+            assert not each["gradient"].any()
+            np.testing.assert_array_equal(each["margins"], np.full(sizes[rank], gamma0))
+
+
+@pytest.mark.parametrize("limit", [GATHER, REDUCE])
+def test_the_contexts_of_all_ranks_join_the_pool(ranks, limit):
+    gaps = [work.pool(3), work.pool(0), work.pool(4, seed=1)]
+    context = [
+        (work.pool(5, seed=2), None),
+        (None, None),
+        (work.pool(4, seed=3), np.array([True, False, True, True])),
+    ]
+    for setting in (MILD, HARD):
+        margins = ranks.run(3, work.with_context, gaps, context, setting, gather_limit=limit)
+        others = np.concatenate([context[0][0], context[2][0][context[2][1]]])
+        expected = solve_margins(np.concatenate(gaps), context=others, **setting).margins
+        np.testing.assert_allclose(np.concatenate(margins), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("setting", [MILD, HARD])
+def test_every_rank_issues_the_same_collectives_and_only_small_ones_above_the_limit(ranks, setting):
+    gaps = work.pool(16)
+    gaps[3:] = np.nan
+    for limit, largest in ((GATHER, 13), (REDUCE, 4)):
+        logs = ranks.run(
+            3, work.collectives, work.sharded_loss, (3, 0, 13), setting, gaps, gather_limit=limit
+        )
+        assert logs[0] == logs[1] == logs[2]
+        assert max(size for _, size in logs[0]) == largest
+
+
+def test_ranks_that_disagree_are_told(ranks):
+    first, second = (MILD, "float64"), (HARD, "float64")
+    errors = ranks.run(2, work.refused, [first, second])
+    assert (
+        errors[0]
+        == errors[1]
+        == (
+            "all ranks of the group must have the same (bits of dtype, gamma0, tau), "
+            "got [(64.0, 4.0, 10.0), (64.0, 20.0, 2.0)]"
+        )
+    )
+    errors = ranks.run(2, work.refused, [first, (MILD, "float32")])
+    assert "(32.0, 4.0, 10.0)" in errors[0]
+
+
+def test_wrong_groups():
+    import torch
+
+    with pytest.raises(TypeError, match=r"group must be a torch\.distributed\.ProcessGroup, got s"):
+        solve_margins(torch.zeros(2), group="world", **MILD)
+    with pytest.raises(ValueError, match="reward_gaps must hold at least one pair"):
+        solve_margins(torch.zeros(0), **MILD)
+
+
+@functools.lru_cache(maxsize=1)
+def trained_in_one_process():
+    weights, queue = work.train(None, None, None, 20, MILD)
+    assert len(queue) == 40
+    return weights, queue
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("sizes", [(12,), (6, 6), (4, 4, 4), (1, 0, 7, 1, 3)])
+def test_training_takes_the_steps_of_one_process(ranks, sizes, engine):
+    weights, queue = trained_in_one_process()
+    results = ranks.run(len(sizes), work.train, engine, sizes, 20, MILD)
+    for their_weights, their_queue in results:
+        # Rounding differences of 1e-16 a step, 20 steps, all numbers of order 1.
+        np.testing.assert_allclose(their_weights, weights, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(their_queue, queue, rtol=0, atol=1e-12)
+        np.testing.assert_array_equal(their_queue, results[0][1])
+
+
+def test_a_sharded_run_resumes_to_the_bit(ranks, tmp_path):
+    task = (work.train, "fsdp", (4, 3, 5), 20, MILD, str(tmp_path))
+    never_stopped, resumed = ranks.run(3, *task), ranks.run(3, *task, True)
+    for (weights, queue), (their_weights, their_queue) in zip(never_stopped, resumed, strict=True):
+        np.testing.assert_array_equal(their_weights, weights[10:])
+        np.testing.assert_array_equal(their_queue, queue)
+
+
+def test_metrics_of_a_rank_without_pairs(ranks):
+    logs, _ = ranks.run(2, work.logs_of_no_pairs)
+    assert np.isnan(logs.pop("gamma/min"))
+    assert np.isnan(logs.pop("gamma/max"))
+    assert logs.pop("gamma/residual") < 1e-6
+    assert set(logs.values()) == {0.0}
+
+
+def test_the_docs_examples(ranks):
+    page = (Path(__file__).parents[1] / "docs" / "queue.md").read_text()
+    blocks = re.findall(r"```python\n(import.*?)```", page, re.DOTALL)
+    for queue in ranks.run(5, work.run_example, blocks[0]):
+        assert len(queue) == 20 * 5 * 2
+    pytest.importorskip("jax")
+    names = {}
+    exec(compile(blocks[1], "queue.md", "exec"), names)
+    assert names["queue"].mask.sum() == 3

@@ -1,0 +1,227 @@
+"""The losses as modules: their queue under training, evaluation and everything that runs twice."""
+
+import copy
+import inspect
+
+import numpy as np
+import pytest
+
+import gamma_loss
+from gamma_loss import GammaDPOLoss, GammaPreferenceLoss, GammaSimPOLoss
+
+SETTING = {"beta": 0.5, "gamma0": 2.0, "tau": 1.5}
+TWINS = [
+    (GammaDPOLoss, gamma_loss.gamma_dpo_loss, 4, SETTING),
+    (GammaSimPOLoss, gamma_loss.gamma_simpo_loss, 2, SETTING),
+    (GammaPreferenceLoss, gamma_loss.gamma_preference_loss, 1, {"gamma0": 2.0, "tau": 1.5}),
+]
+
+
+def logps(torch, arrays, pairs=3, seed=0):
+    rows = np.random.default_rng(seed).normal(size=(arrays, pairs)) * 3
+    return [torch.tensor(row, requires_grad=True) for row in rows]
+
+
+def stored(module):
+    gaps, mask = module.queue.context()
+    return gaps[mask].tolist()
+
+
+def preference_loss(queue_size=8):
+    return GammaPreferenceLoss(gamma0=2.0, tau=1.5, queue_size=queue_size).double()
+
+
+@pytest.mark.parametrize(("module", "function", "arrays", "setting"), TWINS)
+def test_the_defaults_are_the_functions(torch, module, function, arrays, setting):
+    def keywords(of):
+        parameters = inspect.signature(of).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    ours, theirs = keywords(module.__init__), keywords(function)
+    assert ours.pop("queue_size") == 2048
+    assert ours.pop("group") is theirs.pop("group") is None
+    for name in ("context", "context_mask", "mask"):
+        theirs.pop(name)
+    assert ours == theirs
+    forward = list(inspect.signature(module.forward).parameters)[1:]
+    assert forward == [*list(inspect.signature(function).parameters)[:arrays], "mask"]
+
+
+@pytest.mark.parametrize(("module", "function", "arrays", "setting"), TWINS)
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1, "robust": True, "centered": True}]
+)
+def test_training_solves_over_queue_and_batch_then_pushes(
+    torch, module, function, arrays, setting, options
+):
+    loss_module = module(**setting, **options, queue_size=7).double()
+    seen = torch.zeros(0, dtype=torch.float64)
+    for seed in range(4):
+        batch = logps(torch, arrays, seed=seed)
+        mask = torch.tensor([True, seed != 2, True])
+        loss, aux = loss_module(*batch, mask=mask)
+        context = {"context": seen} if len(seen) else {}
+        expected, expected_aux = function(*batch, mask=mask, **context, **setting, **options)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(aux, expected_aux, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, batch), torch.autograd.grad(expected, batch)
+        )
+        seen = torch.cat([seen, aux.reward_gaps[mask]])[-7:]
+        assert stored(loss_module) == seen.tolist()
+
+
+@pytest.mark.parametrize(("module", "function", "arrays", "setting"), TWINS)
+def test_without_a_queue_it_is_the_function(torch, module, function, arrays, setting):
+    loss_module = module(**setting, queue_size=0)
+    assert loss_module.queue is None
+    assert not loss_module.state_dict()
+    for seed in range(2):
+        batch = logps(torch, arrays, seed=seed)
+        torch.testing.assert_close(loss_module(*batch), function(*batch, **setting))
+
+
+def test_evaluation_reads_and_never_writes(torch):
+    loss_module = preference_loss()
+    loss_module(*logps(torch, 1, seed=0))
+    saved = copy.deepcopy(loss_module.state_dict())
+    loss_module.eval()
+    (batch,) = logps(torch, 1, seed=1)
+    loss, _ = loss_module(batch)
+    assert torch.equal(loss_module.state_dict()["queue.gaps"], saved["queue.gaps"])
+    assert torch.equal(loss_module.state_dict()["queue.mask"], saved["queue.mask"])
+    loss_module.train()
+    assert torch.equal(loss_module(batch)[0], loss), "training solves over the same pool"
+    assert len(stored(loss_module)) == 6
+
+
+def test_what_is_not_finite_is_seen_in_the_loss_and_not_stored(torch):
+    loss_module = preference_loss()
+    loss, _ = loss_module(torch.tensor([1.0, float("nan"), float("inf")], dtype=torch.float64))
+    assert not torch.isfinite(loss)
+    assert stored(loss_module) == [1.0]
+    loss, _ = loss_module(torch.tensor([2.0], dtype=torch.float64))
+    assert torch.isfinite(loss)
+
+
+def test_settings_can_follow_a_schedule(torch):
+    loss_module, (batch,) = preference_loss(queue_size=0), logps(torch, 1)
+    loss_module.settings["gamma0"] = 3.0
+    expected, _ = gamma_loss.gamma_preference_loss(batch, gamma0=3.0, tau=1.5)
+    assert torch.equal(loss_module(batch)[0], expected)
+    assert "gamma0=3.0" in repr(loss_module)
+
+
+def test_gradient_accumulation_pushes_each_micro_batch_once(torch):
+    loss_module = preference_loss(queue_size=16)
+    parameter = torch.ones((), dtype=torch.float64, requires_grad=True)
+    pushed = []
+    for seed in range(4):
+        (batch,) = logps(torch, 1, seed=seed)
+        loss, aux = loss_module(parameter * batch.detach())
+        (loss / 4).backward()
+        pushed += aux.reward_gaps.tolist()
+    assert stored(loss_module) == pushed
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_pushes_once_and_changes_no_bit(torch, reentrant):
+    plain, checkpointed = preference_loss(), preference_loss()
+    for seed in range(4):
+        gradients = []
+        for loss_module in (plain, checkpointed):
+            (batch,) = logps(torch, 1, seed=seed)
+            calls = []
+
+            def run(batch, loss_module=loss_module, calls=calls):
+                calls.append(1)
+                return loss_module(batch * 2)[0]
+
+            if loss_module is plain:
+                loss = run(batch)
+            else:
+                loss = torch.utils.checkpoint.checkpoint(run, batch, use_reentrant=reentrant)
+            loss.backward()
+            assert len(calls) == (1 if loss_module is plain else 2)
+            gradients.append(batch.grad)
+        assert torch.equal(*gradients)
+        assert stored(plain) == stored(checkpointed)
+    assert len(stored(plain)) == 8
+
+
+def test_a_retried_step_starts_from_the_saved_state(torch):
+    loss_module, never_failed = preference_loss(), preference_loss()
+    for seed in range(3):
+        (batch,) = logps(torch, 1, seed=seed)
+        saved = copy.deepcopy(loss_module.state_dict())
+        loss_module(batch)
+        loss_module.load_state_dict(saved)  # the step failed later on
+        again, _ = loss_module(batch)
+        assert torch.equal(again, never_failed(batch)[0])
+        assert stored(loss_module) == stored(never_failed)
+
+
+def test_a_step_that_the_loss_scaler_skips_keeps_its_gaps(torch):
+    loss_module = preference_loss(queue_size=16).float()
+    parameter = torch.nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    pushed = []
+    for seed, overflow in enumerate([False, True, False]):
+        before = parameter.item()
+        loss, aux = loss_module(parameter * logps(torch, 1, seed=seed)[0].detach().float())
+        scaler.scale(loss).backward()
+        if overflow:
+            parameter.grad.fill_(float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert (parameter.item() == before) is overflow
+        pushed += aux.reward_gaps.tolist()
+    assert stored(loss_module) == pushed
+
+
+def test_two_losses_share_nothing(torch):
+    first, second = preference_loss(), preference_loss()
+    first(*logps(torch, 1, seed=0))
+    first.settings["gamma0"] = 9.0
+    assert stored(second) == []
+    assert second.settings["gamma0"] == 2.0
+    (batch,) = logps(torch, 1, seed=1)
+    assert torch.equal(second(batch)[0], preference_loss()(batch)[0])
+    assert first.state_dict()["queue.gaps"].data_ptr() != second.queue.gaps.data_ptr()
+    twin = copy.deepcopy(first)
+    twin(batch)
+    assert len(stored(first)) == 3
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_torch_compile_makes_one_graph(torch, backend):
+    torch.compiler.reset()
+    mild = {"beta": 0.1, "gamma0": 4.0, "tau": 10.0}  # few passes, soon compiled
+    compiled_module, eager_module = (GammaDPOLoss(**mild, queue_size=7) for _ in range(2))
+    compiled = torch.compile(compiled_module, fullgraph=True, backend=backend)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(4):
+            batch = [row.detach().float().requires_grad_() for row in logps(torch, 4, seed=seed)]
+            loss, _ = compiled(*batch)
+            expected, _ = eager_module(*batch)
+            torch.testing.assert_close(loss, expected)
+            torch.testing.assert_close(
+                torch.autograd.grad(loss, batch), torch.autograd.grad(expected, batch)
+            )
+            assert stored(compiled_module) == stored(eager_module)
+
+
+def test_wrong_arguments(torch):
+    with pytest.raises(ValueError, match="queue_size must be >= 0, got -1"):
+        preference_loss(queue_size=-1)
+    with pytest.raises(TypeError, match="queue_size must be an int, got NoneType"):
+        preference_loss(queue_size=None)
+    with pytest.raises(ValueError, match="gamma0 must be finite and >= 0, got -2"):
+        GammaDPOLoss(beta=1.0, gamma0=-2.0, tau=1.0)(*logps(torch, 4))
+
+
+def test_a_name_that_does_not_exist():
+    with pytest.raises(AttributeError, match="has no attribute 'GammaFooLoss'"):
+        gamma_loss.GammaFooLoss  # noqa: B018
