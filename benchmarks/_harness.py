@@ -25,7 +25,7 @@ from gamma_loss import __version__, solve_margins
 
 Call = Callable[[], Any]
 
-IMPLEMENTATIONS = ("eager", "compile", "triton")
+IMPLEMENTATIONS = ("eager", "auto", "compile", "triton")
 QUANTILES = (0.1, 0.5, 0.9)
 BLOCK = 10  # calls of one solver in a row, before the next one has its turn
 LEAST = 5  # turns, however little time there is
@@ -106,6 +106,8 @@ def implementations(device: str, interpret: bool = False) -> tuple[list[str], di
     usable, skipped = [], {}
     gaps = torch.tensor([-1.0, 0.5, 2.0], device=device)
     for impl in IMPLEMENTATIONS:
+        if impl == "auto" and device == "cuda":
+            continue  # it is "triton" there, which would be timed twice
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if impl == "triton" and device == "cpu" and not (interpret and interpreted):
             skipped[impl] = "needs a CUDA device" + (
@@ -364,6 +366,7 @@ def picture(out: Path | None, panels: int = 1) -> Iterator[list[Any] | None]:
 # One colour for each name in every picture.
 COLOURS = {
     "eager": "tab:blue",
+    "auto": "tab:purple",
     "compile": "tab:green",
     "triton": "tab:red",
     "numpy": "tab:cyan",

@@ -262,7 +262,11 @@ def main() -> None:
     record |= {"settings": SETTINGS, "left_out": skipped, "first_calls": {}, "results": []}
 
     whole = harness.Budget(args.seconds, 1)
-    names = ["eager"] if args.quick else ["auto", *reversed(usable), "published, compiled"]
+    names = (
+        ["eager"]
+        if args.quick
+        else [*dict.fromkeys(["auto", *reversed(usable)]), "published, compiled"]
+    )
     most = max(args.seconds * 0.35, 15)
     record["first_calls"] = first_calls(names, args.device, most, warm=not args.quick)
     harness.write(args.out, record)

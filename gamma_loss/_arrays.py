@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
@@ -106,20 +107,33 @@ def repeat(
     return state
 
 
-def dot(xp: Namespace, v: Array, w: Array) -> Array:
-    """Σ v w of vectors, by a sum in pairs where BLAS, with its few lanes, would lose digits."""
-    if is_torch(v) and sys.modules["torch"].compiler.is_compiling():
-        return v @ w  # a compiler's sum is in pairs, and the size may be a symbol
-    return xp.sum(v * w) if v.shape[0] > LARGE else v @ w
+def dot_for(array: Array) -> Callable[[Array, Array], Array]:
+    """Return the function that takes Σ v w of vectors like this one.
+
+    In a large pool a sum in pairs, where BLAS with its few lanes would lose digits. A compiler's
+    sum is in pairs anyway, and the size may be a symbol to it.
+    """
+    if is_torch(array) and sys.modules["torch"].compiler.is_compiling():
+        return operator.matmul
+    xp = solver_namespace(array)
+    return (lambda v, w: xp.sum(v * w)) if array.shape[0] > LARGE else operator.matmul
 
 
-def logistic(xp: Namespace, x: Array) -> Array:
-    """1 / (1 + exp(-x)) in one operation where there is one, to a small *absolute* error."""
-    if is_torch(x):
-        return xp.sigmoid(x)
-    if _is_jax(x):
-        return sys.modules["jax"].nn.sigmoid(x)
-    return xp.tanh(x * 0.5) * 0.5 + 0.5
+def logistic_for(array: Array) -> Callable[[Array], Array]:
+    """Return 1 / (1 + exp(-x)) in one operation where there is one, to a small *absolute* error."""
+    if is_torch(array):
+        return solver_namespace(array).sigmoid  # type: ignore[no-any-return]
+    if _is_jax(array):
+        return sys.modules["jax"].nn.sigmoid  # type: ignore[no-any-return]
+    tanh = namespace(array).tanh
+    return lambda x: tanh(x * 0.5) * 0.5 + 0.5
+
+
+def as_floats(mask: Array, like: Array) -> Array:
+    """Return 1 where a mask is true and 0 elsewhere, in the dtype of another array."""
+    if is_torch(mask):
+        return mask.to(like.dtype)
+    return namespace(mask).astype(mask, like.dtype)
 
 
 def softplus(xp: Namespace, x: Array) -> Array:

@@ -1,12 +1,11 @@
 """``impl="compile"``: the array-API solver through torch.compile, compiled once for each kind.
 
 γ0 and τ enter as tensors and sizes as symbols, so neither a schedule nor another batch size
-compiles anew. What does change the program is in the key of `_compiled`.
+compiles anew. What does change the program is in its key in `_programs`.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
 import types
 from collections.abc import Callable
@@ -32,8 +31,8 @@ def solve(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return margins, ν and the certificate, as `gamma_loss.margins.solve_pool` does."""
     pool = (gaps, mask, context, context_mask)
-    g0, a = _scalars(gamma0, tau, gaps.dtype, gaps.device)
-    home = (gaps.dtype, gaps.device.type)
+    g0, a = gaps.new_full((), gamma0), gaps.new_full((), gamma0 / tau)
+    home = (gaps.dtype, gaps.device)
     if passes := _newton.mild_passes(gamma0, tau, gaps.dtype == torch.float64):
         same = context is not None and len(context) == len(gaps)  # one symbol or two
         kind = (passes, *home, *map(_size_class, pool), same)
@@ -43,7 +42,7 @@ def solve(
     # One safeguarded pass is compiled, and called as often as needed: the whole, unrolled, would
     # take minutes to compile.
     values, in_pool, finite = assemble(*pool)
-    inside = as_weights(in_pool, values)
+    inside = as_weights(in_pool, values, mask is not None or context_mask is not None)
     state = _newton.bracketed_start(torch, values, inside, g0, a)
     look = gaps.device.type == "cpu"  # where a value costs no synchronisation
     quiet = 0
@@ -66,7 +65,7 @@ def _mild(
     passes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     pool, in_pool, finite = assemble(gaps, mask, context, context_mask)
-    inside = as_weights(in_pool, pool)
+    inside = as_weights(in_pool, pool, mask is not None or context_mask is not None)
     margins, nu, residual = _newton.newton(torch, pool, inside, gamma0, a, passes)
     return deliver(margins, finite, mask, gaps.shape[0], gamma0), nu, residual
 
@@ -92,16 +91,6 @@ def _run(function: Callable[..., Any], kind: tuple[Any, ...], *arguments: Any) -
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """Copy a function with a code object of its own: Dynamo counts recompilations by these."""
     return types.FunctionType(function.__code__.replace(), function.__globals__)
-
-
-@functools.lru_cache(maxsize=64)
-def _scalars(
-    gamma0: float, tau: float, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    return (
-        torch.tensor(gamma0, dtype=dtype, device=device),
-        torch.tensor(gamma0 / tau, dtype=dtype, device=device),
-    )
 
 
 def _size_class(array: Tensor | None) -> int:

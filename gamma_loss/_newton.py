@@ -30,7 +30,7 @@ import functools
 import math
 from typing import NamedTuple
 
-from gamma_loss._arrays import Array, Namespace, dot, logistic, repeat, solver_namespace
+from gamma_loss._arrays import Array, Namespace, dot_for, logistic_for, repeat, solver_namespace
 
 # Where undamped Newton steps are safe: for a < 1.5 they first failed at κ e^a = 9.5 (16 million
 # random pools), where a step overshoots the bend of the sigmoid and can cycle.
@@ -105,25 +105,26 @@ def newton(
 
     With u = log γ and ν shifted alike, by log γ0. D is kept negated.
     """
+    sigmoid, dot = logistic_for(gaps), dot_for(gaps)
     one, log_gamma0 = xp.ones_like(gamma0), xp.log(gamma0)
     h, u, nu = gamma0, log_gamma0, log_gamma0
-    (count,) = pool.sums(dot(xp, inside, inside))
+    (count,) = pool.sums(dot(inside, inside))
     total = count * gamma0
     for _ in range(passes):
-        p = logistic(xp, h - gaps)
+        p = sigmoid(h - gaps)
         s = a * p
         v = u + s
         d = h * (s * p - s) - one
         w = inside * h / d
-        top, bottom = pool.sums(dot(xp, w, v + d), dot(xp, w, inside))
+        top, bottom = pool.sums(dot(w, v + d), dot(w, inside))
         nu = (top - total) / bottom
         u = u + (v - nu) / d
         h = xp.exp(u)
-    (mass,) = pool.sums(dot(xp, inside, h))
+    (mass,) = pool.sums(dot(inside, h))
     scale = total / mass
     h = h * scale
     # 0, where an entry takes no part, is in the range of the others, as ν lies in that of v.
-    v_minus_nu = (u + xp.log(scale) - nu + a * logistic(xp, h - gaps)) * inside
+    v_minus_nu = (u + xp.log(scale) - nu + a * sigmoid(h - gaps)) * inside
     least, largest = pool.extremes(xp.min(v_minus_nu), xp.max(v_minus_nu))
     residual = (largest - least) / 2
     return h, nu - log_gamma0, residual
@@ -175,13 +176,14 @@ def bracketed_start(
     xp: Namespace, gaps: Array, inside: Array, gamma0: Array, a: Array, pool: Whole = _WHOLE
 ) -> BracketedState:
     """Brackets, and the Newton step from equal margins."""
-    (count,) = pool.sums(dot(xp, inside, inside))
+    dot = dot_for(gaps)
+    (count,) = pool.sums(dot(inside, inside))
     weights = inside / count
     cap = xp.log(count)
     low, high = _level_bracket(xp, gaps, inside, gamma0, a, cap, pool)
     at_start = p, q = _sigmoids(xp, gamma0 - gaps)
     d = a * gamma0 * p * q + 1
-    of_p, of_q = pool.sums(dot(xp, weights / d, p), dot(xp, weights / d, q))
+    of_p, of_q = pool.sums(dot(weights / d, p), dot(weights / d, q))
     level = _clip(xp, _log(xp, of_p) - _log(xp, of_q), low, high)
     at_level = _sigmoids(xp, level)
     r = a * _rise(xp, gamma0 - gaps - level, at_start, at_level)
@@ -200,7 +202,7 @@ def bracketed_end(
 ) -> tuple[Array, Array, Array]:
     """Return ``(γ, ν, residual)``, the budget met exactly."""
     gamma0, a = state.gamma0, state.a
-    (mass,) = pool.sums(dot(xp, state.weights, xp.exp(state.u)))
+    (mass,) = pool.sums(dot_for(state.u)(state.weights, xp.exp(state.u)))
     u = state.u - xp.log(mass)
     r, _ = _residuals(xp, state.gaps, gamma0, a, u, state.level, state.at_level)
     r = r * inside  # 0 lies in the range of r
@@ -223,7 +225,7 @@ def bracketed_pass(state: BracketedState, pool: Whole = _WHOLE) -> BracketedStat
     """Move ν, and every pair by a Newton step or half its bracket."""
     gaps, weights, gamma0, a, cap, at_start, u, u_low, u_high, low_seen, high_seen = state[:11]
     level, at_level, level_low, level_high, stride = state[11:]
-    xp = solver_namespace(gaps)
+    xp, dot = solver_namespace(gaps), dot_for(gaps)
 
     # Where the pairs stand at this level: r > 0 means that u_i is too large.
     r, (p, q) = _residuals(xp, gaps, gamma0, a, u, level, at_level)
@@ -239,8 +241,8 @@ def bracketed_pass(state: BracketedState, pool: Whole = _WHOLE) -> BracketedStat
     size = xp.abs(r)
     near = 2 * size / d
     off = xp.where((gamma0 * x + 1) * near < 0.69, xp.minimum(size, near), size)
-    least = dot(xp, weights, xp.exp(xp.where(above, xp.maximum(u - off, u_low), u)))
-    most = dot(xp, weights, xp.exp(xp.where(above, u, xp.minimum(u + off, u_high))))
+    least = dot(weights, xp.exp(xp.where(above, xp.maximum(u - off, u_low), u)))
+    most = dot(weights, xp.exp(xp.where(above, u, xp.minimum(u + off, u_high))))
 
     # Where the sigmoid dominates, Newton in its logit instead: the same step with another r and d.
     rise, z_change = _logit_change(xp, p, q, -r / a)
@@ -252,7 +254,7 @@ def bracketed_pass(state: BracketedState, pool: Whole = _WHOLE) -> BracketedStat
     # The Newton step of the level, by at most half its bracket. Where the side of λ is not proven,
     # it has to be half the last one, or ν stays and only the pairs move: no going in circles.
     w = weights * x / d
-    least, most, top, bottom = pool.sums(least, most, dot(xp, w, r - d), xp.sum(w))
+    least, most, top, bottom = pool.sums(least, most, dot(w, r - d), xp.sum(w))
     too_high, too_low = least > 1, most < 1
     level_high = xp.where(too_high, level, level_high)
     level_low = xp.where(too_low, level, level_low)

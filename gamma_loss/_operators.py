@@ -15,6 +15,7 @@ import warnings
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -170,7 +171,7 @@ def _solve(
     if gaps.device.type == "cpu":
         values, *more = (None if array is None else array.numpy() for array in pool)
         margins, *certificate = solve_pool(values, more[0], more[1], more[2], gamma0, tau)
-        return torch.from_numpy(margins), torch.tensor(certificate, dtype=gaps.dtype)
+        return torch.from_numpy(margins), torch.from_numpy(np.array(certificate))
     margins, *certificate = solve_pool(*pool, gamma0, tau)
     return margins, torch.stack(certificate)
 

@@ -6,7 +6,15 @@ import math
 from typing import Any, NamedTuple
 
 from gamma_loss import _checks, _newton
-from gamma_loss._arrays import Array, Namespace, detach, is_torch, namespace, solver_namespace
+from gamma_loss._arrays import (
+    Array,
+    Namespace,
+    as_floats,
+    detach,
+    is_torch,
+    namespace,
+    solver_namespace,
+)
 
 IMPLEMENTATIONS = ("auto", "eager", "compile", "triton")
 
@@ -225,7 +233,7 @@ def solve_pool(
 ) -> tuple[Array, Array, Array]:
     """Solve with array-API operations, one by one."""
     pool, in_pool, finite = assemble(gaps, mask, context, context_mask)
-    inside = as_weights(in_pool, pool)
+    inside = as_weights(in_pool, pool, mask is not None or context_mask is not None)
     margins, multiplier, residual = _newton.solve(pool, inside, gamma0, tau)
     return deliver(margins, finite, mask, gaps.shape[0], gamma0), multiplier, residual
 
@@ -250,10 +258,14 @@ def assemble(
     return xp.where(in_pool, pool, xp.zeros_like(pool)), in_pool, finite
 
 
-def as_weights(in_pool: Array, pool: Array) -> Array:
-    """Return 1 for an entry inside and 0 for others; an empty pool is one of equal gaps."""
-    xp = solver_namespace(pool)
-    return xp.where(in_pool | ~xp.any(in_pool), xp.ones_like(pool), xp.zeros_like(pool))
+def as_weights(in_pool: Array, pool: Array, masked: bool) -> Array:
+    """Return 1 for an entry inside and 0 for others.
+
+    A pool that masks have emptied counts as one of equal gaps.
+    """
+    if masked:
+        in_pool = in_pool | ~solver_namespace(pool).any(in_pool)
+    return as_floats(in_pool, pool)
 
 
 def deliver(
