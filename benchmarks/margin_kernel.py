@@ -83,7 +83,7 @@ def first_calls(names: list[str], device: str, seconds: float, warm: bool) -> di
     results: dict[str, Any] = {name: {} for name in names}
     with tempfile.TemporaryDirectory() as caches:
         for state, name in harness.progress(plan, "first calls"):
-            directory = Path(caches) / name
+            directory = Path(caches) / name.replace(", ", "_")  # a compiler chokes on the space
             environment = os.environ | {
                 "TORCHINDUCTOR_CACHE_DIR": str(directory / "inductor"),
                 "TRITON_CACHE_DIR": str(directory / "triton"),

@@ -66,6 +66,13 @@ def is_real_floating(xp: Namespace, array: Array) -> bool:
     return bool(xp.isdtype(array.dtype, "real floating"))
 
 
+def isfinite(array: Array) -> Array:
+    """Where an array is finite."""
+    if is_torch(array):
+        return array - array == 0  # two operations, where torch.isfinite takes five
+    return namespace(array).isfinite(array)
+
+
 def detach(array: Array) -> Array:
     """Return the array as a constant for automatic differentiation."""
     if is_torch(array):

@@ -6,7 +6,7 @@ import math
 from numbers import Real
 from typing import Any
 
-from gamma_loss._arrays import Array, Namespace, device, is_real_floating, namespace
+from gamma_loss._arrays import Array, Namespace, device, is_real_floating, is_torch, namespace
 
 
 def number(
@@ -66,6 +66,8 @@ def floats(**arrays: Array) -> tuple[Namespace, list[Array]]:
 
 def upcast(xp: Namespace, array: Array) -> Array:
     """Return half precision as float32."""
+    if is_torch(array):  # which tells sooner
+        return array.float() if array.dtype.itemsize < 4 else array
     return xp.astype(array, xp.float32) if xp.finfo(array.dtype).bits < 32 else array
 
 

@@ -6,6 +6,7 @@ compiles anew. What does change the program is in its key in `_programs`.
 
 from __future__ import annotations
 
+import functools
 import threading
 import types
 from collections.abc import Callable
@@ -31,7 +32,7 @@ def solve(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return margins, ν and the certificate, as `gamma_loss.margins.solve_pool` does."""
     pool = (gaps, mask, context, context_mask)
-    g0, a = gaps.new_full((), gamma0), gaps.new_full((), gamma0 / tau)
+    g0, a = _scalars(gamma0, tau, gaps)
     home = (gaps.dtype, gaps.device)
     if passes := _newton.mild_passes(gamma0, tau, gaps.dtype == torch.float64):
         same = context is not None and len(context) == len(gaps)  # one symbol or two
@@ -91,6 +92,19 @@ def _run(function: Callable[..., Any], kind: tuple[Any, ...], *arguments: Any) -
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """Copy a function with a code object of its own: Dynamo counts recompilations by these."""
     return types.FunctionType(function.__code__.replace(), function.__globals__)
+
+
+def _scalars(gamma0: float, tau: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    if like.device.type == "cpu":
+        return _kept_scalars(gamma0, gamma0 / tau, like.dtype)
+    # Made anew on a GPU: a CUDA graph may outlive what is kept here.
+    return like.new_full((), gamma0), like.new_full((), gamma0 / tau)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)
+def _kept_scalars(gamma0: float, a: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.tensor(gamma0, dtype=dtype), torch.tensor(a, dtype=dtype)
 
 
 def _size_class(array: Tensor | None) -> int:

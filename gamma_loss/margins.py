@@ -12,6 +12,7 @@ from gamma_loss._arrays import (
     as_floats,
     detach,
     is_torch,
+    isfinite,
     namespace,
     solver_namespace,
 )
@@ -253,7 +254,7 @@ def assemble(
                     for array, kept in ((gaps, mask), (context, context_mask))
                 ]
             )
-    finite = xp.isfinite(pool)
+    finite = isfinite(pool)
     in_pool = finite if in_pool is None else in_pool & finite
     return xp.where(in_pool, pool, xp.zeros_like(pool)), in_pool, finite
 
