@@ -4,9 +4,9 @@
     gamma_loss::loss    the same, with losses, pair weights and gradients, in one launch;
                         gamma_loss::differentiable_loss has its gradient registered with autograd
 
-On a device that Triton knows they launch its kernels, elsewhere they run the array-API code (for a
-CPU pool of moderate size on NumPy, which takes half the time). The first launch that fails warns,
-and from then on everything is solved eagerly.
+On a device that Triton knows they launch its kernels, elsewhere they run the array-API code (on the
+CPU with NumPy, which may look at values and so end early). The first launch that fails warns, and
+from then on everything on that device is solved eagerly.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ from torch.autograd.function import once_differentiable
 
 from gamma_loss import _newton
 
-# On one CPU thread NumPy was the faster up to every size measured; beyond this torch has threads.
-NUMPY_LIMIT = 65_536
-
 _given_up: set[str] = set()  # types of device on which kernels don't run
 
 
@@ -39,15 +36,15 @@ def choose(impl: str, gaps: Tensor, size: int, gamma0: float, tau: float) -> str
         return "eager"
     if impl == "triton" and _launcher(gaps.device):
         return "triton"
+    mild = _newton.mild_passes(gamma0, tau, gaps.dtype == torch.float64)
     if torch.compiler.is_compiling():
-        mild = _newton.mild_passes(gamma0, tau, gaps.dtype == torch.float64)
         return "eager" if mild or impl == "eager" else "operator"
     if impl == "compile":
         return "compile" if size > 1 else "eager"
     if impl in ("eager", "triton"):
         return "eager"
     if gaps.device.type == "cpu":
-        return "operator" if size <= NUMPY_LIMIT else "eager"
+        return "eager" if mild else "operator"  # whose passes end when they are done
     return "triton" if gaps.device.type in ("cuda", "xpu") and _launcher(gaps.device) else "eager"
 
 

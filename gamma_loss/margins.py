@@ -95,10 +95,11 @@ def solve_margins(
           16,384 gaps, about ten for any larger one (about fifty outside mild settings). A loss of
           such a pool is one launch as well, and its gradient one elementwise step. If Triton is
           missing or fails, it warns once and solves as "eager" does.
-        - "auto": "triton" for a torch tensor on such a GPU. For one on the CPU NumPy solves up to
-          65,536 gaps, and "eager" more. In a graph that torch.compile or torch.export traces, the
-          operations of a mild setting (gamma0 < 1.5 tau, and about gamma0² < 3 tau) become part of
-          it and any other solve is one operator. "eager" for all other arrays.
+        - "auto": "triton" for a torch tensor on such a GPU. "eager" for one on the CPU in a mild
+          setting (gamma0 < 1.5 tau, and about gamma0² < 3 tau), and NumPy, which ends its passes
+          when they are done, in any other. In a graph that torch.compile or torch.export traces,
+          the operations of a mild setting become part of it, and any other solve is one operator.
+          "eager" for all other arrays.
     group : torch.distributed.ProcessGroup, optional
         The ranks that share the pool (``torch.distributed.group.WORLD`` is all). Each rank gives
         its own gaps and context, as many as it has or none, and gets its own margins of the one

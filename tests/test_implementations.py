@@ -79,10 +79,11 @@ def test_other_libraries_have_neither_compile_nor_triton(jax):
 # --- the rule of "auto" ---
 
 
-def test_auto_by_device_and_size(torch, operators, monkeypatch):
-    few, many = torch.zeros(2), operators.NUMPY_LIMIT + 1
-    assert operators.choose("auto", few, 2, 4.0, 10.0) == "operator"
-    assert operators.choose("auto", few, many, 4.0, 10.0) == "eager"
+def test_auto_by_device_and_setting(torch, operators, monkeypatch):
+    few, many = torch.zeros(2), 10**6
+    for size in (2, many):
+        assert operators.choose("auto", few, size, 4.0, 10.0) == "eager"
+        assert operators.choose("auto", few, size, 20.0, 2.0) == "operator"
     assert operators.choose("auto", few, 2, 0.0, 10.0) == "eager"
     fake = pytest.importorskip("torch._subclasses").FakeTensorMode()
     with fake:
