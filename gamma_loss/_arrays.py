@@ -22,7 +22,8 @@ def is_torch(array: object) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
-def _is_jax(array: object) -> bool:
+def is_jax(array: object) -> bool:
+    """Whether an array is one of JAX's; JAX is not imported to find out."""
     jax = sys.modules.get("jax")
     return jax is not None and isinstance(array, jax.Array)
 
@@ -55,7 +56,7 @@ def device(array: Array) -> Any:
     """
     if is_torch(array):
         return array.device
-    return None if _is_jax(array) else getattr(array, "device", None)
+    return None if is_jax(array) else getattr(array, "device", None)
 
 
 def is_real_floating(xp: Namespace, array: Array) -> bool:
@@ -69,7 +70,7 @@ def detach(array: Array) -> Array:
     """Return the array as a constant for automatic differentiation."""
     if is_torch(array):
         return array.detach()
-    if _is_jax(array):
+    if is_jax(array):
         return sys.modules["jax"].lax.stop_gradient(array)
     return array
 
@@ -92,7 +93,7 @@ def repeat(
     straight-line code elsewhere. Only NumPy's arrays can be looked at for free: for them it ends
     when two steps in a row have left the state ``settled(old, new)``.
     """
-    if _is_jax(state[0]):
+    if is_jax(state[0]):
         result: State = sys.modules["jax"].lax.fori_loop(0, times, _loop_body(step), state)
         return result
     numpy = sys.modules.get("numpy")
@@ -117,7 +118,7 @@ def logistic(xp: Namespace, x: Array) -> Array:
     """1 / (1 + exp(-x)) in one operation where there is one, to a small *absolute* error."""
     if is_torch(x):
         return xp.sigmoid(x)
-    if _is_jax(x):
+    if is_jax(x):
         return sys.modules["jax"].nn.sigmoid(x)
     return xp.tanh(x * 0.5) * 0.5 + 0.5
 
