@@ -83,9 +83,9 @@ def solve_margins_streaming(
     """Solve the problem of `solve_margins` for a pool that is read in chunks.
 
     The same problem and the same solution, computed in float64 with NumPy; memory is that of one
-    chunk, however many there are. The chunks are read about 6 times in mild settings and at most
-    some 20 times in others: as often as the one level ν needs to be found by a safeguarded Newton
-    iteration to rounding error, and twice more for the gaps' extremes and for the certificate.
+    chunk, however many there are. The chunks are read some 5 times in mild settings, up to some 12
+    times in others that were tried: as often as a safeguarded Newton iteration needs to find the
+    one level ν to rounding error, once before for a start, and once after for the certificate.
 
     Parameters
     ----------

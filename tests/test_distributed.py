@@ -177,6 +177,18 @@ def test_every_rank_issues_the_same_collectives_and_only_small_ones_above_the_li
         assert max(size for _, size in logs[0]) == largest
 
 
+@pytest.mark.parametrize(
+    ("way", "collectives", "sent"),
+    # A header of four float64; then 8 gaps in float32, or sums: of two counts, of three passes (two
+    # each), of the mass, and two extremes.
+    [("gather", 2, 32 + 8 * 4), ("reduce", 8, 32 + (2 + 3 * 2 + 1 + 2) * 4)],
+)
+def test_the_benchmark_counts_collectives_and_bytes(ranks, way, collectives, sent):
+    benchmark = pytest.importorskip("benchmarks.distributed", reason="tqdm is not installed")
+    for found in ranks.run(2, benchmark.traffic, 16, way, MILD):
+        assert found == {"collectives": collectives, "bytes_sent_by_a_rank": sent}
+
+
 def test_ranks_that_disagree_are_told(ranks):
     first, second = (MILD, "float64"), (HARD, "float64")
     errors = ranks.run(2, work.refused, [first, second])
@@ -274,5 +286,8 @@ def test_the_docs_examples(ranks):
         assert len(queue) == 20 * 5 * 2
     pytest.importorskip("jax")
     names = {}
-    exec(compile(blocks[1], "queue.md", "exec"), names)
+    exec(compile(blocks[2], "queue.md", "exec"), names)
     assert names["queue"].mask.sum() == 3
+    names = {}
+    exec(compile(blocks[1], "queue.md", "exec"), names)
+    assert names["margins"].mean() == pytest.approx(4.0, rel=1e-6)

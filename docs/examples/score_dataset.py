@@ -26,6 +26,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ class Ranks:
         if self.count > 1:
             import torch.distributed as dist
 
-            dist.init_process_group("gloo")
+            # A rank may wait for another that reads for hours.
+            dist.init_process_group("gloo", timeout=timedelta(days=2))
             self.group = dist.group.WORLD
 
     def wait(self) -> None:
