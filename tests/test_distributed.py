@@ -240,7 +240,7 @@ def test_training_takes_the_steps_of_one_process(ranks, sizes, engine):
 
 def test_accelerate_has_the_losses_of_one_process(tmp_path):
     pytest.importorskip("accelerate", reason="accelerate is not installed")
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     pipes = [context.Pipe(duplex=False) for _ in range(2)]
     processes = [
         context.Process(
