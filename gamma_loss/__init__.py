@@ -5,6 +5,7 @@ Margins*, Findings of ACL 2025, arXiv:2506.03690. Importing it imports no array 
 is used when its arrays arrive, and torch also when one of the modules is asked for.
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
 from gamma_loss.losses import (
@@ -21,6 +22,7 @@ from gamma_loss.queue import QueueState, queue_init, queue_push
 from gamma_loss.smoothing import label_smoothing_from_shift, shift_from_label_smoothing
 
 if TYPE_CHECKING:
+    from gamma_loss.streaming import MarginRule, solve_margins_streaming
     from gamma_loss.torch import GammaDPOLoss, GammaPreferenceLoss, GammaSimPOLoss, GapQueue
 
 __version__ = "0.1.0"
@@ -32,6 +34,7 @@ __all__ = [
     "GammaPreferenceLoss",
     "GammaSimPOLoss",
     "GapQueue",
+    "MarginRule",
     "MarginSolution",
     "QueueState",
     "gamma_dpo_loss",
@@ -44,14 +47,17 @@ __all__ = [
     "queue_push",
     "shift_from_label_smoothing",
     "solve_margins",
+    "solve_margins_streaming",
 ]
 
-_MODULES = ("GammaDPOLoss", "GammaPreferenceLoss", "GammaSimPOLoss", "GapQueue")
+_LATER = {
+    "gamma_loss.streaming": ("MarginRule", "solve_margins_streaming"),
+    "gamma_loss.torch": ("GammaDPOLoss", "GammaPreferenceLoss", "GammaSimPOLoss", "GapQueue"),
+}
 
 
 def __getattr__(name: str) -> object:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import gamma_loss.torch
-
-    return getattr(gamma_loss.torch, name)
+    for module, names in _LATER.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,7 +23,8 @@ def is_torch(array: object) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
-def _is_jax(array: object) -> bool:
+def is_jax(array: object) -> bool:
+    """Whether an array is one of JAX's; JAX is not imported to find out."""
     jax = sys.modules.get("jax")
     return jax is not None and isinstance(array, jax.Array)
 
@@ -56,7 +57,7 @@ def device(array: Array) -> Any:
     """
     if is_torch(array):
         return array.device
-    return None if _is_jax(array) else getattr(array, "device", None)
+    return None if is_jax(array) else getattr(array, "device", None)
 
 
 def is_real_floating(xp: Namespace, array: Array) -> bool:
@@ -77,7 +78,7 @@ def detach(array: Array) -> Array:
     """Return the array as a constant for automatic differentiation."""
     if is_torch(array):
         return array.detach()
-    if _is_jax(array):
+    if is_jax(array):
         return sys.modules["jax"].lax.stop_gradient(array)
     return array
 
@@ -100,7 +101,7 @@ def repeat(
     straight-line code elsewhere. Only NumPy's arrays can be looked at for free: for them it ends
     when two steps in a row have left the state ``settled(old, new)``.
     """
-    if _is_jax(state[0]):
+    if is_jax(state[0]):
         result: State = sys.modules["jax"].lax.fori_loop(0, times, _loop_body(step), state)
         return result
     numpy = sys.modules.get("numpy")
@@ -130,7 +131,7 @@ def logistic_for(array: Array) -> Callable[[Array], Array]:
     """Return 1 / (1 + exp(-x)) in one operation where there is one, to a small *absolute* error."""
     if is_torch(array):
         return solver_namespace(array).sigmoid  # type: ignore[no-any-return]
-    if _is_jax(array):
+    if is_jax(array):
         return sys.modules["jax"].nn.sigmoid  # type: ignore[no-any-return]
     tanh = namespace(array).tanh
     return lambda x: tanh(x * 0.5) * 0.5 + 0.5

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from gamma_loss import _checks
 from gamma_loss._arrays import Array, Namespace, detach, sigmoid, softplus
-from gamma_loss.margins import check_pool, choose_implementation, solve_by
+from gamma_loss.margins import check_pool, choose_implementation, over_processes, solve_by
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -90,7 +90,7 @@ def gamma_dpo_loss(
         Over the unmasked pairs. "none" gives one loss a pair, 0 for a masked one.
     impl : {"auto", "eager", "compile", "triton"}
         See `solve_margins`.
-    group : torch.distributed.ProcessGroup, optional
+    group : torch.distributed.ProcessGroup or, for JAX, str, optional
         The ranks that share the pool, see `solve_margins`. The "mean" is then over the pairs of all
         of them: each rank's loss is the sum over its own pairs, divided by all unmasked pairs and
         multiplied by the number of ranks. So the ranks' average, which is what DDP and FSDP take of
@@ -193,7 +193,7 @@ def gamma_simpo_loss(
         See `gamma_dpo_loss`.
     impl : {"auto", "eager", "compile", "triton"}
         See `solve_margins`.
-    group : torch.distributed.ProcessGroup, optional
+    group : torch.distributed.ProcessGroup or, for JAX, str, optional
         See `gamma_dpo_loss`.
 
     Returns
@@ -274,7 +274,7 @@ def gamma_preference_loss(
         See `gamma_dpo_loss`.
     impl : {"auto", "eager", "compile", "triton"}
         See `solve_margins`.
-    group : torch.distributed.ProcessGroup, optional
+    group : torch.distributed.ProcessGroup or, for JAX, str, optional
         See `gamma_dpo_loss`.
 
     Returns
@@ -474,9 +474,7 @@ def array_loss(
     if reduction == "mean":
         counted = xp.sum(xp.astype(mask, losses.dtype))
         if group is not None:
-            from gamma_loss.torch import distributed
-
-            loss, counted = distributed.mean(loss, counted, group)
+            loss, counted = over_processes(gaps).mean(loss, counted, group)
         loss = loss / xp.maximum(counted, xp.ones_like(counted))
     return loss, GammaLossAux(
         margins=margins,

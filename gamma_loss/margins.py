@@ -11,6 +11,7 @@ from gamma_loss._arrays import (
     Namespace,
     as_floats,
     detach,
+    is_jax,
     is_torch,
     isfinite,
     namespace,
@@ -100,13 +101,14 @@ def solve_margins(
           when they are done, in any other. In a graph that torch.compile or torch.export traces,
           the operations of a mild setting become part of it, and any other solve is one operator.
           "eager" for all other arrays.
-    group : torch.distributed.ProcessGroup, optional
+    group : torch.distributed.ProcessGroup or, for JAX, str, optional
         The ranks that share the pool (``torch.distributed.group.WORLD`` is all). Each rank gives
         its own gaps and context, as many as it has or none, and gets its own margins of the one
         problem over all of them. All ranks of the group call this together, with the same settings
         and dtype. Up to 131,072 gaps are gathered; of more only sums are exchanged, at each Newton
         pass. The ranks' numbers of gaps are read on the host: one synchronisation. Solved as
-        "eager" does, whatever `impl` is.
+        "eager" does, whatever `impl` is. For JAX arrays inside shard_map: the name of a mesh axis,
+        whose devices share the pool in the same way, without a synchronisation.
 
     Returns
     -------
@@ -208,10 +210,9 @@ def solve_by(
         context = namespace(context).astype(detach(context), gaps.dtype)
     pool = (gaps, mask, context, context_mask)
     if group is not None:
-        from gamma_loss.torch import distributed
-
         values, in_pool, finite = assemble(*pool)
-        margins, multiplier, residual = distributed.solve(values, in_pool, gamma0, tau, group)
+        shared = over_processes(gaps).solve(values, in_pool, gamma0, tau, group)
+        margins, multiplier, residual = shared
         margins = deliver(margins, finite, mask, gaps.shape[0], gamma0)
         return MarginSolution(margins, multiplier, residual)
     if impl == "eager":
@@ -223,6 +224,17 @@ def solve_by(
     from gamma_loss import _operators
 
     return MarginSolution(*_operators.solve(*pool, gamma0, tau, kernel=impl == "triton"))
+
+
+def over_processes(array: Array) -> Any:
+    """Return the module that knows groups for an array's library."""
+    if is_jax(array):
+        from gamma_loss import _mesh
+
+        return _mesh
+    from gamma_loss.torch import distributed
+
+    return distributed
 
 
 def solve_pool(

@@ -151,7 +151,7 @@ def refused(group, setting_of):
 
 
 def train(group, engine, sizes, steps, setting, folder=None, resume=False):
-    """Train a linear model; return its weights after each step, and the queue.
+    """Train a linear model; return its weights and losses, step by step, and the queue.
 
     ``engine`` None is one process with all pairs. With a folder, the state goes there half-way, to
     be resumed from by another call.
@@ -166,10 +166,7 @@ def train(group, engine, sizes, steps, setting, folder=None, resume=False):
 
     from gamma_loss import GammaPreferenceLoss
 
-    model = wrapped = torch.nn.Linear(4, 1, dtype=torch.float64)
-    with torch.no_grad():
-        model.weight.copy_(torch.tensor([[1.0, -0.5, 0.3, 0.1]]))
-        model.bias.zero_()
+    model = wrapped = linear()
     if engine == "ddp":
         wrapped = torch.nn.parallel.DistributedDataParallel(model, process_group=group)
     elif engine == "fsdp":
@@ -194,11 +191,11 @@ def train(group, engine, sizes, steps, setting, folder=None, resume=False):
             optim_state_dict=saved["optimizer"],
         )
         loss_module.load_state_dict(saved["loss"])
-    weights = []
+    weights, losses = [], []
     for step in range(start, steps):
         if folder and not resume and step == steps // 2:
             dcp.save(state(), checkpoint_id=folder, process_group=group)
-        data = np.random.default_rng(step).normal(size=(12, 4))
+        data = pairs_of(step)
         mine = shard(data, sizes, dist.get_rank(group)) if engine else data
         loss, _ = loss_module(wrapped(torch.tensor(mine))[:, 0])
         optimizer.zero_grad()
@@ -207,8 +204,68 @@ def train(group, engine, sizes, steps, setting, folder=None, resume=False):
         weight = model.weight.detach()
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
         weights.append(weight.numpy().copy())
+        losses.append(loss.item())
     gaps, mask = loss_module.queue.context()
-    return np.stack(weights), gaps[mask].numpy()
+    return np.stack(weights), np.array(losses), gaps[mask].numpy()
+
+
+def accelerated(rank, folder, steps, setting, result):
+    """Train with Accelerate as one of two processes; send the loss curve. Run in a new process.
+
+    The group is Accelerate's own, of the environment that its launcher makes.
+    """
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "GLOO_SOCKET_IFNAME": "lo"}
+    try:
+        result.send((False, _accelerated(folder, steps, setting)))
+    except Exception:
+        result.send((True, traceback.format_exc()))
+
+
+def _accelerated(folder, steps, setting):
+    import torch
+    import torch.distributed as dist
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from torch.utils.data import DataLoader
+
+    from gamma_loss import GammaPreferenceLoss
+
+    torch.set_num_threads(1)
+    start = InitProcessGroupKwargs(
+        backend="gloo", init_method=f"file://{folder}/accelerate", timeout=PATIENCE
+    )
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[start])
+    assert dist.get_backend() == "gloo"
+    assert accelerator.num_processes == 2
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    data = [torch.tensor(pairs_of(step)) for step in range(steps)]
+    batches = DataLoader(torch.cat(data), batch_size=len(data[0]) // 2)  # a process's share
+    model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+    loss_module = GammaPreferenceLoss(queue_size=40, group=dist.group.WORLD, **setting).double()
+    losses = []
+    for batch in batches:
+        loss, _ = loss_module(model(batch)[:, 0])
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        optimizer.step()
+        losses.append(accelerator.reduce(loss.detach(), "mean").item())
+    dist.destroy_process_group()
+    return losses
+
+
+def pairs_of(step):
+    return np.random.default_rng(step).normal(size=(12, 4))
+
+
+def linear():
+    import torch
+
+    model = torch.nn.Linear(4, 1, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, -0.5, 0.3, 0.1]]))
+        model.bias.zero_()
+    return model
 
 
 def logs_of_no_pairs(group):

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("tqdm")
 
 from benchmarks import _harness as harness  # noqa: E402
-from benchmarks import accuracy, gpu, loss_overhead, published  # noqa: E402
+from benchmarks import accuracy, distributed, gpu, loss_overhead, published  # noqa: E402
 
 
 def gaps(size, seed=0):
@@ -236,6 +236,26 @@ def test_accuracy_finds_an_error_that_is_there():
         1.0: {"median": 2.5, "worst": float("inf")},
         9.0: {"median": 0.0, "worst": 0.0},
     }
+
+
+def test_switch_is_the_pool_from_which_on_reduce_stays_ahead():
+    def result(pool, ratio):
+        ways = {"reduce_times_as_fast_wall": ratio, "reduce_times_as_fast_cpu": 0.5}
+        return {"setting": "mild", "ranks": 2, "pool": pool, "ways": ways}
+
+    found = [result(2, 1.5), result(8, 0.9), result(32, 1.0), result(128, 2.0)]
+    switch = {row["ranks"]: row for row in distributed.switches(found)}
+    assert switch[2] == {"setting": "mild", "ranks": 2, "wall": 32, "cpu": None}
+
+
+def test_queue_and_deque_hold_the_same_after_a_step():
+    batch = gaps(5).float()
+    calls = distributed.queue_calls(batch)
+    context = calls["GapQueue"]()
+    assert torch.equal(context.gaps, calls["deque"]())
+    assert context.mask.all()
+    assert torch.equal(context.gaps[-5:], batch)
+    assert calls["deque, sample"]().shape == (published.POOL_SIZE,)
 
 
 def test_dpo_is_the_plain_loss():

@@ -1,6 +1,7 @@
 """One problem over many ranks: real gloo processes against one process that holds all gaps."""
 
 import functools
+import multiprocessing
 import re
 from pathlib import Path
 
@@ -176,6 +177,18 @@ def test_every_rank_issues_the_same_collectives_and_only_small_ones_above_the_li
         assert max(size for _, size in logs[0]) == largest
 
 
+@pytest.mark.parametrize(
+    ("way", "collectives", "sent"),
+    # A header of four float64; then 8 gaps in float32, or sums: of two counts, of three passes (two
+    # each), of the mass, and two extremes.
+    [("gather", 2, 32 + 8 * 4), ("reduce", 8, 32 + (2 + 3 * 2 + 1 + 2) * 4)],
+)
+def test_the_benchmark_counts_collectives_and_bytes(ranks, way, collectives, sent):
+    benchmark = pytest.importorskip("benchmarks.distributed", reason="tqdm is not installed")
+    for found in ranks.run(2, benchmark.traffic, 16, way, MILD):
+        assert found == {"collectives": collectives, "bytes_sent_by_a_rank": sent}
+
+
 def test_ranks_that_disagree_are_told(ranks):
     first, second = (MILD, "float64"), (HARD, "float64")
     errors = ranks.run(2, work.refused, [first, second])
@@ -202,28 +215,59 @@ def test_wrong_groups():
 
 @functools.lru_cache(maxsize=1)
 def trained_in_one_process():
-    weights, queue = work.train(None, None, None, 20, MILD)
+    weights, losses, queue = work.train(None, None, None, 20, MILD)
     assert len(queue) == 40
-    return weights, queue
+    assert losses[-1] < losses[0]
+    return weights, losses, queue
+
+
+# Rounding differences of 1e-16 a step, 20 steps, all numbers of order 1.
+AFTER_20_STEPS = {"rtol": 0, "atol": 1e-12}
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 @pytest.mark.parametrize("sizes", [(12,), (6, 6), (4, 4, 4), (1, 0, 7, 1, 3)])
 def test_training_takes_the_steps_of_one_process(ranks, sizes, engine):
-    weights, queue = trained_in_one_process()
+    weights, losses, queue = trained_in_one_process()
     results = ranks.run(len(sizes), work.train, engine, sizes, 20, MILD)
-    for their_weights, their_queue in results:
-        # Rounding differences of 1e-16 a step, 20 steps, all numbers of order 1.
-        np.testing.assert_allclose(their_weights, weights, rtol=0, atol=1e-12)
-        np.testing.assert_allclose(their_queue, queue, rtol=0, atol=1e-12)
-        np.testing.assert_array_equal(their_queue, results[0][1])
+    mean_losses = np.mean([losses for _, losses, _ in results], axis=0)
+    np.testing.assert_allclose(mean_losses, losses, **AFTER_20_STEPS)
+    for their_weights, _, their_queue in results:
+        np.testing.assert_allclose(their_weights, weights, **AFTER_20_STEPS)
+        np.testing.assert_allclose(their_queue, queue, **AFTER_20_STEPS)
+        np.testing.assert_array_equal(their_queue, results[0][2])
+
+
+def test_accelerate_has_the_losses_of_one_process(tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    context = multiprocessing.get_context("forkserver")
+    pipes = [context.Pipe(duplex=False) for _ in range(2)]
+    processes = [
+        context.Process(
+            target=work.accelerated, args=(rank, str(tmp_path), 20, MILD, theirs), daemon=True
+        )
+        for rank, (_, theirs) in enumerate(pipes)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        for ours, _ in pipes:
+            assert ours.poll(120), "a process does not answer"
+            failed, losses = ours.recv()
+            assert not failed, losses
+            np.testing.assert_allclose(losses, trained_in_one_process()[1], **AFTER_20_STEPS)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def test_a_sharded_run_resumes_to_the_bit(ranks, tmp_path):
     task = (work.train, "fsdp", (4, 3, 5), 20, MILD, str(tmp_path))
     never_stopped, resumed = ranks.run(3, *task), ranks.run(3, *task, True)
-    for (weights, queue), (their_weights, their_queue) in zip(never_stopped, resumed, strict=True):
-        np.testing.assert_array_equal(their_weights, weights[10:])
+    for (*curves, queue), (*their_curves, their_queue) in zip(never_stopped, resumed, strict=True):
+        for curve, their_curve in zip(curves, their_curves, strict=True):
+            np.testing.assert_array_equal(their_curve, curve[10:])
         np.testing.assert_array_equal(their_queue, queue)
 
 
@@ -242,5 +286,8 @@ def test_the_docs_examples(ranks):
         assert len(queue) == 20 * 5 * 2
     pytest.importorskip("jax")
     names = {}
-    exec(compile(blocks[1], "queue.md", "exec"), names)
+    exec(compile(blocks[2], "queue.md", "exec"), names)
     assert names["queue"].mask.sum() == 3
+    names = {}
+    exec(compile(blocks[1], "queue.md", "exec"), names)
+    assert names["margins"].mean() == pytest.approx(4.0, rel=1e-6)

@@ -86,6 +86,24 @@ class _OverRanks(_newton.Whole):
         return -both[0], both[1]
 
 
+class OfHostNumbers(_newton.Whole):
+    """The same of Python numbers, in a group whose backend takes tensors on the host."""
+
+    def __init__(self, group: Any) -> None:
+        _place(group, torch.empty(0))
+        self.over_ranks = _OverRanks(group)
+
+    def sums(self, *parts: float) -> tuple[float, ...]:
+        """Return the sums over the whole pool, given this process's."""
+        total = self.over_ranks.sums(*torch.tensor(parts, dtype=torch.float64))
+        return tuple(each.item() for each in total)
+
+    def extremes(self, least: float, largest: float) -> tuple[float, ...]:
+        """Return the minimum and maximum over the whole pool, given this process's."""
+        both = torch.tensor([least, largest], dtype=torch.float64)
+        return tuple(each.item() for each in self.over_ranks.extremes(both[0], both[1]))
+
+
 def _place(group: Any, values: object) -> tuple[int, int]:
     """Return this process's rank in the group and the group's size."""
     if not isinstance(group, dist.ProcessGroup):

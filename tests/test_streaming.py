@@ -1,0 +1,203 @@
+"""The solve in chunks against the solve of the whole, and the program that scores a dataset."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks as work
+
+from gamma_loss import (
+    gamma_dpo_loss,
+    gamma_simpo_loss,
+    label_smoothing_from_shift,
+    solve_margins,
+    solve_margins_streaming,
+    streaming,
+)
+
+MILD, HARD = {"gamma0": 4.0, "tau": 10.0}, {"gamma0": 20.0, "tau": 2.0}
+SETTINGS = [
+    MILD,
+    HARD,
+    {"gamma0": 0.375, "tau": 10.0},
+    {"gamma0": 1.0, "tau": 0.1},
+    {"gamma0": 4.0, "tau": 0.1},
+    {"gamma0": 100.0, "tau": 1e-3},
+    {"gamma0": 1e-3, "tau": 1e-3},
+    {"gamma0": 100.0, "tau": 1e3},
+]
+PROGRAM = Path(__file__).parents[1] / "docs" / "examples" / "score_dataset.py"
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize(
+    ("size", "scale"), [(1, 1.0), (2, 5.0), (900, 0.1), (900, 5.0), (900, 3e3)]
+)
+def test_chunks_equal_the_whole(setting, size, scale):
+    gaps = work.pool(size, scale)
+    rule = solve_margins_streaming(np.array_split(gaps, 3), **setting)
+    whole = solve_margins(gaps, **setting)
+    margins = rule.margins(gaps)
+    np.testing.assert_allclose(margins, whole.margins, rtol=0, atol=1e-10 * setting["gamma0"])
+    assert margins.mean() == pytest.approx(setting["gamma0"], rel=1e-12)
+    assert rule.multiplier == pytest.approx(float(whole.multiplier), rel=1e-10, abs=1e-12)
+    assert rule.residual <= 1e-10
+
+
+@pytest.mark.parametrize("setting", [MILD, {"gamma0": 3.0, "tau": 0.5}], ids=str)
+def test_residual_tells_of_an_unfinished_solve(setting, monkeypatch):
+    gaps = work.pool(50)
+    monkeypatch.setattr(streaming, "_OUTER", 1)
+    rule = solve_margins_streaming([gaps], **setting)
+    margins, a = rule.margins(gaps), setting["gamma0"] / setting["tau"]
+    v = np.log(margins / setting["gamma0"]) + a / (1 + np.exp(gaps - margins))
+    assert margins.mean() == pytest.approx(setting["gamma0"], rel=1e-12)
+    assert rule.residual == pytest.approx(np.ptp(v) / 2, rel=1e-9)
+    assert rule.residual > 1e-4
+
+
+def test_many_blocks_and_float32_chunks():
+    gaps = work.pool(50_000).astype(np.float32)
+    rule = solve_margins_streaming([gaps[:1], gaps[1:40_000], gaps[:0], gaps[40_000:]], **MILD)
+    expected = solve_margins(gaps.astype(np.float64), **MILD)
+    np.testing.assert_allclose(rule.margins(gaps), expected.margins, rtol=0, atol=1e-10)
+    assert rule.pairs == 50_000
+
+
+def test_gaps_that_are_not_finite_take_no_part():
+    gaps = work.pool(20)
+    gaps[3], gaps[7] = np.nan, np.inf
+    rule = solve_margins_streaming([gaps], **MILD)
+    np.testing.assert_allclose(rule.margins(gaps), solve_margins(gaps, **MILD).margins, atol=1e-10)
+    assert np.isnan(rule.margins(gaps)[[3, 7]]).all()
+    assert rule.pairs == 18
+
+
+def test_gamma0_of_zero():
+    rule = solve_margins_streaming([np.array([1.0, np.nan])], gamma0=0.0, tau=1.0)
+    np.testing.assert_array_equal(rule.margins([2.0, np.inf]), [0.0, np.nan])
+
+
+def test_bad_chunks():
+    with pytest.raises(TypeError, match="chunks must be readable several times, got an iterator"):
+        solve_margins_streaming(iter([np.zeros(2)]), **MILD)
+    with pytest.raises(ValueError, match="chunks must hold at least one finite gap, got none"):
+        solve_margins_streaming([np.array([np.nan])], **MILD)
+    with pytest.raises(ValueError, match=r"chunks must be 1-D, got shape \(2, 1\)"):
+        solve_margins_streaming([np.zeros((2, 1))], **MILD)
+
+
+# --- the program ---
+
+
+def run(*arguments, ranks=1):
+    """Start the program, for several ranks with the environment that torchrun makes."""
+    root = str(PROGRAM.parents[2])  # of what is tested here, whatever is installed
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": root}
+    if ranks > 1:
+        pytest.importorskip("torch")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, PROGRAM, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**environment, "RANK": str(rank)},
+        )
+        for rank in range(ranks)
+    ]
+    texts = [process.communicate(timeout=120) for process in processes]
+    return subprocess.CompletedProcess([], max(p.returncode for p in processes), *texts[0])
+
+
+def options(setting, out):
+    return ["--gamma0", setting["gamma0"], "--tau", setting["tau"], "--out", out]
+
+
+@pytest.fixture
+def gaps_file(tmp_path):
+    pytest.importorskip("tqdm")
+    gaps = work.pool(2001)
+    gaps[5] = np.nan
+    np.save(tmp_path / "gaps.npy", gaps)
+    return tmp_path / "gaps.npy", gaps
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_scores_of_gaps(gaps_file, tmp_path, ranks):
+    file, gaps = gaps_file
+    done = run(file, *options(HARD, tmp_path / "scores.npy"), ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert "2000 finite gaps of 2001" in done.stdout
+    assert "pass 1: 100%" in done.stderr
+    rows = np.load(tmp_path / "scores.npy")
+    margins = solve_margins(gaps, **HARD).margins
+    close = {"rtol": 1e-6, "atol": 1e-30}  # float32
+    np.testing.assert_allclose(rows["margin"], margins, **close)
+    np.testing.assert_allclose(rows["pair_weight"], 1 / (1 + np.exp(gaps - margins)), **close)
+    finite = np.isfinite(gaps)
+    expected = label_smoothing_from_shift(gaps[finite], (margins - HARD["gamma0"])[finite])
+    np.testing.assert_allclose(rows["label_smoothing"][finite], expected, **close)
+    assert np.isnan(rows["label_smoothing"][~finite]).all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gaps.npy", "scores.npy"]
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_scores_of_log_probabilities(tmp_path, reference):
+    pytest.importorskip("tqdm")
+    logps = np.random.default_rng(0).normal(size=(4 if reference else 2, 30)) * 3 - 20
+    names = ["policy_chosen_logps", "policy_rejected_logps"]
+    names += ["reference_chosen_logps", "reference_rejected_logps"] * reference
+    lines = [json.dumps(dict(zip(names, column, strict=True))) for column in logps.T]
+    (tmp_path / "logps.jsonl").write_text("\n\n".join(lines))
+    more = ["--beta", 0.5, "--centered"] if reference else ["--beta", 0.5]
+    done = run(tmp_path / "logps.jsonl", *options(MILD, tmp_path / "scores.npy"), *more)
+    assert done.returncode == 0, done.stderr
+    loss = gamma_dpo_loss if reference else gamma_simpo_loss
+    _, aux = loss(*logps, beta=0.5, **MILD)
+    rows = np.load(tmp_path / "scores.npy")
+    np.testing.assert_allclose(rows["margin"], aux.margins, rtol=1e-6)
+    np.testing.assert_allclose(rows["pair_weight"], aux.pair_weights, rtol=1e-6)
+    assert not list(tmp_path.glob("*.gaps.npy"))
+
+
+def test_parquet(gaps_file, tmp_path):
+    file, gaps = gaps_file
+    done = run(file, *options(MILD, tmp_path / "scores.parquet"))
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        assert done.returncode == 2
+        assert "a .parquet output needs pyarrow: pip install pyarrow, or write .npy" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    columns = parquet.read_table(tmp_path / "scores.parquet").to_pydict()
+    assert list(columns) == ["margin", "pair_weight", "label_smoothing"]
+    np.testing.assert_allclose(columns["margin"], solve_margins(gaps, **MILD).margins, rtol=1e-6)
+
+
+def test_a_malformed_line_is_named_with_its_number(tmp_path):
+    pytest.importorskip("tqdm")
+    file = tmp_path / "logps.jsonl"
+    good = '{"policy_chosen_logps": -1, "policy_rejected_logps": -2.0}\n'
+    file.write_text(good + '{"policy_chosen_logps": -1}\n')
+    done = run(file, "--beta", 1, *options(MILD, tmp_path / "out.npy"))
+    assert f"{file}:2: 'policy_rejected_logps' must be a number, got None" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 1
+
+
+def test_bad_arguments(gaps_file, tmp_path):
+    file, _ = gaps_file
+    done = run(file, "--beta", 1, *options(MILD, tmp_path / "out.npy"))
+    assert done.returncode == 2
+    assert "--beta is for a .jsonl file" in done.stderr
