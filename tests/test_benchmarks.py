@@ -75,7 +75,7 @@ def test_an_implementation_that_cannot_run_is_left_out(monkeypatch):
     monkeypatch.setattr(harness, "solve_margins", solve)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     usable, skipped = harness.implementations("cpu", interpret=True)
-    assert usable == ["eager"]
+    assert usable == ["eager", "auto"]
     assert skipped["compile"] == "RuntimeError: no compiler"
     assert skipped["triton"] == "no triton: eager instead"
     _, skipped = harness.implementations("cpu")
