@@ -93,7 +93,7 @@ class Solver:
 
     def settings(self, max_examples: int = 100):
         """As many random examples as a slow implementation can bear."""
-        share = {"numpy": 1, "compile": 1 / 2, "triton": 1 / 20}[self.name]
+        share = {"numpy": 1, "compile": 1 / 4, "triton": 1 / 25}[self.name]
         return hypothesis.settings(max_examples=max(5, int(max_examples * share)))
 
 

@@ -33,7 +33,7 @@ def error(margins, gaps, gamma0, tau):
 
 
 def test_float64_accuracy_over_the_domain(solver):
-    @solver.settings(300)
+    @solver.settings(200)
     @given(pools(), gamma0s, taus)
     def check(gaps, gamma0, tau):
         solution = solver(gaps, gamma0=gamma0, tau=tau)
@@ -44,7 +44,7 @@ def test_float64_accuracy_over_the_domain(solver):
 
 
 def test_float32_accuracy_over_the_domain(solver):
-    @solver.settings(300)
+    @solver.settings(200)
     @given(pools(), gamma0s, taus)
     def check(gaps, gamma0, tau):
         gaps = gaps.astype(np.float32)
