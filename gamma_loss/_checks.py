@@ -21,7 +21,7 @@ def number(
     if not isinstance(value, Real):
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
     number = float(value)
-    if not (math.isfinite(number) and above < number < below and number >= least):
+    if not (-math.inf < number < math.inf and above < number < below and number >= least):
         bounds = [f"> {above:g}"] * (above > -math.inf) + [f">= {least:g}"] * (least > -math.inf)
         bounds += [f"< {below:g}"] * (below < math.inf)
         wanted = " and ".join(["finite", *bounds])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gamma_loss import gamma_dpo_loss, metrics, solve_margins
+from gamma_loss import gamma_dpo_loss, gamma_preference_loss, metrics, solve_margins
 
 MILD, HARD = {"gamma0": 4.0, "tau": 10.0}, {"gamma0": 20.0, "tau": 2.0}
 
@@ -35,6 +35,25 @@ def test_torch_compile_makes_one_graph_and_does_not_recompile(torch, setting):
         torch.testing.assert_close(logs, expected_logs)
         gradients = torch.autograd.grad(value, logps[:2])
         torch.testing.assert_close(gradients, torch.autograd.grad(expected, logps[:2]))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("setting", [MILD, HARD])
+def test_torch_compile_makes_one_graph_for_all_sizes(torch, setting):
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(module, _):
+        graphs.append(module)
+        return module.forward
+
+    def loss(chosen, rejected):
+        return gamma_preference_loss(chosen - rejected, context=rejected, **setting)[0]
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)
+    for size in (5, 7, 300):
+        logps = torch.tensor(rows((2, size)))
+        torch.testing.assert_close(compiled(*logps), loss(*logps))
     assert len(graphs) == 1
 
 
