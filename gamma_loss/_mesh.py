@@ -14,8 +14,7 @@ import jax.numpy as jnp
 
 from gamma_loss import _newton
 from gamma_loss._arrays import Array
-
-GATHER_LIMIT = 2**17
+from gamma_loss._newton import GATHER_LIMIT
 
 
 def solve(

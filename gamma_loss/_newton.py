@@ -41,6 +41,10 @@ _FLAT = -40.0  # below it γ0 exp(u) adds nothing to z, so a Newton step is exac
 _NARROW = 0.1  # how well the mass must be known for ν to move without a proven direction
 
 
+# The largest pool that processes gather; of larger ones they reduce the sums (docs/benchmarks.md).
+GATHER_LIMIT = 2**17
+
+
 class Whole:
     """Sums and extremes over a pool that this process holds as a whole."""
 

@@ -193,8 +193,8 @@ def _loss(
     The rows are margins, shifts, reward gaps, pair weights, the gradients with respect to the
     chosen and to the rejected log-probabilities, and the two rewards. Nothing rejected: gaps.
     """
-    outputs = _outputs(chosen, rejected, reference_chosen, reduction)
     logps = (chosen, rejected, reference_chosen, reference_rejected)
+    outputs = _outputs(*logps, reduction)
     pool = (mask, context, context_mask)
     settings = (beta, gamma0, tau, tilt, centered, reduction)
     if launch := _launcher(chosen.device):
@@ -221,10 +221,14 @@ def _loss(
 
 
 def _outputs(
-    chosen: Tensor, rejected: Tensor | None, reference: Tensor | None, reduction: str
+    chosen: Tensor,
+    rejected: Tensor | None,
+    reference_chosen: Tensor | None,
+    reference_rejected: Tensor | None,
+    reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, dtype = chosen.shape[0], torch.float32
-    for array in (chosen, rejected, reference):
+    for array in (chosen, rejected, reference_chosen, reference_rejected):
         if array is not None:
             dtype = torch.promote_types(dtype, array.dtype)
     return (
@@ -248,10 +252,9 @@ def _fake_solve(gaps: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(gaps), gaps.new_empty(2)
 
 
-def _fake_loss(
-    chosen: Tensor, rejected: Tensor | None, reference: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(chosen, rejected, reference, rest[-1])
+def _fake_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    chosen, rejected, reference_chosen, reference_rejected, *_, reduction = arguments
+    return _outputs(chosen, rejected, reference_chosen, reference_rejected, reduction)
 
 
 torch.library.register_fake("gamma_loss::solve", _fake_solve, lib=_library)

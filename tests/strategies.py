@@ -3,6 +3,15 @@
 import numpy as np
 from hypothesis import strategies as st
 
+CORNERS = [  # (gaps, gamma0, tau): corners of the domain, κ up to 1e7
+    ([1e4, -1e4], 100.0, 1e-3),
+    ([0.0], 100.0, 1e-3),
+    ([-1e4, -1e4, 1e4], 1e-3, 1e3),
+    ([100.0, 101.0, 99.0, 150.0, 0.0], 100.0, 1e-3),
+    ([22.67784608, 3580.15056838], 82.10179909, 6.29615817),  # undamped Newton cycles on these
+    ([36.99357678, 112.57673386], 70.12594492, 20.54958846),
+    ([1.70807319, 1e4], 16.89889605, 2.26420756),
+]
 LIMIT = 1e4  # gaps are promised to work within ± this
 
 

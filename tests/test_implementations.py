@@ -7,18 +7,11 @@ import warnings
 
 import numpy as np
 import pytest
+from strategies import CORNERS
 
 from gamma_loss import gamma_dpo_loss, gamma_preference_loss, gamma_simpo_loss, solve_margins
 
 MILD, HARD = {"gamma0": 4.0, "tau": 10.0}, {"gamma0": 20.0, "tau": 2.0}
-CORNERS = [  # corners of the domain that random pools seldom reach
-    ([1e4, -1e4], 100.0, 1e-3),
-    ([0.0], 100.0, 1e-3),
-    ([-1e4, -1e4, 1e4], 1e-3, 1e3),
-    ([100.0, 101.0, 99.0, 150.0, 0.0], 100.0, 1e-3),
-    ([22.67784608, 3580.15056838], 82.10179909, 6.29615817),
-    ([1.70807319, 1e4], 16.89889605, 2.26420756),
-]
 
 
 @pytest.fixture
@@ -257,6 +250,14 @@ def test_fused_loss_of_half_precision_and_of_strides(torch, triton, device):
         torch.testing.assert_close(fused[0], eager[0])
         for gradient, expected in zip(fused[2], eager[2], strict=True):
             torch.testing.assert_close(gradient, expected, rtol=2e-2, atol=1e-4)
+
+
+def test_fused_loss_takes_the_widest_dtype(torch, triton, device):
+    logps = [torch.tensor(row, device=device, dtype=torch.float32) for row in rows((3, 6))]
+    logps.append(torch.tensor(rows(6, 1), device=device))
+    eager, fused = both(torch, gamma_dpo_loss, *logps, beta=0.3, **MILD)
+    assert fused[0].dtype == eager[0].dtype == torch.float64
+    torch.testing.assert_close(fused[0], eager[0])
 
 
 def test_a_bad_pair_shows_in_the_fused_loss_and_nowhere_else(torch, triton, device):

@@ -20,8 +20,7 @@ import torch
 import torch.distributed as dist
 
 from gamma_loss import _newton
-
-GATHER_LIMIT = 2**17
+from gamma_loss._newton import GATHER_LIMIT
 
 
 def solve(
