@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float64]
 
 _BLOCK = 2**14  # gaps that are solved at a time: what their intermediate results need fits caches
 _INNER, _OUTER = 200, 100  # passes that no pool comes near: bisection alone would end by then
-_FLAT = -40.0  # below it exp(u) no longer matters to the budget
+_FLAT = -40.0  # below it γ0 exp(u) adds nothing to z, so a Newton step is exact
 
 
 class MarginRule(NamedTuple):
@@ -264,8 +264,8 @@ def _pairs(
         new = u + step
         # So close to the root Newton squares the error, and a bracket holds up to rounding only.
         far = np.abs(step) * (gamma0 * x + 1) > 1e-4
-        halve = far & ((new < low) | (new > high) | (np.abs(step) > before / 2))
-        new = np.where(halve, np.maximum((low + high) / 2, np.minimum(high, _FLAT)), new)
+        halve = far & ((new < low) | (new > high) | (np.abs(step) > before / 2)) & (high > _FLAT)
+        new = np.where(halve, np.maximum((low + high) / 2, _FLAT), new)
         new = np.clip(new, low, high)
         moved = np.abs(new - u)
         u, before = new, moved

@@ -11,6 +11,7 @@ CORNERS = [  # (gaps, gamma0, tau): corners of the domain, κ up to 1e7
     ([22.67784608, 3580.15056838], 82.10179909, 6.29615817),  # undamped Newton cycles on these
     ([36.99357678, 112.57673386], 70.12594492, 20.54958846),
     ([1.70807319, 1e4], 16.89889605, 2.26420756),
+    ([1e4] + 14 * [0.0], 1.0, 2.478752e-3),  # one pair has all the mass to rounding error
 ]
 LIMIT = 1e4  # gaps are promised to work within ± this
 

@@ -139,8 +139,9 @@ def _pairs(u, gaps, inside, level, gamma0, a, cap, EPS: tl.constexpr):
         d_logit = gamma0 * x * slope + 1
         steep = (d > 2) & (d_logit > 2)
         new = u + tl.where(steep, slope * logit_change / d_logit, -r / d)
-        halve = (new < low) | (new > high) | (tl.abs(new - u) > 0.5 * last)
-        middle = tl.maximum(0.5 * (low + high), tl.minimum(high, -40.0))  # below, r is a line
+        outside = (new < low) | (new > high)
+        halve = (outside | (tl.abs(new - u) > 0.5 * last)) & (high > -40)  # below, r is a line
+        middle = tl.maximum(0.5 * (low + high), -40.0)
         new = tl.where(halve, middle, new)
         last = tl.abs(new - u)
         # Done at the rounding error of r.
@@ -170,11 +171,19 @@ def _next_level(level, low, high, last, mass, slope, a):
 
 
 @triton.jit
-def _level_bracket(least, largest, gamma0, a):
-    """Bounds on λ: ν lies in the range of a σ(γ0 - g)."""
+def _level_bracket(least, largest, count, gamma0, a):
+    """Bounds on λ: see `gamma_loss._newton._level_bracket`.
+
+    The second keeps λ from where all the mass is a single pair's, cut to the pool's size: there
+    the mean of x is 1 at every level.
+    """
     far = tl.log(1 + a) + 50.0  # beyond it a σ(λ) is 0 or a to well below rounding error
     low = tl.minimum(tl.maximum(gamma0 - largest, -far), far)
-    return low, tl.minimum(tl.maximum(gamma0 - least, -far), far)
+    high = tl.minimum(tl.maximum(gamma0 - least, -far), far)
+    p, q = _sigmoids(gamma0 * count - largest)
+    cap = tl.log(count) / a
+    capped = tl.log(tl.maximum(p + cap, 1e-37)) - tl.log(tl.maximum(q - cap, 1e-37))
+    return low, tl.maximum(tl.minimum(high, capped), low)
 
 
 @triton.jit
@@ -325,7 +334,8 @@ def pool_kernel(
         mass = tl.sum(mass_acc, 0) / count
     else:
         low = tl.where(empty, 0.0, tl.min(least, 0))
-        low, high = _level_bracket(low, tl.where(empty, 0.0, tl.max(largest, 0)), gamma0, a)
+        largest = tl.where(empty, 0.0, tl.max(largest, 0))
+        low, high = _level_bracket(low, largest, count, gamma0, a)
         new = _first_level(wp_sum, w_sum - wp_sum, low, high)
         level, last, mass = new, high - low + 1, count
         cap = tl.log(count)
@@ -466,7 +476,8 @@ def _level_of_round(
         largest = tl.load(partials + 4 * P + lane, mask=lane < programs, other=float("-inf"))
         empty = count == 0
         least = tl.where(empty, 0.0, tl.min(least, 0))
-        low, high = _level_bracket(least, tl.where(empty, 0.0, tl.max(largest, 0)), gamma0, a)
+        largest = tl.where(empty, 0.0, tl.max(largest, 0))
+        low, high = _level_bracket(least, largest, tl.maximum(count, 1.0), gamma0, a)
         level = _first_level(wp_sum, w_sum - wp_sum, low, high)
         last, done = high - low + 1, tl.where(empty, 1.0, 0.0).to(T)
     else:
