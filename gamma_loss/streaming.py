@@ -149,7 +149,7 @@ def solve_margins_streaming(
     low, high = _level_bracket(least, largest, gamma0, a, size)
     level = (low + high) / 2
     if top > 0 and bottom > 0:  # the first Newton step, from equal margins
-        level = min(max(math.log(top / bottom), low), high)
+        level = min(max(math.log(top) - math.log(bottom), low), high)
     best, previous = (math.inf, 0.0, level), math.inf
     for _ in range(_OUTER):
         masses, slopes = [], []

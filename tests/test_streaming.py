@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import oracles
 import pytest
 import ranks as work
+from strategies import CORNERS
 
 from gamma_loss import (
     gamma_dpo_loss,
@@ -46,6 +48,17 @@ def test_chunks_equal_the_whole(setting, size, scale):
     np.testing.assert_allclose(margins, whole.margins, rtol=0, atol=1e-10 * setting["gamma0"])
     assert margins.mean() == pytest.approx(setting["gamma0"], rel=1e-12)
     assert rule.multiplier == pytest.approx(float(whole.multiplier), rel=1e-10, abs=1e-12)
+    assert rule.residual <= 1e-10
+
+
+UNDERFLOW = ([746.0, 900.0], 1.0, 1.0)  # σ(γ0 - g) is the smallest number there is, and 0
+
+
+@pytest.mark.parametrize(("gaps", "gamma0", "tau"), [*CORNERS, UNDERFLOW])
+def test_corners_of_the_domain(gaps, gamma0, tau):
+    rule = solve_margins_streaming([np.array(gaps)], gamma0=gamma0, tau=tau)
+    expected, _ = oracles.margins(np.array(gaps), gamma0, tau)
+    np.testing.assert_allclose(rule.margins(gaps), expected, rtol=0, atol=1e-10 * gamma0)
     assert rule.residual <= 1e-10
 
 
