@@ -2,7 +2,8 @@
 
 The reference implementation of Sun et al., *Robust Preference Optimization via Dynamic Target
 Margins*, Findings of ACL 2025, arXiv:2506.03690. Importing it imports no array library; each one
-is used when its arrays arrive, and torch also when one of the modules is asked for.
+is used when its arrays arrive, and torch also when a module or `sequence_logps`
+is asked for.
 """
 
 import importlib
@@ -23,7 +24,13 @@ from gamma_loss.smoothing import label_smoothing_from_shift, shift_from_label_sm
 
 if TYPE_CHECKING:
     from gamma_loss.streaming import MarginRule, solve_margins_streaming
-    from gamma_loss.torch import GammaDPOLoss, GammaPreferenceLoss, GammaSimPOLoss, GapQueue
+    from gamma_loss.torch import (
+        GammaDPOLoss,
+        GammaPreferenceLoss,
+        GammaSimPOLoss,
+        GapQueue,
+        sequence_logps,
+    )
 
 __version__ = "0.1.0"
 
@@ -45,6 +52,7 @@ __all__ = [
     "preference_loss",
     "queue_init",
     "queue_push",
+    "sequence_logps",
     "shift_from_label_smoothing",
     "solve_margins",
     "solve_margins_streaming",
@@ -52,7 +60,13 @@ __all__ = [
 
 _LATER = {
     "gamma_loss.streaming": ("MarginRule", "solve_margins_streaming"),
-    "gamma_loss.torch": ("GammaDPOLoss", "GammaPreferenceLoss", "GammaSimPOLoss", "GapQueue"),
+    "gamma_loss.torch": (
+        "GammaDPOLoss",
+        "GammaPreferenceLoss",
+        "GammaSimPOLoss",
+        "GapQueue",
+        "sequence_logps",
+    ),
 }
 
 
