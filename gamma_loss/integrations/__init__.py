@@ -1,0 +1,1 @@
+"""Thin trainers for libraries that people train with, each imported only when asked for."""

@@ -1,0 +1,404 @@
+"""γ-DPO and γ-SimPO as trainers for TRL, 1.15 or later.
+
+They are TRL's `DPOTrainer` and `CPOTrainer` (its SimPO) with another loss. Data, reference model,
+logging and checkpoints are TRL's; the queue of recent gaps goes into the checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gamma_loss import _checks
+from gamma_loss.losses import GammaLossAux
+from gamma_loss.metrics import metrics
+from gamma_loss.torch import GammaDPOLoss, GammaSimPOLoss, sequence_logps
+
+try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that trl.experimental, TRL's home of SimPO, may change
+        from trl import DPOConfig, DPOTrainer
+        from trl.experimental.cpo import CPOConfig, CPOTrainer
+except ImportError as error:
+    raise ImportError(
+        f"gamma_loss.integrations.trl needs TRL 1.15 or later: pip install 'gamma-loss[trl]' ({error})"
+    ) from error
+
+__all__ = ["GammaDPOConfig", "GammaDPOTrainer", "GammaSimPOConfig", "GammaSimPOTrainer"]
+
+_QUEUE_FILE = "gamma_loss.pt"
+_PAPER = {
+    "title": "Robust Preference Optimization via Dynamic Target Margins",
+    "id": "2506.03690",
+    "citation": """\
+@inproceedings{sun2025robust,
+    title     = {Robust Preference Optimization via Dynamic Target Margins},
+    author    = {Sun, Jie and Wu, Junkang and Wu, Jiancan and Zhu, Zhibo and Lu, Xingyu and
+                 Zhou, Jun and Ma, Lintao and Wang, Xiang},
+    booktitle = {Findings of the Association for Computational Linguistics: ACL 2025},
+    year      = 2025,
+}""",
+}
+
+
+def _option(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"help": meaning})
+
+
+_GAMMA0 = "Mean target margin γ0, in reward units."
+_RATIO = "Another way to give gamma0, SimPO's: gamma0 = beta * gamma_beta_ratio."
+_TAU = "Weight of the margins' KL term, in nats. A large one keeps every margin at gamma0."
+_CENTERED = "Whether the loss subtracts γ_i - γ0 rather than γ_i."
+_QUEUE_SIZE = "How many recent reward gaps the margins are solved over as well; 0 for none."
+
+
+def _set_gamma0(config: GammaDPOConfig | GammaSimPOConfig) -> None:
+    if config.gamma_beta_ratio is not None:
+        gamma0 = config.beta * config.gamma_beta_ratio
+        if config.gamma0 not in (type(config).gamma0, gamma0):
+            raise ValueError(
+                f"gamma0 must be beta * gamma_beta_ratio = {gamma0} or left out where "
+                f"gamma_beta_ratio is given, got {config.gamma0}"
+            )
+        config.gamma0 = gamma0
+    _checks.number("beta", config.beta, above=0)
+    _checks.number("gamma0", config.gamma0, least=0)
+    _checks.number("tau", config.tau, above=0)
+
+
+@dataclass
+class GammaDPOConfig(DPOConfig):
+    """TRL's `DPOConfig` with the hyperparameters of γ-PO.
+
+    Parameters
+    ----------
+    gamma0 : float, default 4
+        Mean target margin in reward units, see `solve_margins`.
+    gamma_beta_ratio : float, optional
+        Another way to give gamma0, as ``beta * gamma_beta_ratio``.
+    tau : float, default 10
+        Weight of the margins' KL term in nats, see `solve_margins`.
+    centered : bool, default True
+        Whether the loss subtracts γ_i - γ0 or γ_i, see `gamma_dpo_loss`.
+    queue_size : int, default 2048
+        How many recent gaps the margins are solved over, see `GammaDPOLoss`.
+
+    Raises
+    ------
+    ValueError
+        If gamma0 and gamma_beta_ratio contradict each other, or one is out of its range.
+
+    Notes
+    -----
+    Of DPOConfig's own: ``label_smoothing`` smooths the γ-loss conservatively, or as rDPO does with
+    ``loss_type="robust"``. Further losses in ``loss_type``, with their ``loss_weights``, are added
+    as TRL adds them: ``["sigmoid", "sft"]`` is γ-DPO with an SFT term.
+
+    Examples
+    --------
+    >>> GammaDPOConfig("out", beta=0.1, gamma_beta_ratio=20.0, tau=5.0, use_cpu=True).gamma0
+    2.0
+    """
+
+    gamma0: float = _option(4.0, _GAMMA0)
+    gamma_beta_ratio: float | None = _option(None, _RATIO)
+    tau: float = _option(10.0, _TAU)
+    centered: bool = _option(True, _CENTERED)
+    queue_size: int = _option(2048, _QUEUE_SIZE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _set_gamma0(self)
+
+
+@dataclass
+class GammaSimPOConfig(CPOConfig):
+    """TRL's `CPOConfig` for SimPO, with the hyperparameters of γ-PO.
+
+    The defaults are the published ones of llama-3-8b-instruct, see `PUBLISHED_SETTINGS`.
+
+    Parameters
+    ----------
+    beta : float, default 10
+        Reward units per nat of mean log-probability.
+    gamma0 : float, default 4
+        Mean target margin in reward units, see `solve_margins`.
+    gamma_beta_ratio : float, optional
+        Another way to give gamma0, as ``beta * gamma_beta_ratio``.
+    tau : float, default 10
+        Weight of the margins' KL term in nats, see `solve_margins`.
+    centered : bool, default False
+        Whether the loss subtracts γ_i - γ0 or γ_i, see `gamma_simpo_loss`.
+    queue_size : int, default 2048
+        How many recent gaps the margins are solved over, see `GammaSimPOLoss`.
+    loss_type : str, default "simpo"
+        And no other.
+    cpo_alpha : float, default 0
+        Weight of an added SFT term on the chosen responses, as TRL has it for CPO.
+
+    Raises
+    ------
+    ValueError
+        If gamma0 and gamma_beta_ratio contradict each other, or one is out of its range.
+
+    Notes
+    -----
+    gamma0 is TRL's ``simpo_gamma``, which is set to it.
+
+    Examples
+    --------
+    >>> GammaSimPOConfig("out", beta=2.5, gamma_beta_ratio=0.15, use_cpu=True).gamma0
+    0.375
+    """
+
+    beta: float = _option(10.0, "Reward units per nat of mean log-probability.")
+    loss_type: str = _option("simpo", "simpo, and no other.")
+    cpo_alpha: float = _option(0.0, "Weight of an added SFT term on the chosen responses.")
+    gamma0: float = _option(4.0, _GAMMA0)
+    gamma_beta_ratio: float | None = _option(None, _RATIO)
+    tau: float = _option(10.0, _TAU)
+    centered: bool = _option(False, _CENTERED)
+    queue_size: int = _option(2048, _QUEUE_SIZE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _set_gamma0(self)
+        self.simpo_gamma = self.gamma0
+
+
+class _GammaTrainer:
+    """What both trainers add to TRL's: metrics over all ranks, and the queue in checkpoints."""
+
+    gamma_loss: GammaDPOLoss | GammaSimPOLoss
+
+    def _gamma_metrics(self: Any, aux: GammaLossAux) -> dict[str, float]:
+        """Return the ``gamma/*`` of `metrics` over the pairs of all ranks."""
+        rows = [aux.margins, aux.shifts, aux.reward_gaps, aux.pair_weights]
+        rows = torch.stack([*rows, aux.mask.to(aux.margins.dtype)], 1)
+        margins, shifts, gaps, weights, mask = self.accelerator.gather(rows).unbind(1)
+        whole = aux._replace(
+            margins=margins, shifts=shifts, reward_gaps=gaps, pair_weights=weights, mask=mask > 0,
+            chosen_rewards=gaps, rejected_rewards=gaps,  # TRL reports the rewards
+        )  # fmt: skip
+        logs = {name: value for name, value in metrics(whole).items() if name.startswith("gamma/")}
+        return dict(zip(logs, torch.stack(list(logs.values())).tolist(), strict=True))
+
+    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self.args.should_save:  # every rank holds the same queue
+            torch.save(self.gamma_loss.state_dict(), os.path.join(output_dir, _QUEUE_FILE))
+
+    def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None:
+            return
+        path = os.path.join(checkpoint, _QUEUE_FILE)
+        if not os.path.isfile(path):
+            warnings.warn(f"no {_QUEUE_FILE} in {checkpoint}: the queue starts empty", stacklevel=2)
+            return
+        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        self.gamma_loss.load_state_dict(state)
+
+
+class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
+    """TRL's `DPOTrainer`, training with γ-DPO.
+
+    The margins are solved over the queue and the batch of all ranks. Besides TRL's metrics it logs
+    the ``gamma/*`` of `metrics`, over the pairs of all ranks and averaged over micro-batches as TRL
+    averages its own. Evaluation reads the queue and never writes it; a resumed run goes on with
+    the queue of its checkpoint. A pair with a response truncated to nothing takes no part.
+
+    Parameters
+    ----------
+    model, ref_model, args, **kwargs
+        As `DPOTrainer`. A plain `DPOConfig` does, with the defaults of `GammaDPOConfig` for what it
+        lacks.
+
+    Attributes
+    ----------
+    gamma_loss : GammaDPOLoss
+        Its ``queue`` may be read, and its ``settings`` changed during training.
+
+    Raises
+    ------
+    ValueError
+        For options that would change what the γ-loss means: f_divergence_type, ld_alpha,
+        use_weighting, and a loss_type without, or with more than, one of "sigmoid" and "robust".
+
+    Examples
+    --------
+    >>> trainer = GammaDPOTrainer(  # doctest: +SKIP
+    ...     model="Qwen/Qwen3-0.6B",
+    ...     args=GammaDPOConfig("out", beta=0.1, gamma0=4.0, tau=10.0),
+    ...     train_dataset=dataset,
+    ... )
+    >>> trainer.train()  # doctest: +SKIP
+    """
+
+    _tag_names = ("trl", "dpo", "gamma-po")
+    _name = "γ-DPO"
+    _paper = _PAPER
+
+    def __init__(
+        self, model: Any, ref_model: Any = None, args: DPOConfig | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(model, ref_model, args, **kwargs)
+        args = self.args
+        for name, only in (
+            ("f_divergence_type", "reverse_kl"), ("ld_alpha", None), ("use_weighting", False),
+        ):  # fmt: skip
+            if getattr(args, name) != only:
+                raise ValueError(f"{name} must be {only!r} for γ-DPO, got {getattr(args, name)!r}")
+        places = [i for i, name in enumerate(args.loss_type) if name in ("sigmoid", "robust")]
+        if len(places) != 1:
+            raise ValueError(
+                "loss_type must hold exactly one of 'sigmoid' and 'robust', whose place γ-DPO "
+                f"takes, got {args.loss_type!r}"
+            )
+        # TRL goes on to compute the losses beside it.
+        self.loss_types, self.loss_weights = list(self.loss_types), list(self.loss_weights)
+        robust = self.loss_types.pop(places[0]) == "robust"
+        self._gamma_weight = self.loss_weights.pop(places[0])
+        self.gamma_loss = GammaDPOLoss(
+            beta=args.beta,
+            gamma0=getattr(args, "gamma0", GammaDPOConfig.gamma0),
+            tau=getattr(args, "tau", GammaDPOConfig.tau),
+            centered=getattr(args, "centered", GammaDPOConfig.centered),
+            label_smoothing=args.label_smoothing,
+            robust=robust,
+            queue_size=getattr(args, "queue_size", GammaDPOConfig.queue_size),
+            group=dist.group.WORLD if self.accelerator.num_processes > 1 else None,
+        ).to(self.accelerator.device)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return TRL's loss with γ-DPO in the place of DPO, and log the metrics of both."""
+        if not self.precompute_ref_logps:
+            chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        logps: list[torch.Tensor] = []
+
+        def listened_to(**kwargs: Any) -> Any:
+            outputs = model(**kwargs)
+            if not logps:
+                logps.extend(outputs.log_probs.sum(1).chunk(2))
+            return outputs
+
+        precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
+        try:
+            result = super().compute_loss(listened_to, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self.precompute_ref_logps = precomputed
+
+        has_chosen, has_rejected = inputs["completion_mask"][:, 1:].any(1).chunk(2)
+        training = self.model.training
+        loss, aux = self.gamma_loss.train(training)(
+            *logps, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"],
+            mask=has_chosen & has_rejected,
+        )  # fmt: skip
+        for name, value in self._gamma_metrics(aux).items():
+            self._metrics["train" if training else "eval"][name].append(value)
+        if return_outputs:
+            return result[0] + self._gamma_weight * loss, result[1]
+        return result + self._gamma_weight * loss
+
+
+class GammaSimPOTrainer(_GammaTrainer, CPOTrainer):
+    """TRL's `CPOTrainer`, training with γ-SimPO.
+
+    As `GammaDPOTrainer`, without a reference model and with log-probabilities averaged over tokens.
+
+    Parameters
+    ----------
+    model, args, **kwargs
+        As `CPOTrainer`. A plain `CPOConfig` with ``loss_type="simpo"`` does: its simpo_gamma is
+        gamma0, and the rest are the defaults of `GammaSimPOConfig`.
+
+    Attributes
+    ----------
+    gamma_loss : GammaSimPOLoss
+        See `GammaDPOTrainer`.
+
+    Raises
+    ------
+    ValueError
+        For a loss_type that is not "simpo", and for alpha (AlphaPO's transformed rewards).
+
+    Examples
+    --------
+    >>> trainer = GammaSimPOTrainer(  # doctest: +SKIP
+    ...     model="Qwen/Qwen3-0.6B",
+    ...     args=GammaSimPOConfig("out", beta=10.0, gamma_beta_ratio=0.3, tau=3.0),
+    ...     train_dataset=dataset,
+    ...     processing_class=tokenizer,
+    ... )
+    >>> trainer.train()  # doctest: +SKIP
+    """
+
+    _tag_names = ("trl", "simpo", "gamma-po")
+    _name = "γ-SimPO"
+    _paper = _PAPER
+
+    def __init__(self, model: Any = None, args: CPOConfig | None = None, **kwargs: Any) -> None:
+        for name, only in (("loss_type", "simpo"), ("alpha", 0.0)):
+            if args is not None and getattr(args, name) != only:
+                raise ValueError(
+                    f"{name} must be {only!r} for γ-SimPO, got {getattr(args, name)!r}"
+                )
+        super().__init__(model, args, **kwargs)
+        self.gamma_loss = GammaSimPOLoss(
+            beta=self.args.beta,
+            gamma0=self.args.simpo_gamma,
+            tau=getattr(self.args, "tau", GammaSimPOConfig.tau),
+            centered=getattr(self.args, "centered", GammaSimPOConfig.centered),
+            label_smoothing=self.args.label_smoothing,
+            queue_size=getattr(self.args, "queue_size", GammaSimPOConfig.queue_size),
+            group=dist.group.WORLD if self.accelerator.num_processes > 1 else None,
+        ).to(self.accelerator.device)
+
+    @staticmethod
+    def get_batch_logps(
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        average_log_prob: bool = False,
+        is_encoder_decoder: bool = False,
+    ) -> torch.Tensor:
+        """Return `sequence_logps`, which is 0 where TRL's mean over no token is NaN."""
+        return sequence_logps(
+            logits, labels, average=average_log_prob, shift=not is_encoder_decoder
+        )
+
+    def get_batch_loss_metrics(
+        self, model: Any, batch: dict[str, Any], train_eval: str = "train"
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Return TRL's loss and metrics of a batch, those of γ-SimPO among them."""
+        first = 0 if self.is_encoder_decoder else 1
+        has_chosen, has_rejected = (
+            (batch[labels][:, first:] != -100).any(1)
+            for labels in ("chosen_labels", "rejected_labels")
+        )
+        self._has_both = has_chosen & has_rejected
+        loss, logs = super().get_batch_loss_metrics(model, batch, train_eval)
+        prefix = "eval_" if train_eval == "eval" else ""
+        return loss, logs | {prefix + k: v for k, v in self._gamma_metrics(self._aux).items()}
+
+    def cpo_loss(
+        self, policy_chosen_logps: torch.Tensor, policy_rejected_logps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return γ-SimPO in the place of TRL's losses and rewards."""
+        loss, self._aux = self.gamma_loss.train(self.model.training)(
+            policy_chosen_logps, policy_rejected_logps, mask=self._has_both
+        )
+        # TRL takes the mean; this is one already, over the pairs that take part on any rank.
+        losses = loss.expand(policy_chosen_logps.shape)
+        return losses, self._aux.chosen_rewards, self._aux.rejected_rewards

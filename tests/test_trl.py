@@ -1,0 +1,347 @@
+"""The trainers for TRL: against TRL's own, which γ-PO becomes as tau grows, and end to end."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import oracles
+import pytest
+import tiny_lm
+
+pytest.importorskip("trl", reason="trl is not installed (the extra 'trl')")
+torch = pytest.importorskip("torch")
+
+import datasets  # noqa: E402
+import transformers  # noqa: E402
+from trl import DPOConfig, DPOTrainer  # noqa: E402
+
+from gamma_loss import gamma_dpo_loss  # noqa: E402
+from gamma_loss.integrations.trl import (  # noqa: E402
+    CPOConfig,
+    CPOTrainer,
+    GammaDPOConfig,
+    GammaDPOTrainer,
+    GammaSimPOConfig,
+    GammaSimPOTrainer,
+)
+
+pytestmark = [
+    # TRL's default of gradient_checkpointing and what it does with it, in transformers' new terms.
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    pytest.mark.xdist_group("trl"),
+]
+
+DPO = (GammaDPOTrainer, GammaDPOConfig, {"beta": 0.5, "gamma0": 2.0})
+SIMPO = (GammaSimPOTrainer, GammaSimPOConfig, {"beta": 2.0, "gamma0": 1.0})
+FAMILIES = pytest.mark.parametrize("family", [DPO, SIMPO], ids=["dpo", "simpo"])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_lm.build(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data():
+    return datasets.Dataset.from_list(tiny_lm.pairs(48))
+
+
+@pytest.fixture
+def make(model, data, tmp_path):
+    """Build a trainer of a class with a config: one thread, SGD, a log at each step."""
+
+    def make(trainer, config, *, peft=False, out="out", eval_dataset=None, **options):
+        options = {
+            "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "max_steps": 6,
+            "per_device_train_batch_size": 4, "per_device_eval_batch_size": 48,
+            "learning_rate": 0.02, "optim": "sgd", "lr_scheduler_type": "constant",
+            "logging_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True,
+            **options,
+        }  # fmt: skip
+        extra = {}
+        if peft:
+            lora = pytest.importorskip("peft").LoraConfig(r=4, task_type="CAUSAL_LM")
+            extra["peft_config"] = lora
+        return trainer(
+            model,
+            args=config(str(tmp_path / out), **options),
+            train_dataset=data,
+            eval_dataset=eval_dataset,
+            processing_class=transformers.AutoTokenizer.from_pretrained(model),
+            **extra,
+        )
+
+    return make
+
+
+def curve(trainer, name="loss"):
+    return np.array([row[name] for row in trainer.state.log_history if name in row])
+
+
+def stored(trainer):
+    gaps, mask = trainer.gamma_loss.queue.context()
+    return gaps[mask]
+
+
+BOTH = [
+    {},
+    {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    {"gradient_checkpointing": True},
+    {"bf16": True},
+    {"peft": True, "learning_rate": 0.2},
+]
+VARIANTS = [
+    *((DPO, options) for options in BOTH),
+    (DPO, {"precompute_ref_log_probs": True}),
+    (DPO, {"loss_type": "robust", "label_smoothing": 0.1}),
+    (DPO, {"loss_type": ["sft", "sigmoid"], "loss_weights": [0.3, 0.7]}),
+    *((SIMPO, options) for options in BOTH),
+    (SIMPO, {"label_smoothing": 0.1, "cpo_alpha": 0.3}),
+]
+
+
+@pytest.mark.parametrize(("family", "variant"), VARIANTS, ids=lambda x: str(x) if isinstance(x, dict) else x[0]._name)
+def test_with_a_large_tau_the_curve_is_trl_s_own(make, family, variant):
+    trainer, config, settings = family
+    options = {"max_steps": 20, **variant}
+    ours = make(trainer, config, **settings, tau=1e12, **options)
+    if family is DPO:
+        theirs = make(DPOTrainer, DPOConfig, beta=settings["beta"], **options)
+    else:
+        theirs = {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": settings["gamma0"]}
+        theirs = make(CPOTrainer, CPOConfig, beta=settings["beta"], **theirs | options)
+    for peer in (ours, theirs):
+        peer.train()
+
+    assert len(curve(ours)) == 20
+    assert np.ptp(curve(ours)) > 0.1  # there is something to compare
+    names = [n for n, v in theirs.state.log_history[0].items() if isinstance(v, float)]
+    assert {"rewards/margins", "rewards/accuracies", "logps/chosen", "grad_norm"} <= set(names)
+    for name in names:
+        # Float32 rounding, of log-probabilities of about 40 nats, through 20 steps of SGD.
+        expected = curve(theirs, name)
+        np.testing.assert_allclose(curve(ours, name), expected, rtol=2e-5, atol=2e-5, err_msg=name)
+    np.testing.assert_allclose(curve(ours, "gamma/mean"), settings["gamma0"], rtol=1e-6)
+    # Every micro-batch was pushed once, however often its activations were computed.
+    assert stored(ours).numel() == 80
+
+
+def reference_logps(model, rows, average):
+    """Log-probabilities of responses, one at a time, by log_softmax in float64."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path)
+
+    def logp(prompt, response):
+        length = len(tokenizer(prompt)["input_ids"])
+        ids = torch.tensor([tokenizer(prompt + response)["input_ids"] + [tokenizer.eos_token_id]])
+        with torch.no_grad():
+            each = torch.log_softmax(model(ids).logits.double(), -1)[0, :-1]
+        each = each[torch.arange(ids.shape[1] - 1), ids[0, 1:]][length - 1 :]
+        return float(each.mean() if average else each.sum())
+
+    return np.array([[logp(r["prompt"], r[key]) for key in ("chosen", "rejected")] for r in rows]).T
+
+
+@FAMILIES
+def test_the_loss_of_an_evaluation_from_first_principles(make, model, data, family):
+    trainer, config, settings = family
+    trained = make(trainer, config, **settings, tau=0.5, eval_dataset=data, queue_size=16)
+    trained.train()
+    context = stored(trained).numpy()
+    logs = trained.evaluate()
+
+    rewards = settings["beta"] * reference_logps(trained.model, data, family is SIMPO)
+    if family is DPO:
+        start = transformers.AutoModelForCausalLM.from_pretrained(model)
+        rewards -= settings["beta"] * reference_logps(start, data, average=False)
+    gaps = rewards[0] - rewards[1]
+    pool = np.concatenate([gaps, context])
+    margins = oracles.margins(pool, settings["gamma0"], 0.5)[0][: gaps.size]
+    target = margins - settings["gamma0"] if family is DPO else margins
+    assert len(context) == 16
+    assert np.ptp(margins) > 0.5
+    assert logs["eval_loss"] == pytest.approx(np.logaddexp(0, target - gaps).mean(), rel=1e-4)
+    assert logs["eval_rewards/margins"] == pytest.approx(gaps.mean(), rel=1e-4)
+    assert logs["eval_gamma/min"] == pytest.approx(margins.min(), rel=1e-4)
+    assert logs["eval_gamma/max"] == pytest.approx(margins.max(), rel=1e-4)
+
+
+@FAMILIES
+def test_evaluation_leaves_queue_and_training_alone(make, data, family):
+    trainer, config, settings = family
+    settings = {**settings, "tau": 0.5}
+    quiet = make(trainer, config, **settings)
+    watched = make(trainer, config, **settings, eval_dataset=data, eval_strategy="steps",
+                   eval_steps=2)  # fmt: skip
+    quiet.train()
+    watched.train()
+    assert len(curve(watched, "eval_loss")) == 3
+    assert torch.equal(stored(watched), stored(quiet))
+    np.testing.assert_array_equal(curve(watched), curve(quiet))
+
+
+@FAMILIES
+def test_a_resumed_run_equals_an_uninterrupted_one(make, family):
+    trainer, config, settings = family
+    settings = {**settings, "tau": 0.2, "save_strategy": "steps", "save_steps": 3}
+    whole = make(trainer, config, **settings, out="whole")
+    whole.train()
+    resumed = make(trainer, config, **settings, out="resumed")
+    checkpoint = Path(whole.args.output_dir) / "checkpoint-3"
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert stored(whole).numel() == 24
+    assert torch.equal(stored(resumed), stored(whole))
+    np.testing.assert_array_equal(curve(resumed), curve(whole))  # the first part from its file
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+
+    (checkpoint / "gamma_loss.pt").unlink()  # as in a checkpoint of TRL's own trainer
+    without = make(trainer, config, **settings, out="without")
+    with pytest.warns(UserWarning, match=r"no gamma_loss\.pt in .*the queue starts empty"):
+        without.train(resume_from_checkpoint=str(checkpoint))
+    assert stored(without).numel() == 12
+    assert not np.array_equal(curve(without), curve(whole))
+
+
+@FAMILIES
+def test_two_ranks_equal_one(make, model, data, family, tmp_path):
+    trainer, config, settings = family
+    settings = {**settings, "tau": 0.3, "gradient_accumulation_steps": 2}
+    alone = make(trainer, config, **settings, per_device_train_batch_size=4)
+    alone.train()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    work = {"family": trainer.__name__, "model": model, "out": str(tmp_path), "options": settings}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(Path(__file__).with_name("trl_rank.py"))],
+            env=os.environ
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORK": json.dumps(work)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=240)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], outputs
+    result = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    history = result[0]["history"]
+    expected = [row for row in alone.state.log_history if "loss" in row]
+    assert len(expected) == 6
+    for row, other in zip(expected, history, strict=False):
+        for name in row:
+            if name.startswith(("loss", "gamma/", "rewards/", "logps/")):
+                assert other[name] == pytest.approx(row[name], rel=1e-4, abs=1e-4), name
+    # One queue, the same on both ranks, with the gaps of both.
+    assert result[0]["queue"] == result[1]["queue"]
+    np.testing.assert_allclose(sorted(result[0]["queue"]), sorted(stored(alone)), atol=1e-4)
+
+
+def test_a_response_truncated_to_nothing_takes_no_part_dpo(make):
+    trainer = make(GammaDPOTrainer, GammaDPOConfig, beta=0.5, gamma0=2.0, tau=0.5)
+    trainer.train()
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    count = len(inputs["input_ids"]) // 2
+    inputs["completion_mask"][count] = 0  # the first pair's rejected response
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model.eval(), inputs)
+        rest = {k: v[[i for i in range(2 * count) if i % count]] for k, v in inputs.items()}
+        expected = trainer.compute_loss(trainer.model, rest)
+    assert torch.isfinite(loss)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_response_truncated_to_nothing_takes_no_part_simpo(make, model):
+    rows = tiny_lm.pairs(8)
+    for row in rows[:2]:
+        row["prompt"] = " ".join(tiny_lm.WORDS)  # longer than max_length, so nothing is left
+    options = {"beta": 2.0, "max_length": 24, "max_steps": 4, "per_device_train_batch_size": 8}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+
+    def run(trainer, config, **more):
+        trainer = make(trainer, config, **options, **more)
+        data = datasets.Dataset.from_list(rows).map(trainer.tokenize_row)
+        trainer.train_dataset, trainer.processing_class = data, tokenizer
+        trainer.train()
+        return trainer
+
+    ours = run(GammaSimPOTrainer, GammaSimPOConfig, gamma0=1.0, tau=1.0)
+    assert np.isfinite(curve(ours)).all()
+    assert stored(ours).numel() == 4 * 6
+    theirs = run(CPOTrainer, CPOConfig, loss_type="simpo", cpo_alpha=0.0)
+    assert np.isnan(curve(theirs)).all() or (curve(theirs) == 0).all()  # why it matters
+
+
+def test_config_says_gamma0_either_way(tmp_path):
+    config = GammaSimPOConfig(str(tmp_path), beta=2.5, gamma_beta_ratio=0.2, use_cpu=True)
+    assert (config.gamma0, config.simpo_gamma, config.tau) == (0.5, 0.5, 10.0)
+    assert GammaSimPOConfig(**config.to_dict()).gamma0 == 0.5
+    assert GammaDPOConfig(str(tmp_path), use_cpu=True).gamma0 == 4.0
+    message = r"gamma0 must be beta \* gamma_beta_ratio = 0\.5 or left out .*, got 3\.0"
+    with pytest.raises(ValueError, match=message):
+        GammaSimPOConfig(str(tmp_path), beta=2.5, gamma0=3.0, gamma_beta_ratio=0.2, use_cpu=True)
+    parser = transformers.HfArgumentParser(GammaDPOConfig)
+    arguments = ["--output_dir", "x", "--gamma_beta_ratio", "30", "--tau", "3", "--use_cpu", "true"]
+    (config,) = parser.parse_args_into_dataclasses(arguments)
+    assert (config.gamma0, config.tau, config.queue_size) == (3.0, 3.0, 2048)
+
+
+def test_trl_s_own_configs_do(make):
+    settings = make(GammaDPOTrainer, DPOConfig, beta=0.3).gamma_loss.settings
+    assert (settings["beta"], settings["gamma0"], settings["tau"]) == (0.3, 4.0, 10.0)
+    simpo = make(GammaSimPOTrainer, CPOConfig, beta=2.0, loss_type="simpo", simpo_gamma=0.7)
+    assert (simpo.gamma_loss.settings["gamma0"], simpo.gamma_loss.settings["tau"]) == (0.7, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "ipo"}, r"loss_type must hold exactly one of .* got \['ipo'\]"),
+        ({"loss_type": ["sigmoid", "robust"]}, "loss_type must hold exactly one of"),
+        ({"f_divergence_type": "js_divergence"}, "f_divergence_type must be 'reverse_kl'"),
+        ({"ld_alpha": 0.5}, "ld_alpha must be None for γ-DPO, got 0.5"),
+        ({"use_weighting": True}, "use_weighting must be False"),
+        ({"tau": -1.0}, "tau"),
+    ],
+)
+def test_options_that_dpo_does_not_support(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(GammaDPOTrainer, GammaDPOConfig, **options)
+
+
+@pytest.mark.parametrize("options", [{"loss_type": "hinge"}, {"alpha": 0.5}], ids=str)
+def test_options_that_simpo_does_not_support(make, options):
+    with pytest.raises(ValueError, match="for γ-SimPO, got"):
+        make(GammaSimPOTrainer, GammaSimPOConfig, **options)
+
+
+def test_the_model_card_cites_the_paper(make, tmp_path):
+    trainer = make(GammaDPOTrainer, GammaDPOConfig, save_strategy="steps", save_steps=6)
+    trainer.train()
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    assert "2506.03690" in card
+    assert "γ-DPO" in card
+
+
+def test_gamma_metrics_are_those_of_the_loss(make):
+    trainer = make(GammaDPOTrainer, GammaDPOConfig, beta=0.5, gamma0=2.0, tau=0.5, queue_size=0)
+    calls = []
+    trainer.gamma_loss.register_forward_hook(
+        lambda module, logps, kwargs, result: calls.append((logps, kwargs["mask"])),
+        with_kwargs=True,
+    )
+    trainer.train()
+    for (logps, mask), row in zip(calls, trainer.state.log_history, strict=False):
+        loss, aux = gamma_dpo_loss(
+            *(x.detach().double() for x in logps), beta=0.5, gamma0=2.0, tau=0.5, mask=mask
+        )
+        assert row["loss"] == pytest.approx(float(loss), rel=1e-5)
+        assert row["gamma/max"] == pytest.approx(float(aux.margins.max()), rel=1e-5)
+        weights = aux.pair_weights
+        effective = float(weights.sum() ** 2 / (weights**2).sum())
+        assert row["gamma/effective_pairs"] == pytest.approx(effective, rel=1e-5)
