@@ -17,7 +17,9 @@ torch = pytest.importorskip("torch")
 
 import datasets  # noqa: E402
 import transformers  # noqa: E402
+from packaging.version import Version  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
+from trl import __version__ as TRL_VERSION  # noqa: E402, N812
 
 from gamma_loss import gamma_dpo_loss  # noqa: E402
 from gamma_loss.integrations.trl import (  # noqa: E402
@@ -47,8 +49,10 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data():
-    return datasets.Dataset.from_list(tiny_lm.pairs(48))
+def data(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("data"))  # where what TRL computes of it is kept
+    datasets.Dataset.from_list(tiny_lm.pairs(48)).save_to_disk(folder)
+    return datasets.load_from_disk(folder)
 
 
 @pytest.fixture
@@ -67,6 +71,7 @@ def make(model, data, tmp_path):
         if peft:
             lora = pytest.importorskip("peft").LoraConfig(r=4, task_type="CAUSAL_LM")
             extra["peft_config"] = lora
+        transformers.set_seed(0)  # of the adapters
         return trainer(
             model,
             args=config(str(tmp_path / out), **options),
@@ -108,6 +113,8 @@ VARIANTS = [
 @pytest.mark.parametrize(("family", "variant"), VARIANTS, ids=lambda x: str(x) if isinstance(x, dict) else x[0]._name)
 def test_with_a_large_tau_the_curve_is_trl_s_own(make, family, variant):
     trainer, config, settings = family
+    if "bf16" in variant and family is DPO and Version(TRL_VERSION) < Version("1.15"):
+        pytest.skip("TRL before 1.15 rounds the log-probability of each token to bfloat16")
     options = {"max_steps": 20, **variant}
     ours = make(trainer, config, **settings, tau=1e12, **options)
     if family is DPO:
@@ -256,23 +263,21 @@ def test_a_response_truncated_to_nothing_takes_no_part_dpo(make):
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_a_response_truncated_to_nothing_takes_no_part_simpo(make, model):
-    rows = tiny_lm.pairs(8)
-    for row in rows[:2]:
-        row["prompt"] = " ".join(tiny_lm.WORDS)  # longer than max_length, so nothing is left
-    options = {"beta": 2.0, "max_length": 24, "max_steps": 4, "per_device_train_batch_size": 8}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+def test_a_response_truncated_to_nothing_takes_no_part_simpo(make):
+    options = {"beta": 2.0, "max_steps": 4, "per_device_train_batch_size": 48}
 
     def run(trainer, config, **more):
         trainer = make(trainer, config, **options, **more)
-        data = datasets.Dataset.from_list(rows).map(trainer.tokenize_row)
-        trainer.train_dataset, trainer.processing_class = data, tokenizer
+        rows = trainer.train_dataset.to_list()
+        for row in rows[:2]:
+            row["chosen_labels"] = [-100] * len(row["chosen_labels"])  # all of it is prompt
+        trainer.train_dataset = datasets.Dataset.from_list(rows)
         trainer.train()
         return trainer
 
     ours = run(GammaSimPOTrainer, GammaSimPOConfig, gamma0=1.0, tau=1.0)
     assert np.isfinite(curve(ours)).all()
-    assert stored(ours).numel() == 4 * 6
+    assert stored(ours).numel() == 4 * 46
     theirs = run(CPOTrainer, CPOConfig, loss_type="simpo", cpo_alpha=0.0)
     assert np.isnan(curve(theirs)).all() or (curve(theirs) == 0).all()  # why it matters
 

@@ -1,4 +1,4 @@
-"""γ-DPO and γ-SimPO as trainers for TRL, 1.15 or later.
+"""γ-DPO and γ-SimPO as trainers for TRL, 1.8 or later.
 
 They are TRL's `DPOTrainer` and `CPOTrainer` (its SimPO) with another loss. Data, reference model,
 logging and checkpoints are TRL's; the queue of recent gaps goes into the checkpoints.
@@ -6,6 +6,7 @@ logging and checkpoints are TRL's; the queue of recent gaps goes into the checkp
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -26,12 +27,13 @@ try:
         from trl.experimental.cpo import CPOConfig, CPOTrainer
 except ImportError as error:
     raise ImportError(
-        f"gamma_loss.integrations.trl needs TRL 1.15 or later: pip install 'gamma-loss[trl]' ({error})"
+        f"gamma_loss.integrations.trl needs TRL 1.8 or later: pip install 'gamma-loss[trl]' ({error})"
     ) from error
 
 __all__ = ["GammaDPOConfig", "GammaDPOTrainer", "GammaSimPOConfig", "GammaSimPOTrainer"]
 
 _QUEUE_FILE = "gamma_loss.pt"
+_TAKES_MODEL = "model" in inspect.signature(DPOTrainer.compute_ref_log_probs).parameters  # TRL 1.10
 _PAPER = {
     "title": "Robust Preference Optimization via Dynamic Target Margins",
     "id": "2506.03690",
@@ -254,6 +256,8 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
         ):  # fmt: skip
             if getattr(args, name) != only:
                 raise ValueError(f"{name} must be {only!r} for γ-DPO, got {getattr(args, name)!r}")
+        if getattr(self, "use_liger_kernel", False):  # before TRL 1.14
+            raise ValueError("use_liger_kernel must be False: Liger's loss sees one pair at a time")
         places = [i for i, name in enumerate(args.loss_type) if name in ("sigmoid", "robust")]
         if len(places) != 1:
             raise ValueError(
@@ -284,14 +288,21 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
     ) -> Any:
         """Return TRL's loss with γ-DPO in the place of DPO, and log the metrics of both."""
         if not self.precompute_ref_logps:
-            chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            reference = (self.ref_model or self.model,) if _TAKES_MODEL else ()
+            chosen, rejected = self.compute_ref_log_probs(*reference, inputs)
             inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         logps: list[torch.Tensor] = []
 
         def listened_to(**kwargs: Any) -> Any:
             outputs = model(**kwargs)
-            if not logps:
-                logps.extend(outputs.log_probs.sum(1).chunk(2))
+            if logps:  # a second call, for the logits of compute_metrics
+                return outputs
+            each = getattr(outputs, "log_probs", None)  # of tokens, from TRL 1.15 on
+            if each is None:
+                responses = inputs["completion_mask"] > 0
+                logps.extend(sequence_logps(outputs.logits, inputs["input_ids"], responses).chunk(2))
+            else:
+                logps.extend(each.sum(1).chunk(2))
             return outputs
 
         precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
