@@ -124,13 +124,13 @@ def margin_solve_targets(name: str) -> str:
         ),
     ]
     return table(
-        ["times as fast", "target", "measured", "outcome"],
+        ["times as fast", "target", "measured", "reached"],
         (
             [
                 what,
                 f"{target:g}",
                 ", ".join(f"{value:.2g}" for value in found),
-                "reached" if min(found) >= target else "**not reached**",
+                "yes" if min(found) >= target else "**no**",
             ]
             for what, target, found in targets
         ),
@@ -267,8 +267,8 @@ def published_settings() -> str:
                 *(f"{setting[key]:g}" for key in ("beta", "gamma0", "tau")),
                 f"{a:.3g}",
                 f"{gamma0**2 / tau:.3g}",
-                f"{gamma0 * np.exp(-a):.3g} to {gamma0 * np.exp(a):.3g}",
-                f"{margins.min():.3g} to {margins.max():.3g}",
+                f"{gamma0 * np.exp(-a):.3g}–{gamma0 * np.exp(a):.3g}",
+                f"{margins.min():.3g}–{margins.max():.3g}",
                 f"{margins.std() / gamma0:.1%}",
             ]
         )

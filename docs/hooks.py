@@ -9,10 +9,19 @@ from typing import Any
 import figures
 import jinja2
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 JINJA = jinja2.Environment(undefined=jinja2.StrictUndefined)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+
+# What TeX spaces otherwise than a browser does what the converter makes of it.
+SPACING = {
+    r"<mi>(log)</mi>": r'<mo lspace="0.17em" rspace="0.17em">\1</mo>',
+    r"((?:&#x00028;|&#x0003D;)</mo>)<mo>&#x02212;": r'\1<mo form="prefix">&#x02212;',
+    r"<mo>(&#x0221E;)</mo>": r"<mi>\1</mi>",
+    r'<mo(?: stretchy="false")?>(&#x0007C;)</mo>': r'<mo lspace="0" rspace="0">\1</mo>',
+}
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -35,6 +44,11 @@ def on_page_content(content: str, **_: Any) -> str:
 
     def mathml(match: re.Match[str]) -> str:
         display = "block" if match[1] == "div" else "inline"
-        return convert(html.unescape(match[2]).strip(), display=display)
+        formula = convert(html.unescape(match[2]).strip(), display=display)
+        for pattern, replacement in SPACING.items():
+            formula = re.sub(pattern, replacement, formula)
+        if "\\" in formula or "<mi>&<" in formula:
+            raise PluginError(f"LaTeX that latex2mathml does not know: {match[2]}")
+        return formula
 
     return FORMULA.sub(mathml, content)

@@ -1,5 +1,8 @@
 """What importing the package does and does not do."""
 
+import ast
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -55,7 +58,74 @@ def test_published_settings():
         PUBLISHED_SETTINGS["mistral-7b-instruct"]["tau"] = 1.0
 
 
-def test_every_public_name_is_documented():
-    for name in gamma_loss.__all__:
-        if name != "PUBLISHED_SETTINGS":
-            assert getattr(gamma_loss, name).__doc__
+def public_modules():
+    """Every module whose ``__all__`` says what it offers, with those names; imports nothing."""
+    offered = {}
+    for file in sorted((ROOT / "gamma_loss").rglob("*.py")):
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        module = ".".join(part for part in parts if part != "__init__")
+        if found := re.search(
+            r"^__all__ = (\[.*?\])", file.read_text("utf-8"), re.DOTALL | re.MULTILINE
+        ):
+            offered[module] = ast.literal_eval(found[1])
+    return offered
+
+
+MODULES = public_modules()
+NAMES = [(module, name) for module, names in MODULES.items() for name in names]
+
+
+def test_public_modules_are_found():
+    assert MODULES["gamma_loss"] == gamma_loss.__all__
+    assert "gamma_loss.torch" in MODULES
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES)
+def test_every_public_name_is_in_the_api_reference(module, name):
+    reference = (ROOT / "docs" / "api.md").read_text("utf-8")
+    homes = [other for other, names in MODULES.items() if name in names]
+    entries = [f"::: {home}.{name}" for home in homes]
+    assert sum(reference.splitlines().count(entry) for entry in entries) == 1
+
+
+def test_the_api_reference_names_nothing_else():
+    entries = re.findall(
+        r"^::: (.*)\.(\w+)$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert not set(entries) - set(NAMES)
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES)
+def test_every_public_name_has_a_complete_docstring(module, name):
+    try:
+        value = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        pytest.skip(str(error))
+    if not callable(value):
+        return
+    text = inspect.getdoc(value)
+    sections = set(re.findall(r"^(\w+)\n-{3,}$", text, re.MULTILINE))
+    is_tuple = isinstance(value, type) and issubclass(value, tuple)
+    expected = {"Attributes"} if is_tuple else {"Examples"}
+    if not is_tuple and inspect.signature(value).parameters:
+        expected.add("Parameters")
+        documented = {
+            parameter.lstrip("*")
+            for line in re.findall(
+                r"^(?!\s)(.*?)(?: : .*)?$", section(text, "Parameters"), re.MULTILINE
+            )
+            for parameter in line.split(", ")
+        }
+        assert set(inspect.signature(value).parameters) - documented == set()
+    if inspect.isfunction(value) and inspect.signature(value).return_annotation not in (
+        None,
+        "None",
+    ):
+        expected.add("Returns")
+    assert expected <= sections
+
+
+def section(text, title):
+    return re.search(rf"^{title}\n-+\n(.*?)(?=^\w+\n-{{3,}}$|\Z)", text, re.DOTALL | re.MULTILINE)[
+        1
+    ]
