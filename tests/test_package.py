@@ -1,6 +1,7 @@
 """What importing the package does and does not do."""
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import re
@@ -103,29 +104,32 @@ def test_every_public_name_has_a_complete_docstring(module, name):
         pytest.skip(str(error))
     if not callable(value):
         return
-    text = inspect.getdoc(value)
-    sections = set(re.findall(r"^(\w+)\n-{3,}$", text, re.MULTILINE))
-    is_tuple = isinstance(value, type) and issubclass(value, tuple)
-    expected = {"Attributes"} if is_tuple else {"Examples"}
-    if not is_tuple and inspect.signature(value).parameters:
-        expected.add("Parameters")
-        documented = {
-            parameter.lstrip("*")
-            for line in re.findall(
-                r"^(?!\s)(.*?)(?: : .*)?$", section(text, "Parameters"), re.MULTILINE
-            )
-            for parameter in line.split(", ")
-        }
-        assert set(inspect.signature(value).parameters) - documented == set()
-    if inspect.isfunction(value) and inspect.signature(value).return_annotation not in (
-        None,
-        "None",
-    ):
-        expected.add("Returns")
-    assert expected <= sections
+    found = sections(inspect.getdoc(value))
+    if isinstance(value, type) and issubclass(value, tuple):
+        assert set(value._fields) <= named(found["Attributes"])
+        return
+    assert own_parameters(value) <= named(found["Parameters"])
+    assert ">>> " in found["Examples"]
+    if inspect.isfunction(value):
+        assert found["Returns"]
 
 
-def section(text, title):
-    return re.search(rf"^{title}\n-+\n(.*?)(?=^\w+\n-{{3,}}$|\Z)", text, re.DOTALL | re.MULTILINE)[
-        1
-    ]
+def sections(text):
+    """The parts of a NumPy-style docstring, by their titles."""
+    parts = re.split(r"^(\w+)\n-{3,}\n", text, flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def named(section):
+    """The names before the colons of a section's entries."""
+    heads = re.findall(r"^(?! )(.+?)(?: : .*)?$", section, re.MULTILINE)
+    return {name.lstrip("*") for head in heads for name in head.split(", ")}
+
+
+def own_parameters(value):
+    """What a function or a class takes, without what a class inherits."""
+    if dataclasses.is_dataclass(value):
+        return set(inspect.get_annotations(value))
+    if isinstance(value, type) and "__init__" not in vars(value):
+        return set()
+    return set(inspect.signature(value).parameters)
