@@ -1,5 +1,9 @@
 """What importing the package does and does not do."""
 
+import ast
+import dataclasses
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -55,7 +59,77 @@ def test_published_settings():
         PUBLISHED_SETTINGS["mistral-7b-instruct"]["tau"] = 1.0
 
 
-def test_every_public_name_is_documented():
-    for name in gamma_loss.__all__:
-        if name != "PUBLISHED_SETTINGS":
-            assert getattr(gamma_loss, name).__doc__
+def public_modules():
+    """Every module whose ``__all__`` says what it offers, with those names; imports nothing."""
+    offered = {}
+    for file in sorted((ROOT / "gamma_loss").rglob("*.py")):
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        module = ".".join(part for part in parts if part != "__init__")
+        if found := re.search(
+            r"^__all__ = (\[.*?\])", file.read_text("utf-8"), re.DOTALL | re.MULTILINE
+        ):
+            offered[module] = ast.literal_eval(found[1])
+    return offered
+
+
+MODULES = public_modules()
+NAMES = [(module, name) for module, names in MODULES.items() for name in names]
+
+
+def test_public_modules_are_found():
+    assert MODULES["gamma_loss"] == gamma_loss.__all__
+    assert "gamma_loss.torch" in MODULES
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES)
+def test_every_public_name_is_in_the_api_reference(module, name):
+    reference = (ROOT / "docs" / "api.md").read_text("utf-8")
+    homes = [other for other, names in MODULES.items() if name in names]
+    entries = [f"::: {home}.{name}" for home in homes]
+    assert sum(reference.splitlines().count(entry) for entry in entries) == 1
+
+
+def test_the_api_reference_names_nothing_else():
+    entries = re.findall(
+        r"^::: (.*)\.(\w+)$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert not set(entries) - set(NAMES)
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES)
+def test_every_public_name_has_a_complete_docstring(module, name):
+    try:
+        value = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        pytest.skip(str(error))
+    if not callable(value):
+        return
+    found = sections(inspect.getdoc(value))
+    if isinstance(value, type) and issubclass(value, tuple):
+        assert set(value._fields) <= named(found["Attributes"])
+        return
+    assert own_parameters(value) <= named(found["Parameters"])
+    assert ">>> " in found["Examples"]
+    if inspect.isfunction(value):
+        assert found["Returns"]
+
+
+def sections(text):
+    """The parts of a NumPy-style docstring, by their titles."""
+    parts = re.split(r"^(\w+)\n-{3,}\n", text, flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def named(section):
+    """The names before the colons of a section's entries."""
+    heads = re.findall(r"^(?! )(.+?)(?: : .*)?$", section, re.MULTILINE)
+    return {name.lstrip("*") for head in heads for name in head.split(", ")}
+
+
+def own_parameters(value):
+    """What a function or a class takes, without what a class inherits."""
+    if dataclasses.is_dataclass(value):
+        return set(inspect.get_annotations(value))
+    if isinstance(value, type) and "__init__" not in vars(value):
+        return set()
+    return set(inspect.signature(value).parameters)

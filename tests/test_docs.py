@@ -1,0 +1,103 @@
+"""The pages' code runs, and the figures that are typed by hand are those of the results files."""
+
+import doctest
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PAGES = sorted(p.stem for p in DOCS.glob("*.md") if BLOCK.search(p.read_text("utf-8")))
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    for name, value in {**alone, "GLOO_SOCKET_IFNAME": "lo"}.items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    if "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def test_pages_with_code_are_found():
+    assert {"choosing", "index", "queue", "quickstart", "theory"} <= set(PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_of_a_page_runs_from_top_to_bottom(page, one_rank):
+    text = (DOCS / f"{page}.md").read_text("utf-8")
+    for library in ("torch", "jax"):
+        if re.search(rf"^import {library}\b", text, re.MULTILINE):
+            pytest.importorskip(library)
+    names, parser = {}, doctest.DocTestParser()
+    for kind, code in BLOCK.findall(text):
+        if kind == "python":
+            exec(compile(code, f"{page}.md", "exec"), names)
+        else:
+            test = parser.get_doctest(code, names, page, f"{page}.md", 0)
+            assert test.examples
+            problems = []
+            runner = doctest.DocTestRunner(verbose=False)
+            failed = runner.run(test, out=problems.append, clear_globs=False).failed
+            assert not failed, "".join(problems)
+            names.update(test.globs)
+
+
+@pytest.fixture(scope="module")
+def figures():
+    spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_table_puts_numbers_to_the_right_and_a_dash_where_there_is_none(figures):
+    assert figures.table(["name", "µs"], [["a", "1,234 (2.0)"], ["b", None]]).splitlines() == [
+        "| name | µs |",
+        "| --- | --: |",
+        "| a | 1,234 (2.0) |",
+        "| b | – |",
+    ]
+
+
+def test_tables_have_the_numbers_of_the_results_files(figures):
+    record = json.loads((ROOT / "benchmarks/results/margin_kernel_cpu.json").read_text("utf-8"))
+    eager = record["results"][0]["solvers"]["eager"]
+    first_row = figures.margin_solve("margin_kernel_cpu").splitlines()[2]
+    median, ratio = eager["microseconds"]["0.5"], eager["times_as_fast_as_published"]
+    assert f" {median:.0f} ({ratio:.1f}) " in first_row
+
+
+def test_benchmarks_page_has_no_table_typed_by_hand():
+    """A cell that starts with a number would be one."""
+    text = (DOCS / "benchmarks.md").read_text("utf-8")
+    cells = [cell.strip() for line in text.splitlines() if line.startswith("|")
+             for cell in line.split("|")]  # fmt: skip
+    assert not [cell for cell in cells if re.match(r"[-−+.]?\d", cell)]
+    for picture in re.findall(r"\(results/(.*?)\)", text):
+        assert (ROOT / "benchmarks" / "results" / picture).is_file()
+
+
+def test_readme_repeats_the_measured_speeds(figures):
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    single, double = (figures.solves("margin_kernel_cpu", 256, dtype) for dtype in
+                      ("float32", "float64"))  # fmt: skip
+    speeds = {
+        solver: [f"{kind[solver]['times_as_fast_as_published']:.1f}" for kind in (single, double)]
+        for solver in ("eager", "numpy", "compile")
+    }
+    assert (
+        "eager torch {} times as fast in float32 and {} in float64".format(*speeds["eager"])
+        in readme
+    )
+    assert "NumPy {} and {}".format(*speeds["numpy"]) in readme
+    assert '`impl="compile"` {} and {}'.format(*speeds["compile"]) in readme
