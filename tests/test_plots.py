@@ -147,7 +147,9 @@ def test_example_draws_what_the_docs_show(torch, monkeypatch, tmp_path):
     runpy.run_path(str(docs / "examples" / "draw_plots.py"), run_name="__main__")
     plt.close("all")
     drawn = {file.name for file in tmp_path.iterdir()}
-    assert drawn == set(re.findall(r"\]\((plots_\w+\.png)\)", (docs / "plots.md").read_text("utf-8")))
+    assert drawn == set(
+        re.findall(r"\]\((plots_\w+\.png)\)", (docs / "plots.md").read_text("utf-8"))
+    )
     assert drawn == {file.name for file in docs.glob("plots_*.png")}
     assert all(file.stat().st_size < 1e5 for file in docs.glob("plots_*.png"))
 
