@@ -16,7 +16,14 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("tqdm")
 
 from benchmarks import _harness as harness  # noqa: E402
-from benchmarks import accuracy, distributed, gpu, loss_overhead, published  # noqa: E402
+from benchmarks import (  # noqa: E402
+    accuracy,
+    distributed,
+    gpu,
+    loss_overhead,
+    published,
+    sequence_logps,
+)
 
 
 def gaps(size, seed=0):
@@ -266,6 +273,33 @@ def test_dpo_is_the_plain_loss():
     assert float(loss_overhead.dpo(*torch.tensor(logps))) == pytest.approx(expected, rel=1e-12)
 
 
+def test_all_ways_score_the_responses_alike():
+    logits = torch.randn(3, 6, 11, requires_grad=True)
+    labels, mask = torch.randint(11, (3, 6)), torch.arange(6).expand(3, 6) >= 3
+    ways = sequence_logps.scores(compiled=False, skipped={})
+    x = logits.detach().double().numpy()
+    x -= np.log(np.exp(x).sum(2, keepdims=True))
+    expected = [sum(x[i, t - 1, labels[i, t]] for t in (3, 4, 5)) for i in range(3)]
+    for score in ways.values():
+        logps = score(logits, labels, mask)
+        assert logps.tolist() == pytest.approx(expected, rel=1e-5)
+    (gradient,) = torch.autograd.grad(logps.sum(), logits)
+    case = (logits, labels, mask)
+    assert max(sequence_logps.errors(logps, gradient, case).values()) < 1e-5
+    found = sequence_logps.errors(logps + 0.5, gradient.double() * 0.75, case)
+    assert found == {"nats": pytest.approx(0.5, 1e-4), "gradient": pytest.approx(0.25, 1e-4)}
+
+
+def test_peak_memory_is_of_what_is_held_at_once():
+    def call():
+        for _ in range(3):
+            torch.ones(10_000).neg().sum()  # two of 40 kB at once
+        return torch.ones(20_000)
+
+    peak = sequence_logps.peak_memory(call, "cpu")
+    assert 80_000 <= peak < 90_000
+
+
 @pytest.mark.parametrize(("device", "millions"), [("cuda", 100), ("cpu", 10)])
 def test_models_have_about_the_size_that_is_claimed(device, millions):
     with torch.device("meta"):
@@ -302,6 +336,6 @@ def test_gpu_run_fails_if_a_step_fails_and_takes_at_most_eight_minutes(monkeypat
     assert gpu.main() == 1
     outcomes.clear()
     assert gpu.main() == 0
-    assert len(given) == 8
+    assert len(given) == 2 * len(gpu.STEPS)
     assert all(0 < seconds <= 480 for seconds in given)
     assert sum(gpu.STEPS.values()) <= gpu.SECONDS <= 480

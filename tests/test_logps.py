@@ -83,8 +83,8 @@ def small_chunks(monkeypatch):
 
 
 @pytest.fixture
-def chunks_of_64_tokens(monkeypatch):
-    monkeypatch.setattr(module, "CPU_CHUNK", 64 * 64)
+def chunks_of_128_tokens(monkeypatch):
+    monkeypatch.setattr(module, "CPU_CHUNK", 64 * 128)
 
 
 @given(
@@ -212,7 +212,7 @@ def test_ignore_index():
     )
 
 
-# --- memory: 4,096 tokens of 64 logits in chunks of 64 tokens ---
+# --- memory: 4,096 tokens of 64 logits in chunks of 128 tokens ---
 
 
 def sizes(dtype):
@@ -221,7 +221,7 @@ def sizes(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_copy_of_the_logits_forward_and_only_the_gradient_backward(chunks_of_64_tokens, dtype):
+def test_no_copy_of_the_logits_forward_and_only_the_gradient_backward(chunks_of_128_tokens, dtype):
     logits, labels, size = sizes(dtype)
     tokens = 8 * 4096  # bytes of labels or of their positions, of which there are a few
     kept = []
@@ -275,7 +275,7 @@ def test_torch_compile_makes_one_graph_for_all_sizes(small_chunks):
     assert len(graphs) == 1
 
 
-def test_compiled_it_copies_no_logits_either(chunks_of_64_tokens):
+def test_compiled_it_copies_no_logits_either(chunks_of_128_tokens):
     torch.compiler.reset()
     logits, labels, size = sizes(torch.bfloat16)
     compiled = torch.compile(sequence_logps, fullgraph=True, backend="aot_eager")

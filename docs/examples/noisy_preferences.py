@@ -298,7 +298,9 @@ def draw(runs: dict[str, Run], flipped: Tensor, args: argparse.Namespace) -> Non
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    blue, orange, grey = "#0072b2", "#d55e00", "#777777"
+    from gamma_loss.plots import COLOURS, plot_margins
+
+    blue, orange = COLOURS[:2]
     panels = 1 + ("gamma-dpo" in runs)
     figure, axes = plt.subplots(1, panels, figsize=(5.6 * panels, 4.2), squeeze=False)
     left = axes[0, 0]
@@ -310,24 +312,12 @@ def draw(runs: dict[str, Run], flipped: Tensor, args: argparse.Namespace) -> Non
     if "gamma-dpo" in runs:
         run, right, flips = runs["gamma-dpo"], axes[0, 1], flipped.cpu()
         gaps, margins = run.gaps.cpu(), run.margins.cpu()
-        for which, colour, name in ((~flips, blue, "clean"), (flips, orange, "flipped")):
-            right.scatter(gaps[which], margins[which], s=7, alpha=0.5, lw=0, c=colour, label=name)
-        right.axhline(args.gamma0, ls="--", lw=1, color=grey)
-        right.annotate(
-            "$γ_0$",
-            (1.01, args.gamma0),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            color=grey,
-        )
-        right.set(
-            xlabel="reward gap $g_i$ (reward units)", ylabel="target margin $γ_i$ (reward units)"
-        )
+        plot_margins(gaps[~flips], margins[~flips], label="clean", ax=right)
+        plot_margins(gaps[flips], margins[flips], gamma0=args.gamma0, label="flipped", ax=right)
         right.set_title(f"γ-DPO's margins at the end (τ = {args.tau:g})")
         right.legend(frameon=False, title="training pairs", loc="upper left")
-    for ax in axes.flat:
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
+    left.grid(alpha=0.25)
+    left.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(args.out, dpi=150)
 

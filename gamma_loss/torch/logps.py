@@ -49,8 +49,8 @@ def sequence_logps(
     -------
     Tensor, shape (responses,)
         In nats; float32 or, for float64 logits, float64. A response without any label that counts
-        has 0, with a zero gradient. Logits and labels that do not count leave no trace, not even if
-        they are NaN.
+        has 0, with a zero gradient. What does not count leaves no trace, not even logits that are
+        NaN.
 
     Raises
     ------
@@ -65,7 +65,10 @@ def sequence_logps(
     Notes
     -----
     torch.compile and torch.export leave the work in one operator each way, so that it takes no more
-    memory in a graph. torch.vmap refuses it.
+    memory in a graph. torch.vmap refuses it, and so does torch.func inside torch.compile.
+
+    On a CPU, torch's float32 softmax leaves an error of some 1e-5 nats a token where the vocabulary
+    has 128,256 entries.
 
     Examples
     --------
@@ -79,17 +82,17 @@ def sequence_logps(
     """
     _check(logits, labels, mask)
     labels = labels.long()
-    counts = labels != ignore_index
+    unused = labels == ignore_index
     if mask is not None:
-        counts = counts & mask
+        unused = unused | ~mask
     if shift:
-        labels, counts = labels[:, 1:], counts[:, 1:]
-    targets = torch.where(counts, labels, 0)
+        labels, unused = labels[:, 1:], unused[:, 1:]
     # A graph gets the operator with a gradient of its own, which torch.func does not take.
     compiling = torch.compiler.is_compiling()
     apply: Any = torch.ops.gamma_loss.token_logps if compiling else _TokenLogps.apply
-    total = torch.where(counts, apply(logits, targets), 0.0).sum(1)
-    return total / counts.sum(1).clamp(min=1) if average else total
+    each = apply(logits, labels.masked_fill(unused, 0)).masked_fill(unused, 0)
+    total: Tensor = each.sum(1)
+    return total / (~unused).sum(1).clamp(min=1) if average else total
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

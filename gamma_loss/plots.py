@@ -1,0 +1,279 @@
+"""Pictures of margins, reward gaps and logged metrics. Needs matplotlib: the extra ``plots``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gamma_loss._arrays import Array, is_torch
+from gamma_loss.losses import GammaLossAux
+
+try:
+    from matplotlib.axes import Axes
+except ImportError as error:
+    raise ImportError(
+        "gamma_loss.plots needs matplotlib: pip install 'gamma-loss[plots]'"
+    ) from error
+
+__all__ = ["plot_margin_history", "plot_margins", "plot_reward_gaps", "plot_smoothing_history"]
+
+# Okabe and Ito's, which readers with any colour vision can tell apart.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+GREY = "#777777"
+DOTS: dict[str, Any] = {"s": 7, "alpha": 0.5, "lw": 0}
+BARS: dict[str, Any] = {"density": True, "histtype": "stepfilled", "alpha": 0.5}
+
+
+def plot_margins(
+    pairs: GammaLossAux | Array,
+    margins: Array | None = None,
+    *,
+    gamma0: float | None = None,
+    ax: Axes | None = None,
+    **style: Any,
+) -> Axes:
+    """Draw target margins against reward gaps: the paper's Figure 5.
+
+    Parameters
+    ----------
+    pairs : GammaLossAux or array, shape (pairs,)
+        Second result of a loss, whose masked pairs are left out, or reward gaps in reward units.
+    margins : array, shape (pairs,), optional
+        The margins γ_i of gaps given as an array, in reward units.
+    gamma0 : float, optional
+        Where to draw a line at the mean margin of the pool, in reward units.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; a new figure by default. A further call on the same axes takes the next of
+        six colours that readers with any colour vision can tell apart.
+    **style
+        For `matplotlib.axes.Axes.scatter`, such as ``label``, which makes a legend.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    TypeError, ValueError
+        For margins that are missing, or of another shape than the gaps.
+
+    References
+    ----------
+    Sun et al., Findings of ACL 2025, arXiv:2506.03690.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gamma_loss import gamma_preference_loss
+    >>> loss, aux = gamma_preference_loss(np.array([-1.0, 0.0, 3.0]), gamma0=1.0, tau=1.0)
+    >>> ax = plot_margins(aux, gamma0=1.0)
+    >>> ax.figure.savefig("margins.png")  # doctest: +SKIP
+    """
+    if isinstance(pairs, GammaLossAux) is (margins is not None):
+        raise TypeError("margins must be given with an array of reward gaps, and not with an aux")
+    gaps = _unmasked(pairs, "reward_gaps")
+    heights = _unmasked(pairs, "margins") if margins is None else _numpy("margins", margins)
+    if gaps.shape != heights.shape:
+        raise ValueError(f"margins must have the shape of pairs, {gaps.shape}, got {heights.shape}")
+    ax = _axes(ax, "reward gap $g_i$ (reward units)", "target margin $γ_i$ (reward units)")
+    style = DOTS | {"color": _colour(ax.collections)} | style
+    ax.scatter(gaps, heights, **style)
+    _finish(ax, gamma0, "label" in style)
+    return ax
+
+
+def plot_reward_gaps(
+    pairs: GammaLossAux | Array, *, bins: Any = 50, ax: Axes | None = None, **style: Any
+) -> Axes:
+    """Draw the distribution of reward gaps, which the paper's Figure 2 calls reward margins.
+
+    Parameters
+    ----------
+    pairs : GammaLossAux or array, shape (pairs,)
+        Second result of a loss, whose masked pairs are left out, or reward gaps in reward units.
+        Gaps that are not finite are left out.
+    bins : int or sequence of float
+        Number or edges (reward units) of the histogram's bins.
+    ax : matplotlib.axes.Axes, optional
+        See `plot_margins`.
+    **style
+        For `matplotlib.axes.Axes.hist`, such as ``label``, or ``density=False`` for counts.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ValueError
+        For gaps that are not 1-D, or none that is finite.
+
+    References
+    ----------
+    Sun et al., Findings of ACL 2025, arXiv:2506.03690.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ax = plot_reward_gaps(np.random.default_rng(0).normal(size=100), label="training pairs")
+    """
+    gaps = _unmasked(pairs, "reward_gaps")
+    gaps = gaps[np.isfinite(gaps)]
+    if not gaps.size:
+        raise ValueError("pairs must have a finite gap that is not masked, got none")
+    style = BARS | style
+    height = "density (per reward unit)" if style["density"] else "pairs"
+    ax = _axes(ax, "reward gap $g_i$ (reward units)", height)
+    style = {"color": _colour(ax.patches)} | style
+    ax.hist(gaps, bins, **style)
+    _finish(ax, None, "label" in style)
+    return ax
+
+
+def plot_margin_history(
+    history: Iterable[Mapping[str, Any]],
+    *,
+    gamma0: float | None = None,
+    ax: Axes | None = None,
+    **style: Any,
+) -> Axes:
+    """Draw how the batch's margins develop in training: their mean, smallest and largest.
+
+    Parameters
+    ----------
+    history : iterable of dict
+        Logged `gamma_loss.metrics`, such as the ``state.log_history`` of a transformers or TRL
+        trainer. Rows without ``gamma/mean``, ``gamma/min`` and ``gamma/max`` are skipped. A row's
+        ``step`` is its place on the axis, or else its number in the history, from 1.
+    gamma0 : float, optional
+        Where to draw a line at the mean margin of the pool, in reward units.
+    ax : matplotlib.axes.Axes, optional
+        See `plot_margins`.
+    **style
+        For `matplotlib.axes.Axes.plot`, which draws the mean.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ValueError
+        For a history without any such row.
+
+    Examples
+    --------
+    >>> row = {"gamma/mean": 4.0, "gamma/min": 3.6, "gamma/max": 4.9}
+    >>> ax = plot_margin_history([{"step": 10, **row}, {"step": 20, **row}], gamma0=4.0)
+    """
+    steps, mean, least, largest = _rows(history, ("gamma/mean", "gamma/min", "gamma/max"))
+    ax = _axes(ax, "training step", "target margin $γ_i$ (reward units)")
+    band = None if "label" in style else "smallest to largest in the batch"
+    style = {"color": _colour(ax.collections), "label": "mean of the batch"} | style
+    ax.fill_between(steps, least, largest, color=style["color"], alpha=0.25, lw=0, label=band)
+    ax.plot(steps, mean, **style)
+    _finish(ax, gamma0, legend=True)
+    return ax
+
+
+def plot_smoothing_history(
+    history: Iterable[Mapping[str, Any]], *, ax: Axes | None = None, **style: Any
+) -> Axes:
+    """Draw how the label smoothing that the margins amount to develops in training.
+
+    Above 0 the margins smooth the labels, below 0 they sharpen them (Theorem 3.1 of the paper; the
+    mean over the batch of the ε that gives cDPO the slope of the shifted loss).
+
+    Parameters
+    ----------
+    history : iterable of dict
+        As for `plot_margin_history`; rows without ``gamma/implied_smoothing`` are skipped.
+    ax : matplotlib.axes.Axes, optional
+        See `plot_margins`.
+    **style
+        For `matplotlib.axes.Axes.plot`.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ValueError
+        For a history without any such row.
+
+    Examples
+    --------
+    >>> ax = plot_smoothing_history([{"gamma/implied_smoothing": e} for e in (0.01, 0.03, 0.02)])
+    """
+    steps, smoothing = _rows(history, ("gamma/implied_smoothing",))
+    ax = _axes(ax, "training step", "implied label smoothing $ε$ (share of labels)")
+    style = {"color": _colour(ax.lines)} | style
+    ax.plot(steps, smoothing, **style)
+    _finish(ax, None, "label" in style)
+    return ax
+
+
+def _unmasked(pairs: GammaLossAux | Array, field: str) -> np.ndarray[Any, Any]:
+    """Return a field of an aux where its mask is True, or an array as it is."""
+    if not isinstance(pairs, GammaLossAux):
+        return _numpy("pairs", pairs)
+    return _numpy(field, getattr(pairs, field))[_numpy("mask", pairs.mask) > 0]
+
+
+def _numpy(name: str, array: Array) -> np.ndarray[Any, Any]:
+    """Return an array of any library as NumPy's."""
+    if is_torch(array):  # which may be on a device, carry a gradient, or have no dtype of NumPy's
+        array = array.detach().double().cpu()
+    values = np.asarray(array, dtype=np.float64)
+    if values.ndim != 1:
+        raise ValueError(f"{name} must be 1-D, one entry a pair, got shape {values.shape}")
+    return values
+
+
+def _rows(
+    history: Iterable[Mapping[str, Any]], names: tuple[str, ...]
+) -> list[np.ndarray[Any, Any]]:
+    """Return the steps, and the named metrics at each."""
+    rows = [
+        [float(row.get("step", number)), *(float(row[name]) for name in names)]
+        for number, row in enumerate(history, 1)
+        if all(name in row for name in names)
+    ]
+    if not rows:
+        raise ValueError(f"history must have a row with {', '.join(names)}, got none")
+    return list(np.array(rows).T)
+
+
+def _colour(drawn: Sequence[Any]) -> str:
+    """Return the colour that comes next on axes."""
+    return COLOURS[len(drawn) % len(COLOURS)]
+
+
+def _axes(ax: Axes | None, x: str, y: str) -> Axes:
+    """Return axes with labels, new ones if there are none."""
+    if ax is None:
+        from matplotlib import pyplot as plt  # here, as it chooses a backend
+
+        _, ax = plt.subplots(figsize=(5.6, 4.2), layout="constrained")
+    ax.set(xlabel=x, ylabel=y)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _finish(ax: Axes, gamma0: float | None, legend: bool) -> None:
+    """Draw the line at γ0 and a legend, if there is something for them."""
+    if gamma0 is not None:
+        ax.axhline(gamma0, ls="--", lw=1, color=GREY)
+        ax.annotate(
+            "$γ_0$",
+            (1.01, gamma0),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            color=GREY,
+        )
+    if legend:
+        ax.legend(edgecolor="none", framealpha=0.7)
