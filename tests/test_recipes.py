@@ -137,7 +137,7 @@ def test_torch():
 def trained_by(ranks, folder):
     """The checkpoint of the DDP page, run by this many processes."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "gamma_loss.torch"])
+    context.set_forkserver_preload(["torch._dynamo", "torch.distributed", "gamma_loss.torch"])
     folder.mkdir()
     pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
     processes = [
