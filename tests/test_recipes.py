@@ -1,0 +1,536 @@
+"""Every code block of docs/recipes runs, and does what its page says.
+
+Frameworks that take a GPU to install are played by stand-ins: a few lines that call the page's code
+as the named release does.
+"""
+
+import importlib
+import math
+import multiprocessing
+import pickle
+import re
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import recipe_ranks
+
+from gamma_loss import gamma_dpo_loss, gamma_preference_loss, gamma_simpo_loss, solve_margins
+
+torch = pytest.importorskip("torch")
+
+PAGES = Path(__file__).parents[1] / "docs" / "recipes"
+SETTING = {"gamma0": 4.0, "tau": 10.0}  # of all pages
+ELSEWHERE = {"index", "trl"}  # without code, and with tests of its own
+CLOSE = {"rtol": 1e-6, "atol": 1e-6}  # float32, a few operations apart
+
+
+def code(page, language="python"):
+    text = (PAGES / f"{page}.md").read_text()
+    return "\n".join(re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL))
+
+
+def run(page, edit=lambda text: text):
+    """Execute the blocks of a page in one namespace, in order."""
+    names = {"__name__": page}
+    exec(compile(edit(code(page)), f"{page}.md", "exec"), names)
+    return names
+
+
+def stored(loss_fn):
+    gaps, filled = loss_fn.queue.context()
+    return gaps[filled]
+
+
+@pytest.fixture(autouse=True)
+def _somewhere_to_write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Make a module importable under a dotted name, with the names given."""
+
+    def make(dotted, **names):
+        parts = dotted.split(".")
+        for i in range(1, len(parts) + 1):
+            name, parent = ".".join(parts[:i]), ".".join(parts[: i - 1])
+            if name in sys.modules and name != dotted:
+                continue
+            module = ModuleType(name)
+            monkeypatch.setitem(sys.modules, name, module)
+            if parent:
+                monkeypatch.setattr(sys.modules[parent], parts[i - 1], module, raising=False)
+        vars(module).update(names)
+        return module
+
+    return make
+
+
+@pytest.fixture
+def saved_page(tmp_path, monkeypatch):
+    """Save a page's code as the importable module that it tells to write."""
+
+    def save(page, module):
+        Path(tmp_path, f"{module}.py").write_text(code(page))
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, module, raising=False)
+
+    return save
+
+
+def logps(pairs=6, seed=0, scale=10.0):
+    """Four log-probabilities: of policy and reference, chosen and rejected."""
+    torch.manual_seed(seed)
+    policy = (torch.randn(2, pairs) * scale).requires_grad_()
+    return policy, torch.randn(2, pairs) * scale
+
+
+def test_every_page_has_a_test_and_is_in_the_index():
+    pages = {path.stem for path in PAGES.glob("*.md")} - ELSEWHERE
+    assert pages == {name.removeprefix("test_") for name in globals() if name[5:] in pages}
+    linked = set(re.findall(r"\]\((\w+)\.md\)", (PAGES / "index.md").read_text()))
+    assert linked == pages | {"trl"}
+
+
+def test_the_versions_in_the_index_are_those_that_ci_installs():
+    index = (PAGES / "index.md").read_text()
+    pins = (PAGES.parents[1] / "constraints.txt").read_text()
+    claims = re.findall(r"([A-Za-z_]+) (\d+\.\d+\.\d+)", index)
+    assert {"torch", "JAX", "Accelerate"} <= {name for name, _ in claims}
+    for name, version in claims:
+        name = name.lower().replace("_", "-")
+        assert f"\n{name}==" not in pins or f"\n{name}=={version}" in pins, name
+
+
+# --- frameworks that run ---
+
+
+def test_torch():
+    names = run("torch")
+    loss_fn = names["loss_fn"]
+    assert len(stored(loss_fn)) == 3 * 64  # evaluation added none
+    assert names["loss"] < math.log(2)  # that of equal policy and reference, where training starts
+    assert names["logs"]["rewards/accuracies"] > 0.5
+    assert names["checkpoint"]["loss"]["queue.mask"].sum() == 3 * 64
+
+    four = names["four_logps"](*(names[name] for name in ("chosen", "rejected", "response")))
+    context = loss_fn.queue.context()
+    loss, _ = gamma_dpo_loss(
+        *four, beta=0.1, **SETTING, context=context[0], context_mask=context[1]
+    )
+    torch.testing.assert_close(loss.detach(), names["loss"], **CLOSE)
+    logits = names["policy"](names["chosen"]).detach().double().numpy()
+    tokens = names["chosen"].numpy()
+    expected = [
+        sum(
+            logits[i, t - 1, tokens[i, t]] - np.log(np.exp(logits[i, t - 1]).sum())
+            for t in range(4, 12)
+        )
+        for i in range(3)
+    ]
+    np.testing.assert_allclose(four[0].detach()[:3], expected, rtol=1e-5)
+
+
+def trained_by(ranks, folder):
+    """The checkpoint of the DDP page, run by this many processes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "torch.distributed", "gamma_loss.torch"])
+    folder.mkdir()
+    pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
+    processes = [
+        context.Process(
+            target=recipe_ranks.run, args=(rank, ranks, code("ddp"), str(folder), ours), daemon=True
+        )
+        for rank, (_, ours) in enumerate(pipes)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        for rank, (pipe, _) in enumerate(pipes):
+            assert pipe.poll(100), f"rank {rank} does not answer"
+            error = pipe.recv()
+            assert error is None, f"rank {rank}:\n{error}"
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def test_ddp(tmp_path):
+    of_one, of_two = (trained_by(ranks, tmp_path / f"{ranks}") for ranks in (1, 2))
+    # Eight steps of sums of 32 numbers of size 1, rounded to float32.
+    close = {"rtol": 0, "atol": 8 * 32 * 6e-8}
+    for name, weight in of_one["model"].items():
+        torch.testing.assert_close(of_two["model"][name], weight, **close)
+    gaps = [  # a batch's gaps are in the order of ranks
+        each["loss"]["queue.gaps"][-256:].view(8, 32).sort().values for each in (of_one, of_two)
+    ]
+    torch.testing.assert_close(*gaps, **close)
+    assert of_two["loss"]["queue.mask"].sum() == 256
+
+
+def test_jax():
+    pytest.importorskip("jax")
+    pytest.importorskip("optax", reason="optax is not installed")
+    names = run("jax")
+    losses = np.array(names["losses"])
+    assert losses[0] == pytest.approx(math.log(2))
+    assert losses[-4:].mean() < losses[4:8].mean() < losses[0]
+    gaps, filled = map(np.asarray, names["queue"])
+    assert filled.sum() == 5 * 64
+
+    x, reference = names["x"][:16], names["reference_logps"][:, :16]
+    _, aux = names["loss_fn"](names["params"], names["queue"], x, reference)
+    pool = np.concatenate([np.asarray(aux.reward_gaps), gaps[filled]]).astype(float)
+    np.testing.assert_allclose(aux.margins, solve_margins(pool, **SETTING).margins[:16], rtol=1e-5)
+
+
+def test_accelerate():
+    state = pytest.importorskip("accelerate.state", reason="accelerate is not installed")
+    try:
+        names = run("accelerate")
+        assert len(stored(names["loss_fn"])) == 3 * 64
+        kept = names["loss_fn"].queue.gaps.clone()
+        names["loss_fn"].queue.push(torch.ones(5))
+        names["accelerator"].load_state("checkpoint")
+        assert torch.equal(names["loss_fn"].queue.gaps, kept)
+        x, reference = names["data"].dataset.tensors
+        torch.manual_seed(0)
+        start = torch.nn.Linear(8, 2)  # as it was before training
+        losses = [
+            gamma_dpo_loss(*model(x).T, *reference.T, beta=1.0, **SETTING)[0].item()
+            for model in (start, names["model"])
+        ]
+        assert losses[1] < losses[0]
+    finally:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's use of torch
+def test_lightning():
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    names = run("lightning")
+    loss_fn = names["model"].loss_fn
+    assert len(stored(loss_fn)) == 3 * 64  # none from the validation after each epoch
+    assert torch.equal(names["resumed"].loss_fn.queue.gaps, loss_fn.queue.gaps)
+    assert names["trainer"].callback_metrics["rewards/accuracies"] > 0.5
+    x, reference = names["data"].dataset.tensors
+    torch.manual_seed(0)
+    torch.randn(64, 8)  # drawn for the data, before the model
+    start = names["PreferenceModel"]()
+    losses = [
+        gamma_dpo_loss(*model.policy(x).T, *reference.T, beta=1.0, **SETTING)[0].item()
+        for model in (start, names["resumed"])
+    ]
+    assert losses[1] < losses[0]
+
+
+def test_liger():
+    pytest.importorskip("liger_kernel", reason="liger_kernel is not installed")
+    names = run("liger")
+    hidden, weight, labels = (names[name] for name in ("hidden", "weight", "labels"))
+    # Log-probabilities of size 20 in float32, rounded some ten times; gradients of size 0.1.
+    logits_close = {"rtol": 1e-5, "atol": 10 * 20 * 6e-8}
+
+    def averaged_logps(hidden, weight):
+        logits = (hidden @ weight.T).log_softmax(-1)[:, 4:]
+        return logits.gather(-1, labels[:, 4:, None]).squeeze(-1).mean(-1).view(2, -1)
+
+    def same(loss, expected):
+        loss.backward()
+        leaves = [
+            hidden.detach().clone().requires_grad_(),
+            weight.detach().clone().requires_grad_(),
+        ]
+        value = expected(*averaged_logps(*leaves))
+        value.backward()
+        torch.testing.assert_close(loss.detach(), value.detach(), **logits_close)
+        for ours, theirs in zip((hidden, weight), leaves, strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, **logits_close)
+
+    hidden.grad = weight.grad = None
+    again = names["averaged_logps"](hidden, weight, labels, chunk=64).view(2, -1)
+
+    def exact(*logps):
+        return gamma_simpo_loss(*logps, **names["setting"])[0]
+
+    same(exact(*again), exact)
+
+    # After two pushes each pair is solved with the 16 gaps of the queue, and without its batch.
+    queue = names["queue"]
+    chosen, rejected = averaged_logps(hidden, weight).detach()
+    gaps = names["setting"]["beta"] * (chosen - rejected)
+    torch.testing.assert_close(queue.gaps[queue.mask], gaps.repeat(2), **logits_close)
+    context = dict(zip(("context", "context_mask"), queue.context(), strict=True))
+
+    def one_by_one(chosen, rejected):
+        losses = [
+            gamma_simpo_loss(*pair, **names["setting"], **context)[0]
+            for pair in zip(chosen.split(1), rejected.split(1), strict=True)
+        ]
+        return torch.stack(losses).mean()
+
+    hidden.grad = weight.grad = None
+    fused = names["FusedGammaSimPO"].apply(hidden, weight, labels, *names["options"])[0]
+    same(fused, one_by_one)
+
+    rows = re.findall(r"^\| ([\d,]+) \|(.*)\|$", (PAGES / "liger.md").read_text(), re.MULTILINE)
+    assert len(rows) == 4
+    for size, cells in rows:
+        found = [
+            names["largest_difference"](int(size.replace(",", "")), tau, behind)
+            for tau in (10.0, 0.05)
+            for behind in (0.0, 1.0)
+        ]  # which the page rounds to one digit, so by a third at most
+        assert [float(cell) for cell in cells.split("|")] == pytest.approx(found, rel=1 / 3)
+
+
+def test_the_ways_of_the_memory_benchmark_compute_the_same():
+    pytest.importorskip("tqdm")
+    from benchmarks import logits_memory
+
+    losses = []
+    for way in ("all logits", "chunks, recomputed"):
+        leaves = logits_memory.inputs(3, 5, 8, 16)
+        loss = logits_memory.WAYS[way](*leaves)
+        losses.append([loss, *torch.autograd.grad(loss, leaves[:2])])
+    for whole, chunked in zip(*losses, strict=True):
+        torch.testing.assert_close(chunked, whole)
+
+
+def test_other_losses():
+    names = run("other_losses")
+    assert names["targets"].mean() == pytest.approx(5.0)
+    assert names["margins"].mean() == pytest.approx(1.0)
+    policy = names["chosen_logps"], names["rejected_logps"]
+    for loss in ("ipo", "hinge", "r_dpo", "cpo"):
+        assert all(
+            grad.any() for grad in torch.autograd.grad(names[loss], policy, retain_graph=True)
+        )
+
+    gaps = names["length_gaps"].detach().double().numpy()
+    shifted = gaps - (solve_margins(gaps, **SETTING).margins - 4.0)
+    assert names["r_dpo"].item() == pytest.approx(np.logaddexp(0, -shifted).mean(), rel=1e-5)
+
+    # With a large tau they are the plain losses.
+    plain = run(
+        "other_losses",
+        lambda text: text.replace("= 0.1, 10.0", "= 0.1, 1e9").replace("tau=0.1", "tau=1e9"),
+    )
+    h = plain["log_ratios"]
+    torch.testing.assert_close(plain["ipo"], ((h - 5.0) ** 2).mean(), **CLOSE)
+    torch.testing.assert_close(plain["hinge"], torch.relu(1 - 0.1 * h).mean(), **CLOSE)
+    lengths = plain["lengths_chosen"] - plain["lengths_rejected"]
+
+    def logistic(gaps):
+        return torch.nn.functional.softplus(-gaps).mean()
+
+    torch.testing.assert_close(plain["r_dpo"], logistic(0.1 * h + 0.01 * lengths), **CLOSE)
+    cpo = logistic(0.1 * (policy[0] - policy[1])) - policy[0].mean()
+    torch.testing.assert_close(plain["cpo"], cpo, **CLOSE)
+
+
+# --- frameworks that are played by a stand-in ---
+
+
+def assert_is_gamma_dpo(call, *, loss_fn, evaluate, queue_of):
+    """The adapter's loss, gradient and rewards are the function's; its queue follows the modes."""
+    policy, reference = logps()
+    loss, chosen, rejected = call(*policy, *reference)
+    (gradient,) = torch.autograd.grad(loss, policy)
+    expected, aux = loss_fn(*policy, *reference)
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, policy)[0], **CLOSE)
+    for ours, theirs in ((chosen, aux.chosen_rewards), (rejected, aux.rejected_rewards)):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+        assert not ours.requires_grad
+    assert torch.equal(queue_of(), aux.reward_gaps)
+
+    policy, reference = logps(seed=1)
+    context = aux.reward_gaps
+    expected, aux = loss_fn(*policy, *reference, context=context)
+    torch.testing.assert_close(evaluate(*policy, *reference)[0], expected.detach(), **CLOSE)
+    assert torch.equal(queue_of(), context)
+    torch.testing.assert_close(call(*policy, *reference)[0], expected, **CLOSE)
+    assert torch.equal(queue_of(), torch.cat([context, aux.reward_gaps]))
+
+
+def test_openrlhf(stand_in):
+    module = stand_in("openrlhf.trainer.dpo_trainer")
+
+    class DPOTrainer:
+        """How openrlhf/trainer/dpo_trainer.py of 0.11.0 makes and calls its loss."""
+
+        def __init__(self, beta, label_smoothing, ipo_enable):
+            self.loss_fn = module.DPOLoss(beta, label_smoothing, ipo_enable)
+
+        def fit(self, chosen, rejected, reference_chosen, reference_rejected):
+            loss, chosen_reward, reject_reward = self.loss_fn(
+                chosen, rejected, reference_chosen, reference_rejected
+            )
+            (chosen_reward > reject_reward).float().mean().item(), loss.item()
+            return loss, chosen_reward, reject_reward
+
+        def evaluate(self, *batch):
+            with torch.no_grad():
+                return self.fit(*batch)
+
+    names = run("openrlhf")
+    assert module.DPOLoss is names["DPOLoss"]
+    trainer = DPOTrainer(0.1, 0.2, False)
+    assert_is_gamma_dpo(
+        trainer.fit,
+        loss_fn=lambda *four, **context: gamma_dpo_loss(
+            *four, beta=0.1, label_smoothing=0.2, **SETTING, **context
+        ),
+        evaluate=trainer.evaluate,
+        queue_of=lambda: stored(trainer.loss_fn.gamma_dpo),
+    )
+    with pytest.raises(ValueError, match="another loss"):
+        DPOTrainer(0.1, 0.0, True)
+
+
+def test_llama_factory(stand_in):
+    class CustomDPOTrainer:
+        """What src/llamafactory/train/dpo/trainer.py of 0.9.5 does around the overridden method."""
+
+        def __init__(self, model, ref_model, finetuning_args, processor, disable_dropout=True, **_):
+            self.model, self.finetuning_args = model, finetuning_args
+            self.beta = finetuning_args.pref_beta
+            self.ftx_gamma = finetuning_args.pref_ftx
+            self.label_smoothing = finetuning_args.dpo_label_smoothing
+            self.accelerator = SimpleNamespace(device=torch.device("cpu"))
+
+        def get_batch_loss_metrics(self, *four):
+            losses, chosen_rewards, rejected_rewards = self.compute_preference_loss(*four)
+            if self.ftx_gamma > 1e-6:
+                losses += self.ftx_gamma * -(four[0] / 7)
+            return losses.mean(), chosen_rewards, rejected_rewards
+
+    trainer_module = stand_in("llamafactory.train.dpo.trainer", CustomDPOTrainer=CustomDPOTrainer)
+    stand_in("llamafactory.train.tuner", run_exp=None)
+    run("llama_factory")
+    for ftx in (0.0, 0.5):
+        trainer = trainer_module.CustomDPOTrainer(
+            model=torch.nn.Identity(),
+            ref_model=None,
+            processor=None,
+            args=None,
+            finetuning_args=SimpleNamespace(pref_beta=0.1, pref_ftx=ftx, dpo_label_smoothing=0.0),
+        )
+
+        def evaluate(*four, trainer=trainer):
+            trainer.model.eval()  # as Trainer.evaluation_loop does
+            with torch.no_grad():
+                result = trainer.get_batch_loss_metrics(*four)
+            trainer.model.train()
+            return result
+
+        def expected(*four, ftx=ftx, **context):
+            loss, aux = gamma_dpo_loss(*four, beta=0.1, **SETTING, **context)
+            return loss - ftx * (four[0] / 7).mean(), aux
+
+        assert_is_gamma_dpo(
+            trainer.get_batch_loss_metrics,
+            loss_fn=expected,
+            evaluate=evaluate,
+            queue_of=lambda trainer=trainer: stored(trainer.gamma_dpo),
+        )
+
+
+def test_nemo_rl(stand_in, saved_page):
+    class DPOLossFn:
+        """The part of nemo_rl/algorithms/loss/loss_functions.py of 0.7.0 around the method."""
+
+        def __init__(self, cfg):
+            self.reference_policy_kl_penalty = cfg["reference_policy_kl_penalty"]
+
+        def _preference_loss(self, rewards, sample_mask, global_valid_seqs, beta=1.0):
+            kept, pairs = sample_mask[::2], global_valid_seqs / 2
+            chosen, rejected = rewards[::2], rewards[1::2]
+            losses = torch.nn.functional.softplus(-beta * (chosen - rejected))
+            values = losses, chosen > rejected, chosen, rejected
+            return tuple((value * kept).sum() / (pairs + 1e-8) for value in values)
+
+        def __call__(self, rewards, sample_mask, global_valid_seqs):
+            loss, accuracy, *_ = self._preference_loss(
+                rewards, sample_mask, global_valid_seqs, self.reference_policy_kl_penalty
+            )
+            return loss, accuracy.item()
+
+    stand_in("nemo_rl.algorithms.loss", DPOLossFn=DPOLossFn)
+    saved_page("nemo_rl", "gamma_dpo")
+    page = importlib.import_module("gamma_dpo")
+    loss_fn = page.GammaDPOLossFn({"reference_policy_kl_penalty": 0.1})
+
+    torch.manual_seed(0)
+    rewards = (10 * torch.randn(2, 12)).requires_grad_()  # two micro-batches of six pairs
+    mask = torch.ones(2, 12)
+    mask[0, 2:4] = mask[1, 8:12] = 0.0
+    valid = mask.sum()
+    total, expected, context = 0, 0, None
+    for rows, kept in zip(rewards, mask, strict=True):
+        sent = pickle.loads(pickle.dumps(loss_fn))  # what a worker gets
+        with torch.no_grad():
+            evaluated, accuracy = sent(rows, kept, valid)
+        loss, _ = sent(rows, kept, valid)
+        torch.testing.assert_close(evaluated, loss.detach(), **CLOSE)
+        gaps = 0.1 * (rows[::2] - rows[1::2])
+        each, aux = gamma_preference_loss(
+            gaps, mask=kept[::2].bool(), centered=True, reduction="sum", context=context, **SETTING
+        )
+        assert accuracy == pytest.approx(((gaps > 0) * kept[::2]).sum().item() / (valid / 2).item())
+        total, expected = total + loss, expected + each / 9
+        new = aux.reward_gaps[aux.mask]
+        context = new if context is None else torch.cat([context, new])
+    torch.testing.assert_close(total, expected, **CLOSE)
+    gradients = (torch.autograd.grad(value, rewards)[0] for value in (total, expected))
+    torch.testing.assert_close(*gradients, **CLOSE)
+    assert torch.equal(stored(page.gamma_dpo(torch.device("cpu"))), context)
+
+
+def test_axolotl(stand_in, saved_page):
+    class DPOTrainer:
+        def __init__(self, model, ref_model=None, args=None, **kwargs):
+            self.models, self.args, self.kwargs = (model, ref_model), args, kwargs
+
+    class GammaDPOTrainer(DPOTrainer):  # TRL's tests are elsewhere
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.setting = {
+                name: getattr(self.args, name) for name in ("gamma0", "tau", "centered")
+            }
+
+    class AxolotlDPOTrainer(DPOTrainer):
+        """The constructor of src/axolotl/core/trainers/dpo/trainer.py of 0.18.0."""
+
+        def __init__(self, *args, dataset_tags=None, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.dataset_tags = dataset_tags
+
+    stand_in("axolotl.core.trainers.dpo.trainer", AxolotlDPOTrainer=AxolotlDPOTrainer)
+    stand_in("gamma_loss.integrations.trl", GammaDPOTrainer=GammaDPOTrainer)
+    saved_page("axolotl", "gamma_trainer")
+
+    # src/axolotl/utils/import_helper.py and HFRLTrainerBuilder.build in core/builders/rl.py
+    dotted = re.search(r"trainer_cls: (\S+)", code("axolotl", "yaml"))[1]
+    module, name = dotted.rsplit(".", 1)
+    trainer_cls = getattr(importlib.import_module(module), name)
+    trainer = trainer_cls(
+        "model",
+        "reference",
+        args=SimpleNamespace(beta=0.1),
+        train_dataset="pairs",
+        callbacks=[],
+        processing_class="tokenizer",
+    )
+    assert trainer.models == ("model", "reference")
+    assert trainer.setting == {**SETTING, "centered": True}
+    assert trainer.args.beta == 0.1
+    assert trainer.kwargs["train_dataset"] == "pairs"
+    assert trainer_cls.__mro__.index(AxolotlDPOTrainer) < trainer_cls.__mro__.index(GammaDPOTrainer)
