@@ -33,7 +33,8 @@ def write(study: Study, records: Records, docs: Path, machine: str) -> None:
     tables: dict[str, Callable[[], str]] = {
         "status": lambda: status(results, machine),
         "verdict": lambda: verdict(results),
-        "mean": lambda: overall(results),
+        "mean": lambda: overall(results, "test"),
+        "ranking": lambda: overall(results, "ranking"),
         "accuracy": lambda: accuracies(results),
         "tests": lambda: differences(results),
         "selection": lambda: selection(results),
@@ -237,8 +238,8 @@ def verdict(results: Results) -> str:
     return "\n".join(lines) or "No comparison has two seeds yet."
 
 
-def overall(results: Results) -> str:
-    """Mean over the noisy cells that all methods have, by task."""
+def overall(results: Results, of: str) -> str:
+    """Mean accuracy over the noisy cells that all methods have, by task."""
     head, columns = ["method"], []
     for task, checkpoint in itertools.product(results.study.tasks, ("last", "best")):
         noises = [
@@ -248,7 +249,7 @@ def overall(results: Results) -> str:
         head.append(f"{task}, {checkpoint} ({len(noises)})")
         columns.append({
             m: np.mean([
-                np.mean(list(results.accuracy(task, m, *noise, checkpoint=checkpoint).values()))
+                np.mean([*results.accuracy(task, m, *noise, checkpoint=checkpoint, of=of).values()])
                 for noise in noises
             ]) if noises else math.nan
             for m in METHODS
@@ -587,7 +588,8 @@ def draw_roc(results: Results, path: Path) -> None:
 
 def draw_grid(results: Results, path: Path) -> None:
     """Accuracy over γ0 and τ; the labels in the fields are κ."""
-    study, noise = results.study, results.study.ablation_noises[0]
+    study = results.study
+    noise = (*study.ablation_noises, figure_noise(results))[0]
     with figure(path, len(plan.ABLATION_METHODS), len(study.tasks)) as axes:
         for (row, m), (column, task) in itertools.product(
             enumerate(plan.ABLATION_METHODS), enumerate(study.tasks)
