@@ -176,7 +176,8 @@ def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
 
 
 def pair(centre: float, half: float, sign: bool = False) -> str:
-    return "–" if math.isnan(centre) else f"{number(centre, 1, sign)} ± {number(half)}"
+    text = number(centre, 1, sign)
+    return text if math.isnan(half) else f"{text} ± {number(half)}"
 
 
 def noise_name(noise: tuple[str, float]) -> str:
@@ -340,8 +341,9 @@ def detection(results: Results) -> str:
     columns = columns_of(results, (0.2, 0.4))
     rows = []
     for m, method in METHODS.items():
-        for name, label in (("auc_loss", "loss"), ("auc_smoothing", "implied smoothing")):
-            if name == "auc_smoothing" and m not in OURS:
+        names = {"auc_loss": "loss", "auc_margin": "margin", "auc_smoothing": "implied smoothing"}
+        for name, label in names.items():
+            if name != "auc_loss" and m not in OURS:
                 continue
             row = [f"{method.label}: {label}"]
             for task, noise in columns:
@@ -519,7 +521,7 @@ def draw_margins(results: Results, path: Path) -> None:
             count = len(run["trace"])
             for column, i in enumerate((0, count // 2, count - 1)):
                 ax = axes[row, column]
-                gaps, _, flipped, margins = map(np.array, run["trace"][i])
+                gaps, _, flipped, margins, _ = map(np.array, run["trace"][i])
                 for value, colour, label in ((0, "#0072b2", "clean"), (1, "#d55e00", "flipped")):
                     which = flipped == value
                     ax.scatter(gaps[which], margins[which], s=6, c=colour, alpha=0.5, lw=0,
@@ -557,8 +559,6 @@ def draw_weights(results: Results, path: Path) -> None:
 
 def draw_roc(results: Results, path: Path) -> None:
     """Finding flipped pairs by what training saw of them in its last part."""
-    from gamma_loss import label_smoothing_from_shift
-
     tasks, noise = results.study.tasks, figure_noise(results)
     with figure(path, 1, len(tasks)) as axes:
         for ax, task in zip(axes[0], tasks, strict=True):
@@ -569,11 +569,7 @@ def draw_roc(results: Results, path: Path) -> None:
                 gaps, _, flipped, *rest = map(np.array, run["trace"][-1])
                 scores = {"loss": -gaps}
                 if rest:
-                    shift = rest[0] - rest[0].mean()
-                    scores["margin"] = -rest[0]
-                    scores["implied smoothing"] = label_smoothing_from_shift(
-                        gaps, shift, kind="conservative", match="slope"
-                    )
+                    scores |= {"margin": -rest[0], "implied smoothing": rest[1]}
                 for (name, value), line in zip(scores.items(), ("-", "--", ":"), strict=False):
                     order = np.argsort(-value, kind="stable")
                     hits = flipped[order] == 1
@@ -583,7 +579,7 @@ def draw_roc(results: Results, path: Path) -> None:
             ax.plot([0, 1], [0, 1], color="#bbbbbb", lw=0.8)
             ax.set(title=f"{task}, {noise_name(noise)} flipped", xlabel="clean pairs taken for it",
                    ylabel="flipped pairs found")  # fmt: skip
-            legend(ax)
+            legend(ax, loc="lower right")
 
 
 def draw_grid(results: Results, path: Path) -> None:

@@ -72,7 +72,7 @@ def train(spec: Spec) -> dict[str, Any]:
     curves: dict[str, list[Any]] = {
         name: [] for name in ("step", "test", "ranking", "noisy", "clean", "weights")
     }
-    curves |= {"auc_loss": [], "auc_smoothing": []}
+    curves |= {"auc_loss": [], "auc_margin": [], "auc_smoothing": []}
     seen: list[tuple[Tensor, Tensor, Tensor]] = []  # since the last checkpoint
     traces, spent, diverged = [], 0.0, False
     for step in range(1, task.steps + 1):
@@ -107,9 +107,11 @@ def train(spec: Spec) -> dict[str, Any]:
             margins, smoothing = judged(gaps, settings)
             curves["auc_loss"].append(auc(-gaps, flipped))
             if margins is not None:
+                curves["auc_margin"].append(auc(-margins, flipped))
                 curves["auc_smoothing"].append(auc(smoothing, flipped))
             if spec.get("trace"):
-                columns = (gaps, weights, flipped.int(), *(() if margins is None else (margins,)))
+                judgement = () if margins is None else (margins, smoothing)
+                columns = (gaps, weights, flipped.int(), *judgement)
                 traces.append([rounded(column[:TRACED]) for column in columns])
     result = {
         **curves, "diverged": diverged, "step_seconds": round(spent / step, 6)
@@ -156,7 +158,7 @@ def mean(values: Tensor) -> float | None:
 
 
 def rounded(values: Tensor) -> list[float]:
-    return [float(f"{value:.4g}") for value in values.tolist()]
+    return [float(f"{value:.6g}") for value in values.tolist()]
 
 
 def auc(score: Tensor, positive: Tensor) -> float | None:
