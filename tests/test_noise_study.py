@@ -26,6 +26,7 @@ TINY = plan.Study(
 )  # fmt: skip
 FEW = {name: METHODS[name] for name in ("dpo", "gamma-dpo", "simpo", "gamma-simpo")}
 COST = {
+    "machine": "a machine",
     "parameters": 1,
     "microseconds": {m: dict.fromkeys(("0.1", "0.5", "0.9"), 10.0) for m in METHODS},
 }
@@ -279,7 +280,7 @@ def test_holm():
 
 def test_report_from_the_file_alone(done, tmp_path):
     records = command.read(done)
-    report.write(TINY, records, tmp_path, "a machine")
+    report.write(TINY, records, tmp_path)
     page = (tmp_path / "reproduction.md").read_text()
     assert "a machine" in page
     assert "**The study is not complete:** 11 cells" in page  # the methods that were left out
@@ -291,11 +292,11 @@ def test_report_from_the_file_alone(done, tmp_path):
     for name in ("accuracy", "rewards", "margins", "weights", "roc", "grid"):
         picture = (tmp_path / f"reproduction_{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
-    report.write(TINY, records, tmp_path, "a machine")
+    report.write(TINY, records, tmp_path)
     assert (tmp_path / "reproduction.md").read_text() == page
     (tmp_path / "reproduction.md").write_text(page.replace("<!-- /tests -->", ""))
     with pytest.raises(ValueError, match="marks of 'tests' once, has them 0 times"):
-        report.write(TINY, records, tmp_path, "a machine")
+        report.write(TINY, records, tmp_path)
 
 
 def test_command_line(tmp_path, monkeypatch, capsys, done):

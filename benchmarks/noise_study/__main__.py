@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import _harness as harness
 from benchmarks.noise_study import plan, report
 from benchmarks.noise_study.plan import QUICK, Records, Study, key
 from benchmarks.noise_study.train import Spec, run
@@ -133,8 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         complete = carry_out(study, args.results, args.workers, args.hours)
         print(f"{'Complete' if complete else 'Stopped'}: {args.results}")
     if args.command != "run":
-        machine = harness.processor() if args.device == "cpu" else torch.cuda.get_device_name()
-        report.write(study, read(args.results), args.docs, machine)
+        report.write(study, read(args.results), args.docs)
         print(f"Report: {args.docs / 'reproduction.md'}")
     return 0 if complete else 3
 

@@ -19,7 +19,7 @@ SEARCH_SEED = 1000  # of data, flips and batches: none of the final runs has the
 CONFIGURATIONS = 12  # tried for each method, task and noise
 
 # Spaces that configurations are drawn from: logarithmic, except those marked False.
-LEARNING_RATE = {"bytes": (3e-4, 1e-2), "digits": (3e-4, 3e-2), "diabetes": (3e-4, 3e-2)}
+LEARNING_RATE = {"bytes": (1e-4, 1e-2), "digits": (1e-4, 3e-2), "diabetes": (1e-4, 3e-2)}
 BETA = {"bytes": (0.05, 1.0), "digits": (0.1, 3.0), "diabetes": (0.1, 3.0)}
 RESPONSE_LENGTH = {"bytes": 24, "digits": 1, "diabetes": 1}  # averaging takes beta times this
 SPACE = {

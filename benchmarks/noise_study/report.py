@@ -24,14 +24,14 @@ OURS = {"gamma-dpo": "dpo", "gamma-simpo": "simpo", "gamma-dpo-published": "dpo"
 LEVEL = 0.05
 
 
-def write(study: Study, records: Records, docs: Path, machine: str) -> None:
+def write(study: Study, records: Records, docs: Path) -> None:
     """Rewrite the page's tables, each between its two marks, and draw the figures."""
     results = Results(study, records)
     docs.mkdir(parents=True, exist_ok=True)
     page = docs / PAGE.name
     text = (page if page.exists() else PAGE).read_text(encoding="utf-8")
     tables: dict[str, Callable[[], str]] = {
-        "status": lambda: status(results, machine),
+        "status": lambda: status(results),
         "verdict": lambda: verdict(results),
         "mean": lambda: overall(results, "test"),
         "ranking": lambda: overall(results, "ranking"),
@@ -185,7 +185,7 @@ def noise_name(noise: tuple[str, float]) -> str:
     return f"{rate:.0%}" + (" ambiguous" if kind == "ambiguous" else "")
 
 
-def status(results: Results, machine: str) -> str:
+def status(results: Results) -> str:
     study, lines, missing = results.study, [], []
     stages = ("search", "final", "ablation")
     for task in study.tasks:
@@ -202,7 +202,8 @@ def status(results: Results, machine: str) -> str:
         cells = len(METHODS) * len(study.noises)
         lines.append([task, *counts, f"{full} of {cells}"])
     text = markdown(["task", *(f"{s} runs (computing)" for s in stages), "cells complete"], lines)
-    text += f"\n\nMachine: {machine}, one thread a worker."
+    machines = {r["result"]["machine"] for r in results.of_stage("cost")}
+    text += f"\n\nMachine: {', '.join(machines) or 'not recorded yet'}; one thread a worker."
     if missing:
         text += (
             f"\n\n**The study is not complete:** {len(missing)} cells (task, method, noise) have "

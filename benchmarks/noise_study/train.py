@@ -219,7 +219,8 @@ def cost(spec: Spec) -> dict[str, Any]:
     times = harness.in_turns(calls, spec["budget"], device)
     parameters = sum(p.numel() for p in task.reference.parameters())
     microseconds = {name: harness.quantiles(t["wall"]) for name, t in times.items()}
-    return {"parameters": parameters, "microseconds": microseconds}
+    machine = torch.cuda.get_device_name() if device == "cuda" else harness.processor()
+    return {"machine": machine, "parameters": parameters, "microseconds": microseconds}
 
 
 def loop(spec: Spec) -> dict[str, Any]:
