@@ -7,7 +7,8 @@ With π the policy, π_ref the reference, w the chosen and l the rejected respon
 
     h = log π(w)/π_ref(w) - log π(l)/π_ref(l)        d = log π(w) - log π(l)
 
-The formulas were read in the sources that each docstring names; the code is our own.
+The formulas are those of the sources that each docstring names, the last one named where there are
+several (so of the authors' code, where there is any); the code is our own.
 """
 
 from __future__ import annotations

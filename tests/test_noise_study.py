@@ -230,6 +230,7 @@ def test_what_a_kill_leaves_is_completed_to_the_same_file(done, tmp_path, monkey
     assert len(comparable(path)) == 15
     with path.open("a") as file:
         file.write('{"stage": "search", "half')
+    assert len(command.read(path)) == 15
     calls.clear()
     monkeypatch.setattr(command, "run", lambda spec: calls.append(spec) or real(spec))
     assert command.carry_out(TINY, path, workers=1, hours=1.0)
@@ -253,6 +254,17 @@ def test_workers():
         (record,) = do([spec])
     assert record["result"] == train.run(spec)["result"]
     assert record["result"]["error"] < 1e-5  # a setting where the loop converges
+
+
+def test_estimate_of_the_time_left():
+    study = TINY._replace(tasks=("digits", "bytes"))
+    total = plan.expected(study)["digits"]
+    assert total == 15 * (2 + 2 * 2)  # configurations, and twice two seeds
+    estimate = command.Estimate(study, {})
+    assert estimate.runs() == 2 * total
+    for _ in range(10):
+        estimate.add({"stage": "search", "task": "digits", "seconds": 36.0})
+    assert estimate.hours(workers=2) == f"{(total - 10) * 0.01 / 2:.2f} h and bytes"
 
 
 # --- the statistics ---

@@ -8,7 +8,7 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,16 +25,19 @@ ROOT = Path(__file__).parents[2]
 
 
 def read(path: Path) -> Records:
-    """Read the finished runs, and cut off a last line that a kill left half written."""
+    """Read the finished runs; a last line that a kill left half written is none of them."""
     if not path.exists():
         return {}
-    text = path.read_bytes()
-    whole = text.rfind(b"\n") + 1
-    if whole < len(text):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-    records = (json.loads(line) for line in text[:whole].splitlines())
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    records = (json.loads(line) for line in whole.splitlines())
     return {key(record): record for record in records}
+
+
+def cut(path: Path) -> None:
+    """Cut off a half-written last line."""
+    if path.exists():
+        with path.open("r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 @contextmanager
@@ -52,10 +55,36 @@ def crew(workers: int) -> Iterator[Callable[[list[Spec]], Iterator[dict[str, Any
         executor.shutdown(cancel_futures=True)
 
 
+class Estimate:
+    """What is left to do, from the mean time of each task's runs so far."""
+
+    def __init__(self, study: Study, records: Records) -> None:
+        self.left = plan.expected(study)
+        self.seconds: dict[str, list[float]] = {task: [] for task in self.left}
+        for record in records.values():
+            self.add(record)
+
+    def add(self, record: dict[str, Any]) -> None:
+        if record["stage"] in ("search", "final", "ablation"):
+            self.left[record["task"]] -= 1
+            self.seconds[record["task"]].append(record["seconds"])
+
+    def runs(self) -> int:
+        return sum(max(0, count) for count in self.left.values())
+
+    def hours(self, workers: int) -> str:
+        known = {task: sum(s) / len(s) for task, s in self.seconds.items() if s}
+        hours = sum(max(0, self.left[t]) * mean for t, mean in known.items()) / workers / 3600
+        unknown = [task for task in self.left if task not in known]
+        return f"{hours:.2f} h" + (f" and {', '.join(unknown)}" if unknown else "")
+
+
 def carry_out(study: Study, path: Path, workers: int, hours: float) -> bool:
     """Append what is missing to the results file; return whether nothing is missing any more."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    cut(path)
     records = read(path)
+    estimate = Estimate(study, records)
     end = time.monotonic() + 3600 * hours
     bar = tqdm(desc="noise study", initial=len(records), total=len(records), unit="run",
                mininterval=1.0, smoothing=0.02)  # fmt: skip
@@ -65,34 +94,13 @@ def carry_out(study: Study, path: Path, workers: int, hours: float) -> bool:
                 records[key(record)] = record
                 file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
                 file.flush()
-                bar.total = bar.n + 1 + remaining(study, records.values())
+                estimate.add(record)
+                bar.total = bar.n + 1 + estimate.runs()
                 bar.update()
-                left = hours_left(study, records.values(), workers)
-                bar.set_postfix_str(f"about {left} h left", refresh=False)
+                bar.set_postfix_str(f"left: {estimate.hours(workers)}", refresh=False)
                 if time.monotonic() > end:
                     return False
     return True
-
-
-def remaining(study: Study, records: Iterable[dict[str, Any]]) -> int:
-    return sum(max(0, n) for n in left_of_each(study, records).values())
-
-
-def left_of_each(study: Study, records: Iterable[dict[str, Any]]) -> dict[str, int]:
-    done = [record.get("task") for record in records]
-    return {task: n - done.count(task) for task, n in plan.expected(study).items()}
-
-
-def hours_left(study: Study, records: Iterable[dict[str, Any]], workers: int) -> str:
-    """Estimate from the mean time of a task's runs so far; a task without any is left out."""
-    records = [r for r in records if "task" in r and r["stage"] != "cost"]
-    seconds = 0.0
-    for task, count in left_of_each(study, records).items():
-        times = [r["seconds"] for r in records if r["task"] == task]
-        if times:
-            seconds += max(0, count) * sum(times) / len(times)
-    unknown = [t for t in study.tasks if not any(r["task"] == t for r in records)]
-    return f"{seconds / workers / 3600:.2f}" + (f" (without {', '.join(unknown)})" * bool(unknown))
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
