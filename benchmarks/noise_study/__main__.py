@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks import _harness as harness
 from benchmarks.noise_study import plan, report
 from benchmarks.noise_study.plan import QUICK, Records, Study, key
 from benchmarks.noise_study.train import Spec, run
@@ -91,7 +92,7 @@ def carry_out(study: Study, path: Path, workers: int, hours: float) -> bool:
     with bar, path.open("a", encoding="utf-8") as file, crew(workers) as do:
         for block in plan.blocks(study, records):
             for record in do([spec for spec in block if key(spec) not in records]):
-                records[key(record)] = record
+                records[key(record)] = record = harness._finite(record)
                 file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
                 file.flush()
                 estimate.add(record)

@@ -19,8 +19,7 @@ from benchmarks.noise_study.plan import Records, Study
 
 PAGE = Path(__file__).parents[2] / "docs" / "reproduction.md"
 Cell = tuple[str, str, str, float]  # task, method, kind, rate
-OURS = {"gamma-dpo": "dpo", "gamma-simpo": "simpo", "gamma-dpo-published": "dpo",
-        "gamma-simpo-published": "simpo"}  # fmt: skip
+OURS = ("gamma-dpo", "gamma-dpo-published", "gamma-simpo", "gamma-simpo-published")
 LEVEL = 0.05
 
 
@@ -139,24 +138,23 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def peers() -> dict[str, str]:
-    """Return what each method is compared with: DPO, or SimPO where the reward has no reference."""
+def pairings() -> list[tuple[str, str]]:
+    """Return what is compared: all with DPO, or with SimPO where the reward has no reference."""
     baselines = {False: "dpo", True: "simpo"}
-    return {
-        name: baselines[method.averaged]
-        for name, method in METHODS.items()
-        if name not in baselines.values()
-    }
+    peers = [(name, baselines[method.averaged]) for name, method in METHODS.items()]
+    loops = [(name, f"{name}-published") for name in ("gamma-dpo", "gamma-simpo")]
+    return [(ours, theirs) for ours, theirs in peers + loops if ours != theirs]
 
 
 def compared(results: Results, task: str, checkpoint: str) -> dict[Any, Any]:
-    """Compare every method with its peer in every noise: (gain, half width, adjusted p)."""
-    cells = [(m, noise) for m, noise in itertools.product(peers(), results.noises())]
+    """Compare each pairing in every noise: (gain, half width, adjusted p)."""
+    cells = list(itertools.product(pairings(), results.noises()))
     found = {}
-    for method, noise in cells:
-        ours = results.accuracy(task, method, *noise, checkpoint=checkpoint)
-        theirs = results.accuracy(task, peers()[method], *noise, checkpoint=checkpoint)
-        found[method, noise] = paired(ours, theirs)
+    for names, noise in cells:
+        ours, theirs = (
+            results.accuracy(task, name, *noise, checkpoint=checkpoint) for name in names
+        )
+        found[names, noise] = paired(ours, theirs)
     adjusted = holm([p for *_, p in found.values()])
     return {cell: (*f[:2], p) for (cell, f), p in zip(found.items(), adjusted, strict=True)}
 
@@ -216,13 +214,15 @@ def status(results: Results) -> str:
 def verdict(results: Results) -> str:
     """Say in words how many cells each γ method won and lost, by task and checkpoint."""
     lines = []
-    for ours, peer in OURS.items():
+    for names in pairings():
+        if names[0] not in OURS:
+            continue
         for checkpoint in ("last", "best"):
             parts = []
             for task in results.study.tasks:
                 cells = {
-                    noise: t for (m, noise), t in compared(results, task, checkpoint).items()
-                    if m == ours and noise[1] > 0 and not math.isnan(t[2])
+                    noise: t for (n, noise), t in compared(results, task, checkpoint).items()
+                    if n == names and noise[1] > 0 and not math.isnan(t[2])
                 }  # fmt: skip
                 if not cells:
                     continue
@@ -234,7 +234,7 @@ def verdict(results: Results) -> str:
                     f"(mean {number(average, 1, True)})"
                 )
             if parts:
-                labels = METHODS[ours].label, METHODS[peer].label
+                labels = [METHODS[name].label for name in names]
                 lines.append(f"- {labels[0]} against {labels[1]}, {checkpoint} checkpoint: "
                              + "; ".join(parts) + ".")  # fmt: skip
     return "\n".join(lines) or "No comparison has two seeds yet."
@@ -280,11 +280,11 @@ def differences(results: Results) -> str:
     for task, checkpoint in itertools.product(results.study.tasks, ("last", "best")):
         found = compared(results, task, checkpoint)
         rows = [
-            [f"{METHODS[m].label} − {METHODS[peer].label}", *(
-                pair(*found[m, n][:2], sign=True) + ("*" if found[m, n][2] < LEVEL else "")
+            [" − ".join(METHODS[name].label for name in names), *(
+                pair(*found[names, n][:2], sign=True) + ("*" if found[names, n][2] < LEVEL else "")
                 for n in results.noises()
             )]
-            for m, peer in peers().items()
+            for names in pairings()
         ]  # fmt: skip
         head = ["difference", *map(noise_name, results.noises())]
         parts.append(f"**{task}**, {checkpoint} checkpoint\n\n" + markdown(head, rows))
