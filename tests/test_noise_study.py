@@ -103,7 +103,7 @@ def test_the_byte_model_scores_as_in_the_example():
 
 
 def a_spec(method="dpo", **more):
-    spec = plan.spec(TINY, "final", "digits", method, "uniform", 0.4, 0)
+    spec = plan.spec(TINY, "trace", "digits", method, "uniform", 0.4, 0)
     return {**spec, "settings": plan.configurations(method, "digits", 2)[0], **more}
 
 
@@ -149,7 +149,7 @@ def test_area_under_the_curve():
 
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_every_method_has_the_same_budget(task):
-    searches = {m: plan.search(plan.Study(), task, m, "uniform", 0.2) for m in METHODS}
+    searches = {m: plan.search(plan.Study(), task, m, "uniform", 0.2, 3) for m in METHODS}
     assert {len(specs) for specs in searches.values()} == {plan.CONFIGURATIONS}
     rates = {tuple(s["settings"]["lr"] for s in specs) for specs in searches.values()}
     assert len(rates) == 1
@@ -160,7 +160,7 @@ def test_every_method_has_the_same_budget(task):
         betas = [s["settings"]["beta"] / length for s in specs]
         expected = [s["settings"]["beta"] for s in searches["dpo"]]
         assert betas == pytest.approx(expected, rel=1e-3)  # four digits are kept
-        assert {s["seed"] for s in specs} == {plan.SEARCH_SEED}
+        assert {s["seed"] for s in specs} == {3}
         assert all(set(METHODS[method].settings) < s["settings"].keys() for s in specs)
 
 
@@ -169,14 +169,15 @@ def a_record(spec, **result):
 
 
 def test_choice_of_settings_and_of_checkpoints():
-    specs = plan.search(TINY, "digits", "dpo", "uniform", 0.4)
+    cell = ("digits", "dpo", "uniform", 0.4)
+    specs = plan.search(TINY, *cell, 0)
     results = [
         {"noisy": [0.5, 0.9, 0.4], "clean": [0.6, 0.6, 0.9], "test": [0.1, 0.2, 0.3]},
         {"noisy": [0.5, 0.6, 0.7], "clean": [0.7, 0.8, 0.6], "test": [0.4, 0.5, 0.6]},
     ]
     records = {plan.key(s): a_record(s, **r) for s, r in zip(specs, results, strict=True)}
-    cell = ("digits", "dpo", "uniform", 0.4)
-    chosen = {how: plan.choose(TINY, records, *cell, *how) for how in plan.CHOICES}
+    ways = [(labels, which) for labels in ("noisy", "clean") for which in ("last", "best")]
+    chosen = {how: plan.choose(TINY, records, *cell, 0, *how)["settings"] for how in ways}
     first, second = (s["settings"] for s in specs)
     assert chosen == {
         ("noisy", "last"): second, ("noisy", "best"): first,
@@ -184,10 +185,12 @@ def test_choice_of_settings_and_of_checkpoints():
     }  # fmt: skip
     assert plan.score(results[0] | {"diverged": False}, "noisy", "best", "test") == 0.2
     assert plan.score(results[1] | {"diverged": False}, "clean", "best", "test") == 0.5
-    assert len(plan.final(TINY, records, *cell, 0)) == 2
+    (again,) = plan.traces(TINY._replace(seeds=1), records, "digits")
+    assert again["settings"] == second
+    assert plan.choose(TINY, records, *cell, 1) is None  # another seed has its own search
     del records[plan.key(specs[0])]
-    assert plan.choose(TINY, records, *cell) is None
-    assert plan.final(TINY, records, *cell, 0) == []
+    assert plan.choose(TINY, records, *cell, 0) is None
+    assert list(plan.traces(TINY, records, "digits")) == []
 
 
 # --- the results file ---
@@ -259,7 +262,7 @@ def test_workers():
 def test_estimate_of_the_time_left():
     study = TINY._replace(tasks=("digits", "bytes"))
     total = plan.expected(study)["digits"]
-    assert total == 15 * (2 + 2 * 2)  # configurations, and twice two seeds
+    assert total == 15 * 2 * (2 + 1)  # for each of two seeds two configurations and a trace
     estimate = command.Estimate(study, {})
     assert estimate.runs() == 2 * total
     for _ in range(10):

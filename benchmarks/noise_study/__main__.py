@@ -66,7 +66,7 @@ class Estimate:
             self.add(record)
 
     def add(self, record: dict[str, Any]) -> None:
-        if record["stage"] in ("search", "final", "ablation"):
+        if record["stage"] in ("search", "trace", "ablation"):
             self.left[record["task"]] -= 1
             self.seconds[record["task"]].append(record["seconds"])
 
@@ -113,7 +113,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="a reduced study that shows nothing but work")
     add("--workers", type=int, help="processes (default: 2, or 1 with --quick)")
     add("--hours", type=float, default=1e9, help="stop after this time; a later call goes on")
-    add("--seeds", type=int, help="final runs of each setting (default: 5)")
+    add("--seeds", type=int, help="repetitions of everything (default: 5)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: with a larger model")
     add("--results", type=Path, help="the file that runs are appended to and reports read")
     add("--docs", type=Path, help="folder of reproduction.md and its figures")

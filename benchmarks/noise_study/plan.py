@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,8 +14,7 @@ from benchmarks.baselines import METHODS
 from benchmarks.noise_study.tasks import TASKS
 from benchmarks.noise_study.train import Spec
 
-SEARCH_SEED = 1000  # of data, flips and batches: none of the final runs has them
-CONFIGURATIONS = 12  # tried for each method, task and noise
+CONFIGURATIONS = 12  # tried for each method, task, noise and seed
 
 # Spaces that configurations are drawn from: logarithmic, except those marked False.
 LEARNING_RATE = {"bytes": (1e-4, 1e-2), "digits": (1e-4, 3e-2), "diabetes": (1e-4, 3e-2)}
@@ -36,8 +34,7 @@ SPACE = {
 UNIFORM = tuple(("uniform", rate) for rate in (0.0, 0.2, 0.4, 0.1, 0.3))
 AMBIGUOUS = tuple(("ambiguous", rate) for rate in (0.2, 0.4, 0.1, 0.3))
 NOISES = UNIFORM + AMBIGUOUS
-TRACED = ("dpo", "gamma-dpo", "gamma-dpo-published", "simpo", "gamma-simpo",
-          "gamma-simpo-published")  # fmt: skip
+TRACED_RATES = (0.2, 0.4)
 
 GAMMA0S, TAUS = (0.5, 1.0, 2.0, 4.0, 8.0), (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 GRID = [{"gamma0": gamma0, "tau": tau} for gamma0 in GAMMA0S for tau in TAUS]
@@ -115,8 +112,9 @@ def between(low: float, high: float, logarithmic: bool, place: float) -> float:
     return float(f"{value:.4g}")
 
 
-def search(study: Study, task: str, method: str, kind: str, rate: float) -> list[Spec]:
-    base = spec(study, "search", task, method, kind, rate, SEARCH_SEED)
+def search(study: Study, task: str, method: str, kind: str, rate: float, seed: int) -> list[Spec]:
+    """Return the runs that one is chosen from, all on the data and the wrong labels of a seed."""
+    base = spec(study, "search", task, method, kind, rate, seed)
     return [
         {**base, "settings": settings}
         for settings in configurations(method, task, study.configurations)
@@ -133,19 +131,17 @@ def spec(
 
 
 def choose(
-    study: Study, records: Records, task: str, method: str, kind: str, rate: float,
+    study: Study, records: Records, task: str, method: str, kind: str, rate: float, seed: int,
     labels: str = "noisy", checkpoint: str = "last",
-) -> dict[str, float] | None:  # fmt: skip
-    """Return the settings whose search run did best on validation pairs, None while some lack.
+) -> dict[str, Any] | None:  # fmt: skip
+    """Return the search run that did best on a seed's validation pairs, None while some lack.
 
     By accuracy on ``noisy`` or ``clean`` labels, at the ``last`` or at the ``best`` checkpoint.
     """
-    runs = [records.get(key(s)) for s in search(study, task, method, kind, rate)]
+    runs = [records.get(key(s)) for s in search(study, task, method, kind, rate, seed)]
     if not all(runs):
         return None
-    scores = [score(r["result"], labels, checkpoint) for r in runs if r]
-    best = scores.index(max(scores))
-    return search(study, task, method, kind, rate)[best]["settings"]
+    return max((r for r in runs if r), key=lambda r: score(r["result"], labels, checkpoint))
 
 
 def best_checkpoint(result: dict[str, Any], labels: str, checkpoint: str) -> int:
@@ -165,31 +161,26 @@ def score(result: dict[str, Any], labels: str, checkpoint: str, of: str | None =
     return float(result[of or labels][best_checkpoint(result, labels, checkpoint)])
 
 
-CHOICES = tuple(itertools.product(("noisy", "clean"), ("last", "best")))
-
-
-def final(
-    study: Study, records: Records, task: str, method: str, kind: str, rate: float, seed: int
-) -> list[Spec]:
-    """Return the final runs of a cell: one for each setting chosen in any of the four ways."""
-    base = spec(study, "final", task, method, kind, rate, seed)
-    trace = {"trace": True} if seed == 0 and kind == "uniform" and method in TRACED else {}
-    chosen = [choose(study, records, task, method, kind, rate, *how) for how in CHOICES]
-    different = [c for i, c in enumerate(chosen) if c is not None and c not in chosen[:i]]
-    return [{**base, "settings": settings, **trace} for settings in different]
+def traces(study: Study, records: Records, task: str) -> Iterator[Spec]:
+    """Do the runs chosen on noisy labels at the last checkpoint again, and watch their pairs."""
+    noises = [noise for noise in study.noises if noise[1] in TRACED_RATES]
+    for seed, noise, method in itertools.product(range(study.seeds), noises, METHODS):
+        chosen = choose(study, records, task, method, *noise, seed)
+        if chosen:
+            base = spec(study, "trace", task, method, *noise, seed)
+            yield {**base, "settings": chosen["settings"]}
 
 
 def ablations(study: Study, records: Records, task: str) -> Iterator[Spec]:
     """Change one thing in the settings chosen on noisy labels at the last checkpoint."""
-    seeds = range(study.ablation_seeds)
-    for (kind, rate), method in itertools.product(study.ablation_noises, ABLATION_METHODS):
-        settings = choose(study, records, task, method, kind, rate)
-        if settings is None:
-            continue
-        for name, seed in itertools.product(study.changes, seeds):
-            for change in CHANGES[name]:
-                base = spec(study, "ablation", task, method, kind, rate, seed)
-                yield {**base, "settings": settings, "change": change}
+    for seed, noise, method in itertools.product(
+        range(study.ablation_seeds), study.ablation_noises, ABLATION_METHODS
+    ):
+        chosen = choose(study, records, task, method, *noise, seed)
+        for change in itertools.chain(*(CHANGES[name] for name in study.changes)):
+            if chosen:
+                base = spec(study, "ablation", task, method, *noise, seed)
+                yield {**base, "settings": chosen["settings"], "change": change}
 
 
 def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
@@ -205,13 +196,9 @@ def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
     others = [noise for noise in study.noises if noise not in first]
     for noises in (first, others):
         for task in study.tasks:
-            cells = [(task, m, *noise) for noise, m in itertools.product(noises, METHODS)]
-            yield [s for cell in cells for s in search(study, *cell)]
-            seeds = range(study.seeds)
-            yield [
-                s for seed, cell in itertools.product(seeds, cells)
-                for s in final(study, records, *cell, seed)
-            ]  # fmt: skip
+            cells = itertools.product(range(study.seeds), noises, METHODS)
+            yield [s for seed, noise, m in cells for s in search(study, task, m, *noise, seed)]
+            yield list(traces(study, records, task))
     yield [
         {"stage": "cost", "size": study.size, "device": study.device, "task": task, "seed": 0,
          "budget": study.cost_seconds}
@@ -222,10 +209,10 @@ def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
 
 
 def expected(study: Study) -> dict[str, int]:
-    """Return how many runs each task will have; of final settings two a cell is a guess."""
-    cells = len(study.noises) * len(METHODS)
-    ablation = len(study.ablation_noises) * len(ABLATION_METHODS) * study.ablation_seeds
-    changes = sum(len(CHANGES[name]) for name in study.changes)
-    settings = min(2, study.configurations)
-    count = cells * (study.configurations + settings * study.seeds) + ablation * changes
-    return dict.fromkeys(study.tasks, math.ceil(count))
+    """Return how many runs each task will have."""
+    searched = len(study.noises) * study.configurations
+    traced = sum(rate in TRACED_RATES for _, rate in study.noises)
+    changed = sum(len(CHANGES[name]) for name in study.changes)
+    ablated = len(study.ablation_noises) * len(ABLATION_METHODS) * study.ablation_seeds
+    count = len(METHODS) * study.seeds * (searched + traced) + ablated * changed
+    return dict.fromkeys(study.tasks, count)

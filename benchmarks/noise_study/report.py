@@ -20,6 +20,7 @@ from benchmarks.noise_study.plan import Records, Study
 PAGE = Path(__file__).parents[2] / "docs" / "reproduction.md"
 Cell = tuple[str, str, str, float]  # task, method, kind, rate
 OURS = ("gamma-dpo", "gamma-dpo-published", "gamma-simpo", "gamma-simpo-published")
+SHOWN = ("dpo", "simpo", *OURS)
 LEVEL = 0.05
 
 
@@ -56,26 +57,36 @@ def write(study: Study, records: Records, docs: Path) -> None:
 
 
 class Results:
-    """Looks up what the chosen settings of a cell reached."""
+    """Looks up the runs that were chosen in a cell."""
 
     def __init__(self, study: Study, records: Records) -> None:
         self.study, self.records = study, records
         self._chosen: dict[Any, Any] = {}
 
-    def runs(self, *cell: Any, labels: str = "noisy", checkpoint: str = "last") -> dict[int, Any]:
-        """Return the final runs of a cell by seed."""
-        how = (*cell, labels, checkpoint)
+    def chosen(self, *cell: Any, seed: int, labels: str = "noisy", checkpoint: str = "last") -> Any:
+        how = (*cell, seed, labels, checkpoint)
         if how not in self._chosen:
             self._chosen[how] = plan.choose(self.study, self.records, *how)
-        if self._chosen[how] is None:
-            return {}
-        base = plan.spec(self.study, "final", *cell, 0)
-        specs = {
-            seed: {**base, "settings": self._chosen[how], "seed": seed}
+        return self._chosen[how]
+
+    def runs(self, *cell: Any, labels: str = "noisy", checkpoint: str = "last") -> dict[int, Any]:
+        """Return the results of the chosen runs by seed."""
+        runs = {
+            seed: self.chosen(*cell, seed=seed, labels=labels, checkpoint=checkpoint)
             for seed in range(self.study.seeds)
         }
-        found = {seed: self.records.get(plan.key(spec)) for seed, spec in specs.items()}
-        return {seed: run["result"] for seed, run in found.items() if run}
+        return {seed: run["result"] for seed, run in runs.items() if run}
+
+    def repeated(self, stage: str, *cell: Any, **more: Any) -> dict[int, Any]:
+        """Return the results of another stage with the chosen settings, by seed."""
+        results = {}
+        for seed in range(self.study.seeds):
+            if chosen := self.chosen(*cell, seed=seed):
+                spec = plan.spec(self.study, stage, *cell, seed)
+                run = self.records.get(plan.key({**spec, "settings": chosen["settings"], **more}))
+                if run:
+                    results[seed] = run["result"]
+        return results
 
     def accuracy(
         self, *cell: Any, labels: str = "noisy", checkpoint: str = "last", of: str = "test"
@@ -88,14 +99,8 @@ class Results:
         return sorted(self.study.noises, key=lambda noise: (noise[0] == "ambiguous", noise[1]))
 
     def ablation(self, task: str, method: str, noise: tuple[str, float], change: dict) -> dict:
-        settings = plan.choose(self.study, self.records, task, method, *noise)
-        accuracy = {}
-        for seed in range(self.study.ablation_seeds):
-            spec = plan.spec(self.study, "ablation", task, method, *noise, seed)
-            run = self.records.get(plan.key({**spec, "settings": settings, "change": change}))
-            if run:
-                accuracy[seed] = 100 * plan.score(run["result"], "noisy", "last", "test")
-        return accuracy
+        runs = self.repeated("ablation", task, method, *noise, change=change)
+        return {s: 100 * plan.score(r, "noisy", "last", "test") for s, r in runs.items()}
 
     def of_stage(self, stage: str) -> list[dict[str, Any]]:
         return [record for record in self.records.values() if record["stage"] == stage]
@@ -185,7 +190,7 @@ def noise_name(noise: tuple[str, float]) -> str:
 
 def status(results: Results) -> str:
     study, lines, missing = results.study, [], []
-    stages = ("search", "final", "ablation")
+    stages = ("search", "trace", "ablation")
     for task in study.tasks:
         counts = []
         for stage in stages:
@@ -331,7 +336,7 @@ def weights(results: Results) -> str:
     for m, method in METHODS.items():
         row = [method.label]
         for task, noise in columns:
-            runs = results.runs(task, m, *noise).values()
+            runs = results.repeated("trace", task, m, *noise).values()
             last_pairs = [last(run["weights"]) for run in runs]
             row.append(number(mean_of(w[0] / w[1] for w in last_pairs if w and w[0] and w[1]), 2))
         rows.append(row)
@@ -348,7 +353,7 @@ def detection(results: Results) -> str:
                 continue
             row = [f"{method.label}: {label}"]
             for task, noise in columns:
-                runs = results.runs(task, m, *noise).values()
+                runs = results.repeated("trace", task, m, *noise).values()
                 row.append(number(mean_of(last(run[name]) for run in runs), 3))
             rows.append(row)
     head = ["ranking", *(f"{task}, {noise_name(noise)}" for task, noise in columns)]
@@ -479,8 +484,8 @@ def draw_accuracy(results: Results, path: Path) -> None:
 
 
 def traced(results: Results, task: str, method: str, noise: tuple[str, float]) -> Any:
-    run = results.runs(task, method, *noise).get(0)
-    return run if run and run.get("trace") else None
+    run = results.repeated("trace", task, method, *noise).get(0)
+    return run if run and run["pairs"] else None
 
 
 def figure_noise(results: Results) -> tuple[str, float]:
@@ -495,7 +500,7 @@ def draw_rewards(results: Results, path: Path) -> None:
             enumerate((False, True)), enumerate(tasks)
         ):
             ax = axes[row, column]
-            for m in plan.TRACED:
+            for m in SHOWN:
                 run = traced(results, task, m, noise)
                 if METHODS[m].averaged == averaged and run:
                     gaps = np.array(run["test_gaps"])
@@ -512,17 +517,17 @@ def draw_rewards(results: Results, path: Path) -> None:
 def draw_margins(results: Results, path: Path) -> None:
     """Margins against gaps over training: the paper's Figure 5."""
     noise = figure_noise(results)
-    methods = [m for m in plan.TRACED if m in OURS and "published" not in m]
+    methods = ("gamma-dpo", "gamma-simpo")
     cells = list(itertools.product(methods, results.study.tasks))
     with figure(path, len(cells), 3) as axes:
         for row, (m, task) in enumerate(cells):
             run = traced(results, task, m, noise)
             if not run:
                 continue
-            count = len(run["trace"])
+            count = len(run["pairs"])
             for column, i in enumerate((0, count // 2, count - 1)):
                 ax = axes[row, column]
-                gaps, _, flipped, margins, _ = map(np.array, run["trace"][i])
+                gaps, flipped, margins, _ = map(np.array, run["pairs"][i])
                 for value, colour, label in ((0, "#0072b2", "clean"), (1, "#d55e00", "flipped")):
                     which = flipped == value
                     ax.scatter(gaps[which], margins[which], s=6, c=colour, alpha=0.5, lw=0,
@@ -542,7 +547,7 @@ def draw_weights(results: Results, path: Path) -> None:
             ax = axes[row, column]
             for m, method in METHODS.items():
                 runs = [
-                    r for r in results.runs(task, m, *noise).values()
+                    r for r in results.repeated("trace", task, m, *noise).values()
                     if r["weights"] and not r["diverged"] and all(all(w) for w in r["weights"])
                 ]  # fmt: skip
                 if method.averaged != averaged or not runs:
@@ -567,7 +572,7 @@ def draw_roc(results: Results, path: Path) -> None:
                 run = traced(results, task, m, noise)
                 if not run:
                     continue
-                gaps, _, flipped, *rest = map(np.array, run["trace"][-1])
+                gaps, flipped, *rest = map(np.array, run["pairs"][-1])
                 scores = {"loss": -gaps}
                 if rest:
                     scores |= {"margin": -rest[0], "implied smoothing": rest[1]}

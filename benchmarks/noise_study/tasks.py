@@ -143,7 +143,7 @@ def byte_task(size: dict[str, int], seed: int, device: str) -> Task:
 
     count = size["pairs"]
     train = split(pair_text[:cut], count)
-    validation = split(pair_text[cut:], count // 3)
+    validation = split(pair_text[cut:], count // 2)
     test = split(test_text, count * 2 // 3)
     return Task(reference, logps, train, validation, test, length, size["steps"], size["batch"])
 
@@ -188,7 +188,7 @@ def table_task(name: str, size: dict[str, int], seed: int, device: str) -> Task:
 
     count = size["pairs"]
     train = split(bounds[0], bounds[1], count)
-    validation = split(bounds[1], bounds[2], count // 3)
+    validation = split(bounds[1], bounds[2], count // 2)
     test = split(bounds[2], bounds[3], count)
     return Task(reference, logps, train, validation, test, 1, size["steps"], size["batch"])
 

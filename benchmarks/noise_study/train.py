@@ -69,12 +69,13 @@ def train(spec: Spec) -> dict[str, Any]:
     scale = 1 / task.length if method.averaged else 1.0
     at = {round(task.steps * (i + 1) / CHECKPOINTS) for i in range(CHECKPOINTS)}
 
-    curves: dict[str, list[Any]] = {
-        name: [] for name in ("step", "test", "ranking", "noisy", "clean", "weights")
-    }
-    curves |= {"auc_loss": [], "auc_margin": [], "auc_smoothing": []}
+    traced = spec["stage"] == "trace"
+    names = ["test", "ranking", "noisy", "clean"]
+    if traced:
+        names += ["step", "weights", "auc_loss", "auc_margin", "auc_smoothing", "pairs"]
+    curves: dict[str, list[Any]] = {name: [] for name in names}
     seen: list[tuple[Tensor, Tensor, Tensor]] = []  # since the last checkpoint
-    traces, spent, diverged = [], 0.0, False
+    spent, diverged = 0.0, False
     for step in range(1, task.steps + 1):
         index = torch.randint(len(task.train), (task.batch,), generator=order)
         began = time.perf_counter()
@@ -94,31 +95,41 @@ def train(spec: Spec) -> dict[str, Any]:
         optimizer.step()
         spent += time.perf_counter() - began
 
-        gaps = settings["beta"] * (logps.d if method.averaged else logps.h).detach()
-        assert policy.grad is not None
-        weights = -policy.grad[:, 0] * task.batch / settings["beta"]
-        seen.append((gaps.cpu(), weights.cpu(), wrong[index]))
+        if traced:
+            gaps = settings["beta"] * (logps.d if method.averaged else logps.h).detach()
+            assert policy.grad is not None
+            weights = -policy.grad[:, 0] * task.batch / settings["beta"]
+            seen.append((gaps.cpu(), weights.cpu(), wrong[index]))
         if step in at:
-            curves["step"].append(step)
             evaluate(task, model, method, wrong_validation, curves)
-            gaps, weights, flipped = (torch.cat(parts) for parts in zip(*seen, strict=True))
-            seen = []
-            curves["weights"].append([mean(weights[flipped]), mean(weights[~flipped])])
-            margins, smoothing = judged(gaps, settings)
-            curves["auc_loss"].append(auc(-gaps, flipped))
-            if margins is not None:
-                curves["auc_margin"].append(auc(-margins, flipped))
-                curves["auc_smoothing"].append(auc(smoothing, flipped))
-            if spec.get("trace"):
-                judgement = () if margins is None else (margins, smoothing)
-                columns = (gaps, weights, flipped.int(), *judgement)
-                traces.append([rounded(column[:TRACED]) for column in columns])
-    result = {
-        **curves, "diverged": diverged, "step_seconds": round(spent / step, 6)
-    }  # fmt: skip
-    if spec.get("trace"):
-        result |= {"trace": traces, "test_gaps": rounded(test_gaps(task, model, spec))}
+            if traced:
+                curves["step"].append(step)
+                trace(*(torch.cat(parts) for parts in zip(*seen, strict=True)), spec, curves)
+                seen = []
+    result = {**curves, "diverged": diverged, "step_seconds": float(f"{spent / step:.3g}")}
+    if traced and spec["seed"] == 0:
+        result["test_gaps"] = rounded(test_gaps(task, model, spec))
     return result
+
+
+def trace(
+    gaps: Tensor, weights: Tensor, flipped: Tensor, spec: Spec, curves: dict[str, list[Any]]
+) -> None:
+    """Append what training saw of its pairs since the last checkpoint."""
+    curves["weights"].append([mean(weights[flipped]), mean(weights[~flipped])])
+    curves["auc_loss"].append(auc(-gaps, flipped))
+    columns = [gaps, flipped.int()]
+    settings = spec["settings"]
+    if "gamma0" in settings:  # the margins that these gaps have as one pool
+        gaps = gaps.double()
+        margins = solve_margins(gaps, gamma0=settings["gamma0"], tau=settings["tau"]).margins
+        shift = margins - settings["gamma0"]
+        smoothing = label_smoothing_from_shift(gaps, shift, kind="conservative", match="slope")
+        curves["auc_margin"].append(auc(-margins, flipped))
+        curves["auc_smoothing"].append(auc(smoothing, flipped))
+        columns += [margins, smoothing]
+    if spec["seed"] == 0:  # for the figures
+        curves["pairs"].append([rounded(column[:TRACED]) for column in columns])
 
 
 def labelled(logps: Tensor, swap: Tensor) -> Tensor:
@@ -150,7 +161,7 @@ def evaluate(
 
 
 def accuracy(gaps: Tensor) -> float:
-    return round(((gaps > 0).float() + 0.5 * (gaps == 0).float()).mean().item(), 5)
+    return round(((gaps > 0).float() + 0.5 * (gaps == 0).float()).mean().item(), 4)
 
 
 def mean(values: Tensor) -> float | None:
@@ -158,7 +169,7 @@ def mean(values: Tensor) -> float | None:
 
 
 def rounded(values: Tensor) -> list[float]:
-    return [float(f"{value:.6g}") for value in values.tolist()]
+    return [float(f"{value:.5g}") for value in values.tolist()]
 
 
 def auc(score: Tensor, positive: Tensor) -> float | None:
@@ -169,17 +180,6 @@ def auc(score: Tensor, positive: Tensor) -> float | None:
         return None
     ranks = rankdata(score.numpy())[positive.numpy()].sum()
     return round(float((ranks - hits * (hits + 1) / 2) / (hits * misses)), 5)
-
-
-def judged(gaps: Tensor, settings: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-    """Margins and implied smoothing of training gaps as one pool, for a method that has them."""
-    if "gamma0" not in settings:
-        return None, None
-    gaps = gaps.double()
-    margins = solve_margins(gaps, gamma0=settings["gamma0"], tau=settings["tau"]).margins
-    shift = margins - settings["gamma0"]
-    smoothing = label_smoothing_from_shift(gaps, shift, kind="conservative", match="slope")
-    return margins, smoothing
 
 
 def test_gaps(task: Task, model: nn.Module, spec: Spec) -> Tensor:
