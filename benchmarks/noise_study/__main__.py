@@ -93,7 +93,8 @@ def carry_out(study: Study, path: Path, workers: int, hours: float) -> bool:
         for block in plan.blocks(study, records):
             for record in do([spec for spec in block if key(spec) not in records]):
                 records[key(record)] = record = harness._finite(record)
-                file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+                line = json.dumps(record, allow_nan=False, separators=(",", ":"))
+                file.write(line + "\n")
                 file.flush()
                 estimate.add(record)
                 bar.total = bar.n + 1 + estimate.runs()

@@ -18,7 +18,6 @@ from benchmarks.noise_study import plan
 from benchmarks.noise_study.plan import Records, Study
 
 PAGE = Path(__file__).parents[2] / "docs" / "reproduction.md"
-Cell = tuple[str, str, str, float]  # task, method, kind, rate
 OURS = ("gamma-dpo", "gamma-dpo-published", "gamma-simpo", "gamma-simpo-published")
 SHOWN = ("dpo", "simpo", *OURS)
 LEVEL = 0.05
@@ -151,17 +150,39 @@ def pairings() -> list[tuple[str, str]]:
     return [(ours, theirs) for ours, theirs in peers + loops if ours != theirs]
 
 
-def compared(results: Results, task: str, checkpoint: str) -> dict[Any, Any]:
-    """Compare each pairing in every noise: (gain, half width, adjusted p)."""
-    cells = list(itertools.product(pairings(), results.noises()))
+def compared(
+    results: Results, task: str, names: tuple[str, str], checkpoint: str
+) -> dict[tuple[str, float], tuple[float, float, float]]:
+    """Compare two methods in every noise: (gain, half width, p adjusted for the noises)."""
     found = {}
-    for names, noise in cells:
+    for noise in results.noises():
         ours, theirs = (
             results.accuracy(task, name, *noise, checkpoint=checkpoint) for name in names
         )
-        found[names, noise] = paired(ours, theirs)
+        found[noise] = paired(ours, theirs)
     adjusted = holm([p for *_, p in found.values()])
-    return {cell: (*f[:2], p) for (cell, f), p in zip(found.items(), adjusted, strict=True)}
+    return {noise: (*f[:2], p) for (noise, f), p in zip(found.items(), adjusted, strict=True)}
+
+
+def over_noises(
+    results: Results, task: str, methods: Iterable[str], checkpoint: str, of: str = "test"
+) -> tuple[int, dict[str, dict[int, float]]]:
+    """Return how many noisy cells all the methods have, and by method and seed its mean over them.
+
+    Seeds count that every method has in each of these cells.
+    """
+    table = {
+        noise: {m: results.accuracy(task, m, *noise, checkpoint=checkpoint, of=of) for m in methods}
+        for noise in results.noises()
+        if noise[1] > 0
+    }
+    cells = [cell for cell in table.values() if all(cell.values())]
+    seeds = [set(values) for cell in cells for values in cell.values()]
+    common = sorted(set.intersection(*seeds)) if seeds else []
+    return len(cells), {
+        m: {seed: float(np.mean([cell[m][seed] for cell in cells])) for seed in common}
+        for m in methods
+    }
 
 
 # --- tables ---
@@ -189,27 +210,23 @@ def noise_name(noise: tuple[str, float]) -> str:
 
 
 def status(results: Results) -> str:
-    study, lines, missing = results.study, [], []
+    study, lines, missing = results.study, [], 0
     stages = ("search", "trace", "ablation")
     for task in study.tasks:
         counts = []
         for stage in stages:
             ofs = [r for r in results.of_stage(stage) if r["task"] == task]
             counts.append(f"{len(ofs)} ({sum(r['seconds'] for r in ofs) / 3600:.2f} h)")
-        full = 0
-        for noise, method in itertools.product(results.noises(), METHODS):
-            seeds = len(results.runs(task, method, *noise))
-            full += seeds == study.seeds
-            if seeds < study.seeds:
-                missing.append((task, method, noise, seeds))
-        cells = len(METHODS) * len(study.noises)
-        lines.append([task, *counts, f"{full} of {cells}"])
+        cells = list(itertools.product(METHODS, results.noises()))
+        full = sum(len(results.runs(task, m, *n)) == study.seeds for m, n in cells)
+        missing += len(cells) - full
+        lines.append([task, *counts, f"{full} of {len(cells)}"])
     text = markdown(["task", *(f"{s} runs (computing)" for s in stages), "cells complete"], lines)
     machines = {r["result"]["machine"] for r in results.of_stage("cost")}
     text += f"\n\nMachine: {', '.join(machines) or 'not recorded yet'}; one thread a worker."
     if missing:
         text += (
-            f"\n\n**The study is not complete:** {len(missing)} cells (task, method, noise) have "
+            f"\n\n**The study is not complete:** {missing} cells (task, method, noise) have "
             f"fewer than {study.seeds} seeds or none. Everything below is from what there is; a "
             "dash is what is missing."
         )
@@ -219,29 +236,23 @@ def status(results: Results) -> str:
 def verdict(results: Results) -> str:
     """Say in words how many cells each γ method won and lost, by task and checkpoint."""
     lines = []
-    for names in pairings():
-        if names[0] not in OURS:
-            continue
-        for checkpoint in ("last", "best"):
-            parts = []
-            for task in results.study.tasks:
-                cells = {
-                    noise: t for (n, noise), t in compared(results, task, checkpoint).items()
-                    if n == names and noise[1] > 0 and not math.isnan(t[2])
-                }  # fmt: skip
-                if not cells:
-                    continue
-                better = sum(gain > 0 and p < LEVEL for gain, _, p in cells.values())
-                worse = sum(gain < 0 and p < LEVEL for gain, _, p in cells.values())
-                average = float(np.mean([gain for gain, *_ in cells.values()]))
-                parts.append(
-                    f"{task} {better} better, {worse} worse of {len(cells)} "
-                    f"(mean {number(average, 1, True)})"
-                )
-            if parts:
-                labels = [METHODS[name].label for name in names]
-                lines.append(f"- {labels[0]} against {labels[1]}, {checkpoint} checkpoint: "
-                             + "; ".join(parts) + ".")  # fmt: skip
+    for names, checkpoint in itertools.product(pairings(), ("last", "best")):
+        parts = []
+        for task in results.study.tasks:
+            found = compared(results, task, names, checkpoint).items()
+            cells = [f for noise, f in found if noise[1] > 0 and not math.isnan(f[2])]
+            if not cells:
+                continue
+            better = sum(gain > 0 and p < LEVEL for gain, _, p in cells)
+            worse = sum(gain < 0 and p < LEVEL for gain, _, p in cells)
+            count, means = over_noises(results, task, names, checkpoint)
+            mean = pair(*paired(means[names[0]], means[names[1]])[:2], sign=True)
+            parts.append(
+                f"{task} {better} better, {worse} worse of {len(cells)} (mean of {count}: {mean})"
+            )
+        if parts and names[0] in OURS:
+            labels = " against ".join(METHODS[name].label for name in names)
+            lines.append(f"- {labels}, {checkpoint} checkpoint: {'; '.join(parts)}.")
     return "\n".join(lines) or "No comparison has two seeds yet."
 
 
@@ -249,19 +260,13 @@ def overall(results: Results, of: str) -> str:
     """Mean accuracy over the noisy cells that all methods have, by task."""
     head, columns = ["method"], []
     for task, checkpoint in itertools.product(results.study.tasks, ("last", "best")):
-        noises = [
-            noise for noise in results.noises()
-            if noise[1] > 0 and all(results.runs(task, m, *noise) for m in METHODS)
-        ]  # fmt: skip
-        head.append(f"{task}, {checkpoint} ({len(noises)})")
-        columns.append({
-            m: np.mean([
-                np.mean([*results.accuracy(task, m, *noise, checkpoint=checkpoint, of=of).values()])
-                for noise in noises
-            ]) if noises else math.nan
-            for m in METHODS
-        })  # fmt: skip
-    rows = [[method.label, *(number(c[m]) for c in columns)] for m, method in METHODS.items()]
+        count, means = over_noises(results, task, METHODS, checkpoint, of)
+        head.append(f"{task}, {checkpoint} ({count})")
+        columns.append(means)
+    rows = [
+        [method.label, *(pair(*interval(means[m].values())) for means in columns)]
+        for m, method in METHODS.items()
+    ]
     return markdown(head, rows)
 
 
@@ -283,14 +288,11 @@ def accuracies(results: Results) -> str:
 def differences(results: Results) -> str:
     parts = []
     for task, checkpoint in itertools.product(results.study.tasks, ("last", "best")):
-        found = compared(results, task, checkpoint)
-        rows = [
-            [" − ".join(METHODS[name].label for name in names), *(
-                pair(*found[names, n][:2], sign=True) + ("*" if found[names, n][2] < LEVEL else "")
-                for n in results.noises()
-            )]
-            for names in pairings()
-        ]  # fmt: skip
+        rows = []
+        for names in pairings():
+            found = compared(results, task, names, checkpoint).values()
+            cells = [pair(*f[:2], sign=True) + ("*" if f[2] < LEVEL else "") for f in found]
+            rows.append([" − ".join(METHODS[name].label for name in names), *cells])
         head = ["difference", *map(noise_name, results.noises())]
         parts.append(f"**{task}**, {checkpoint} checkpoint\n\n" + markdown(head, rows))
     return "\n\n".join(parts)
