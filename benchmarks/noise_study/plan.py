@@ -192,6 +192,11 @@ def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
         {"stage": "loop", "gamma0": gamma0, "tau": tau, "scale": 4.0, "seed": 0}
         for gamma0, tau in LOOPS
     ]
+    yield [
+        {"stage": "cost", "size": study.size, "device": study.device, "task": task, "seed": 0,
+         "budget": study.cost_seconds}
+        for task in sorted(study.tasks, key=list(reversed(TASKS)).index)
+    ]  # fmt: skip
     first = [noise for noise in study.noises if noise in UNIFORM[:3]]
     others = [noise for noise in study.noises if noise not in first]
     for noises in (first, others):
@@ -199,11 +204,6 @@ def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
             cells = itertools.product(range(study.seeds), noises, METHODS)
             yield [s for seed, noise, m in cells for s in search(study, task, m, *noise, seed)]
             yield list(traces(study, records, task))
-    yield [
-        {"stage": "cost", "size": study.size, "device": study.device, "task": task, "seed": 0,
-         "budget": study.cost_seconds}
-        for task in sorted(study.tasks, key=list(reversed(TASKS)).index)
-    ]  # fmt: skip
     for task in study.tasks:
         yield list(ablations(study, records, task))
 

@@ -480,7 +480,7 @@ def draw_accuracy(results: Results, path: Path) -> None:
             ax.set(title=f"{task}, {kind} flips", xlabel="labels flipped (%)")
             ax.grid(alpha=0.25)
             if row == 0:
-                legend(ax, loc="lower left")
+                legend(ax)
         for ax in axes[:, 0]:
             ax.set_ylabel("test accuracy (%)")
 
