@@ -1,0 +1,218 @@
+"""Which runs there are, in the order in which they are worth doing, and how settings are chosen."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from scipy.stats import qmc
+
+from benchmarks.baselines import METHODS
+from benchmarks.noise_study.tasks import TASKS
+from benchmarks.noise_study.train import Spec
+
+CONFIGURATIONS = 12  # tried for each method, task, noise and seed
+
+# Spaces that configurations are drawn from: logarithmic, except those marked False.
+LEARNING_RATE = {"bytes": (1e-4, 1e-2), "digits": (1e-4, 3e-2), "diabetes": (1e-4, 3e-2)}
+BETA = {"bytes": (0.05, 1.0), "digits": (0.1, 3.0), "diabetes": (0.1, 3.0)}
+RESPONSE_LENGTH = {"bytes": 24, "digits": 1, "diabetes": 1}  # averaging takes beta times this
+SPACE = {
+    "margin": (0.25, 8.0, True),
+    "gamma0": (0.25, 8.0, True),
+    "tau": (0.1, 30.0, True),
+    "epsilon": (0.02, 0.45, False),
+    "a": (0.1, 1.0, True),
+    "rho": (0.0, 0.4, False),
+    "beta_prime": (0.3, 3.0, True),
+    "alpha": (3.0, 60.0, True),  # ROPO's; it asks for > 2
+    "alpha-dpo.alpha": (0.01, 0.5, True),
+}
+UNIFORM = tuple(("uniform", rate) for rate in (0.0, 0.2, 0.4, 0.1, 0.3))
+AMBIGUOUS = tuple(("ambiguous", rate) for rate in (0.2, 0.4, 0.1, 0.3))
+NOISES = UNIFORM + AMBIGUOUS
+TRACED_RATES = (0.2, 0.4)
+
+GAMMA0S, TAUS = (0.5, 1.0, 2.0, 4.0, 8.0), (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+GRID = [{"gamma0": gamma0, "tau": tau} for gamma0 in GAMMA0S for tau in TAUS]
+CHANGES: dict[str, list[dict[str, Any]]] = {
+    "as chosen": [{}],
+    "pool": [{"queue_size": 0}, {"queue_size": 128}, {"queue_size": 2048},
+             {"queue_size": 2048, "sample": 256}],
+    "form": [{"centered": False}, {"centered": True}],
+    "gradient": [{"differentiable": True}],
+    "smoothing": [{"label_smoothing": e, "robust": r} for r in (False, True) for e in (0.1, 0.3)],
+    "grid": GRID,
+}  # fmt: skip
+ABLATION_NOISES = (("uniform", 0.4), ("uniform", 0.2))
+ABLATION_METHODS = ("gamma-dpo", "gamma-simpo")
+LOOPS = [(4.0, 10.0), (3.0, 3.0), (8.0, 10.0), (4.0, 2.0), (2.0, 0.5), (4.0, 0.5), (8.0, 0.5),
+         (4.0, 0.1)]  # fmt: skip
+Records = dict[str, dict[str, Any]]
+
+
+class Study(NamedTuple):
+    """What is to be run; the fields of the full study are the defaults."""
+
+    size: str = "full"
+    device: str = "cpu"
+    seeds: int = 5
+    configurations: int = CONFIGURATIONS
+    tasks: tuple[str, ...] = ("digits", "diabetes", "bytes")
+    noises: tuple[tuple[str, float], ...] = NOISES
+    ablation_noises: tuple[tuple[str, float], ...] = ABLATION_NOISES
+    ablation_seeds: int = 3
+    changes: tuple[str, ...] = tuple(CHANGES)
+    cost_seconds: float = 30.0
+
+
+QUICK = Study(
+    size="quick", seeds=1, configurations=1, tasks=("digits", "bytes"),
+    noises=(("uniform", 0.4), ("ambiguous", 0.4)), ablation_noises=(("uniform", 0.4),),
+    ablation_seeds=1, changes=("as chosen", "gradient"), cost_seconds=0.2,
+)  # fmt: skip
+
+
+def key(spec: Spec) -> str:
+    """Identify a run by everything that decides its result."""
+    names = ("stage", "size", "device", "task", "method", "kind", "rate", "seed", "settings",
+             "change", "gamma0", "tau", "scale")  # fmt: skip
+    return json.dumps({name: spec[name] for name in names if name in spec})
+
+
+@functools.lru_cache
+def configurations(method: str, task: str, count: int) -> tuple[dict[str, float], ...]:
+    """Return the settings that are tried for a method, by a Latin hypercube.
+
+    Every method has the same number of them, and configuration k the same place in the range of
+    learning rates and of beta for all methods.
+    """
+    names = METHODS[method].settings
+    length = RESPONSE_LENGTH[task] if METHODS[method].averaged else 1
+    spaces = {
+        "lr": (*LEARNING_RATE[task], True),
+        "beta": (BETA[task][0] * length, BETA[task][1] * length, True),
+        **{name: SPACE.get(f"{method}.{name}", SPACE[name]) for name in names},
+    }
+    places = qmc.LatinHypercube(d=4, seed=0).random(count)
+    return tuple(
+        {
+            name: between(*space, place)
+            for (name, space), place in zip(spaces.items(), row, strict=False)
+        }
+        for row in places.tolist()
+    )
+
+
+def between(low: float, high: float, logarithmic: bool, place: float) -> float:
+    value = low * (high / low) ** place if logarithmic else low + (high - low) * place
+    return float(f"{value:.4g}")
+
+
+def search(study: Study, task: str, method: str, kind: str, rate: float, seed: int) -> list[Spec]:
+    """Return the runs that one is chosen from, all on the data and the wrong labels of a seed."""
+    base = spec(study, "search", task, method, kind, rate, seed)
+    return [
+        {**base, "settings": settings}
+        for settings in configurations(method, task, study.configurations)
+    ]
+
+
+def spec(
+    study: Study, stage: str, task: str, method: str, kind: str, rate: float, seed: int
+) -> Spec:
+    return {
+        "stage": stage, "size": study.size, "device": study.device, "task": task,
+        "method": method, "kind": kind, "rate": rate, "seed": seed,
+    }  # fmt: skip
+
+
+def choose(
+    study: Study, records: Records, task: str, method: str, kind: str, rate: float, seed: int,
+    labels: str = "noisy", checkpoint: str = "last",
+) -> dict[str, Any] | None:  # fmt: skip
+    """Return the search run that did best on a seed's validation pairs, None while some lack.
+
+    By accuracy on ``noisy`` or ``clean`` labels, at the ``last`` or at the ``best`` checkpoint.
+    """
+    runs = [records.get(key(s)) for s in search(study, task, method, kind, rate, seed)]
+    if not all(runs):
+        return None
+    return max((r for r in runs if r), key=lambda r: score(r["result"], labels, checkpoint))
+
+
+def best_checkpoint(result: dict[str, Any], labels: str, checkpoint: str) -> int:
+    """Return the checkpoint to keep; a run that diverged early has fewer of them, or none."""
+    values = result[labels]
+    return values.index(max(values)) if checkpoint == "best" and values else len(values) - 1
+
+
+def score(result: dict[str, Any], labels: str, checkpoint: str, of: str | None = None) -> float:
+    """Return an accuracy at the kept checkpoint: of ``labels`` themselves, or of ``test``, ...
+
+    A run that diverged has no model at its end, so it counts as guessing, unless an earlier
+    checkpoint is kept.
+    """
+    if not result[labels] or (result["diverged"] and checkpoint == "last"):
+        return 0.5
+    return float(result[of or labels][best_checkpoint(result, labels, checkpoint)])
+
+
+def traces(study: Study, records: Records, task: str) -> Iterator[Spec]:
+    """Do the runs chosen on noisy labels at the last checkpoint again, and watch their pairs."""
+    noises = [noise for noise in study.noises if noise[1] in TRACED_RATES]
+    for seed, noise, method in itertools.product(range(study.seeds), noises, METHODS):
+        chosen = choose(study, records, task, method, *noise, seed)
+        if chosen:
+            base = spec(study, "trace", task, method, *noise, seed)
+            yield {**base, "settings": chosen["settings"]}
+
+
+def ablations(study: Study, records: Records, task: str) -> Iterator[Spec]:
+    """Change one thing in the settings chosen on noisy labels at the last checkpoint."""
+    for seed, noise, method in itertools.product(
+        range(study.ablation_seeds), study.ablation_noises, ABLATION_METHODS
+    ):
+        chosen = choose(study, records, task, method, *noise, seed)
+        for change in itertools.chain(*(CHANGES[name] for name in study.changes)):
+            if chosen:
+                base = spec(study, "ablation", task, method, *noise, seed)
+                yield {**base, "settings": chosen["settings"], "change": change}
+
+
+def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
+    """Yield the runs in the order in which they are worth doing.
+
+    A block is known in full only once those before it are in `records`.
+    """
+    yield [
+        {"stage": "loop", "gamma0": gamma0, "tau": tau, "scale": 4.0, "seed": 0}
+        for gamma0, tau in LOOPS
+    ]
+    yield [
+        {"stage": "cost", "size": study.size, "device": study.device, "task": task, "seed": 0,
+         "budget": study.cost_seconds}
+        for task in sorted(study.tasks, key=list(reversed(TASKS)).index)
+    ]  # fmt: skip
+    first = [noise for noise in study.noises if noise in UNIFORM[:3]]
+    others = [noise for noise in study.noises if noise not in first]
+    for noises in (first, others):
+        for task in study.tasks:
+            cells = itertools.product(range(study.seeds), noises, METHODS)
+            yield [s for seed, noise, m in cells for s in search(study, task, m, *noise, seed)]
+            yield list(traces(study, records, task))
+    for task in study.tasks:
+        yield list(ablations(study, records, task))
+
+
+def expected(study: Study) -> dict[str, int]:
+    """Return how many runs each task will have."""
+    searched = len(study.noises) * study.configurations
+    traced = sum(rate in TRACED_RATES for _, rate in study.noises)
+    changed = sum(len(CHANGES[name]) for name in study.changes)
+    ablated = len(study.ablation_noises) * len(ABLATION_METHODS) * study.ablation_seeds
+    count = len(METHODS) * study.seeds * (searched + traced) + ablated * changed
+    return dict.fromkeys(study.tasks, count)

@@ -1,0 +1,200 @@
+"""Three preference tasks whose true labels are known, and two ways to get labels wrong.
+
+``bytes``      docs/examples/noisy_preferences.py with a smaller model: true against corrupted
+               continuations of the standard library's source, by a recurrent language model. The
+               difference of a pair is its number of corrupted bytes.
+``digits``     which of two handwritten digits is the larger (scikit-learn's copy of the UCI set).
+               The difference is that of the digits.
+``diabetes``   which of two patients' diabetes has progressed further a year later (scikit-learn's
+               442 patients). The difference is that of the measured progression. Ten measurements
+               do not determine it: even clean labels leave a good share of pairs undecidable.
+
+In the two tables the policy is a small network's score, a log-probability up to a constant that the
+two sides of a pair share (only their difference enters a loss), and the reference is the network
+after a little regression on few labelled items.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from scipy.optimize import brentq
+from sklearn import datasets
+from torch import Tensor, nn
+from tqdm import tqdm
+
+PROMPT_BYTES = 16  # the last of the example's 40, for speed
+
+# What a run costs. "large" is for a GPU. Steps and pairs are such that a run sees each training
+# pair about five times: wrong labels can be learned by heart.
+SIZES = {
+    "quick": {
+        "bytes": {"width": 16, "pretrain": 5, "pairs": 96, "steps": 6, "batch": 16},
+        "digits": {"width": 16, "pretrain": 30, "pairs": 128, "steps": 18, "batch": 32},
+        "diabetes": {"width": 16, "pretrain": 30, "pairs": 128, "steps": 18, "batch": 32},
+    },
+    "full": {
+        "bytes": {"width": 48, "pretrain": 300, "pairs": 768, "steps": 120, "batch": 32},
+        "digits": {"width": 64, "pretrain": 100, "pairs": 1024, "steps": 200, "batch": 64},
+        "diabetes": {"width": 32, "pretrain": 100, "pairs": 1024, "steps": 200, "batch": 64},
+    },
+    "large": {
+        "bytes": {"width": 512, "pretrain": 2000, "pairs": 4096, "steps": 320, "batch": 64},
+        "digits": {"width": 64, "pretrain": 100, "pairs": 1024, "steps": 200, "batch": 64},
+        "diabetes": {"width": 32, "pretrain": 100, "pairs": 1024, "steps": 200, "batch": 64},
+    },
+}
+TASKS = tuple(SIZES["full"])
+LABELLED_ITEMS = 40  # that the reference of a table has learned from
+
+
+class Split(NamedTuple):
+    """Pairs. Index 0 of the second axis is the truly better side."""
+
+    inputs: Tensor  # (pairs, 2, ...)
+    difference: Tensor  # (pairs,), how much better, > 0
+    reference: Tensor  # (pairs, 2), log-probabilities under the reference
+
+    def __len__(self) -> int:
+        return self.inputs.shape[0]
+
+
+class Task(NamedTuple):
+    reference: nn.Module
+    logps: Callable[[nn.Module, Tensor], Tensor]  # (pairs, 2) of a model and a split's inputs
+    train: Split
+    validation: Split
+    test: Split
+    length: int  # tokens of a response: what an averaged log-probability is divided by
+    steps: int
+    batch: int
+
+
+@functools.lru_cache(maxsize=32)
+def load(name: str, size: str, seed: int, device: str) -> Task:
+    """Make a task: data, splits and reference, all from the seed."""
+    make = byte_task if name == "bytes" else functools.partial(table_task, name)
+    return make(SIZES[size][name], seed, device)
+
+
+def flips(difference: Tensor, kind: str, rate: float, seed: int) -> Tensor:
+    """Draw which labels are wrong.
+
+    ``uniform``: each with probability `rate`. ``ambiguous``: with probability σ(-difference / s), a
+    Bradley-Terry annotator, with s such that the mean probability is `rate`. A seed's flips at a
+    lower rate are among those at a higher one.
+    """
+    probability = torch.full_like(difference, rate)
+    if kind == "ambiguous" and rate > 0:
+
+        def excess(log_scale: float) -> float:
+            return torch.sigmoid(-difference * 10**-log_scale).mean().item() - rate
+
+        probability = torch.sigmoid(-difference * 10 ** -brentq(excess, -6, 9))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(len(difference), generator=generator) < probability
+
+
+def example() -> ModuleType:
+    """Import docs/examples/noisy_preferences.py, without its progress bars."""
+    path = Path(__file__).parents[2] / "docs" / "examples" / "noisy_preferences.py"
+    spec = importlib.util.spec_from_file_location("noisy_preferences", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.tqdm = functools.partial(tqdm, disable=True)
+    return module
+
+
+def byte_task(size: dict[str, int], seed: int, device: str) -> Task:
+    job = example()
+    generator = torch.Generator().manual_seed(seed)
+    text, pair_text, test_text = job.library_text(generator)
+    settings = argparse.Namespace(
+        seed=seed, width=size["width"], device=device, pretrain_steps=size["pretrain"]
+    )
+    reference = job.pretrain(text, settings, generator).requires_grad_(False)
+    cut = len(pair_text) * 4 // 5  # no byte is in training and validation pairs
+    length = job.RESPONSE_BYTES
+
+    def logps(model: nn.Module, tokens: Tensor) -> Tensor:
+        # What `job.response_logps` gives, but the prompt is read once for both responses.
+        _, state = model.recurrent(model.embedding(tokens[:, 0, : -length - 1]))
+        states = state.repeat_interleave(2, dim=1)
+        responses = tokens[:, :, -length - 1 :].flatten(0, 1)
+        hidden, _ = model.recurrent(model.embedding(responses[:, :-1]), states)
+        logits = model.head(hidden).transpose(1, 2)
+        losses = nn.functional.cross_entropy(logits, responses[:, 1:], reduction="none")
+        return -losses.sum(1).unflatten(0, (-1, 2))
+
+    def split(source: Tensor, count: int) -> Split:
+        pairs = job.make_pairs(source, count, generator)
+        tokens = pairs.tokens[:, :, -PROMPT_BYTES - length :].to(device)
+        difference = (tokens[:, 0] != tokens[:, 1]).sum(1).cpu().float()
+        return Split(tokens, difference, in_slices(logps, reference, tokens))
+
+    count = size["pairs"]
+    train = split(pair_text[:cut], count)
+    validation = split(pair_text[cut:], count // 2)
+    test = split(test_text, count * 2 // 3)
+    return Task(reference, logps, train, validation, test, length, size["steps"], size["batch"])
+
+
+def table_task(name: str, size: dict[str, int], seed: int, device: str) -> Task:
+    generator = torch.Generator().manual_seed(seed)
+    table: Any = getattr(datasets, f"load_{name}")()
+    features, target = (torch.tensor(a, dtype=torch.float32) for a in (table.data, table.target))
+    order = torch.randperm(len(target), generator=generator)
+    features, target = features[order], target[order]
+    bounds = [0, len(target) * 3 // 5, len(target) * 3 // 4, len(target)]
+    learned = features[: bounds[1]]
+    features = ((features - learned.mean(0)) / (learned.std(0) + 1e-3)).to(device)
+
+    torch.manual_seed(seed)
+    width = size["width"]
+    reference = nn.Sequential(
+        nn.Linear(features.shape[1], width), nn.ReLU(), nn.Linear(width, 1)
+    ).to(device)
+    optimizer = torch.optim.Adam(reference.parameters(), lr=3e-3)
+    wanted = target[:LABELLED_ITEMS].to(device)
+    wanted = (wanted - wanted.mean()) / wanted.std()
+    for _ in range(size["pretrain"]):
+        loss = (reference(features[:LABELLED_ITEMS])[:, 0] - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    reference.requires_grad_(False)
+
+    def logps(model: nn.Module, inputs: Tensor) -> Tensor:
+        return model(inputs)[..., 0]
+
+    def split(first: int, last: int, count: int) -> Split:
+        pairs = torch.randint(first, last, (4 * count, 2), generator=generator)
+        values = target[pairs]
+        keep = (values[:, 0] != values[:, 1]).nonzero()[:count, 0]
+        pairs, values = pairs[keep], values[keep]
+        pairs = torch.where((values[:, 0] > values[:, 1])[:, None], pairs, pairs.flip(1))
+        inputs = features[pairs]
+        difference = (values[:, 0] - values[:, 1]).abs()
+        return Split(inputs, difference, in_slices(logps, reference, inputs))
+
+    count = size["pairs"]
+    train = split(bounds[0], bounds[1], count)
+    validation = split(bounds[1], bounds[2], count // 2)
+    test = split(bounds[2], bounds[3], count)
+    return Task(reference, logps, train, validation, test, 1, size["steps"], size["batch"])
+
+
+@torch.no_grad()
+def in_slices(
+    logps: Callable[[nn.Module, Tensor], Tensor], model: nn.Module, inputs: Tensor
+) -> Tensor:
+    return torch.cat([logps(model, part) for part in inputs.split(512)])

@@ -1,0 +1,262 @@
+"""Each baseline against its formula in NumPy, its limits, and finite differences."""
+
+import math
+
+import numpy as np
+import oracles
+import pytest
+
+torch = pytest.importorskip("torch")
+from benchmarks.baselines import METHODS, Logps, Running  # noqa: E402
+from benchmarks.noise_study.variants import GammaVariant, through  # noqa: E402
+from gamma_loss import solve_margins  # noqa: E402
+
+PAIRS = 24
+ARRAYS = np.random.default_rng(3).normal(size=(4, PAIRS)) * 1.5 - 8
+H = (ARRAYS[0] - ARRAYS[1]) - (ARRAYS[2] - ARRAYS[3])
+D = ARRAYS[0] - ARRAYS[1]
+SETTINGS = {
+    "margin": 0.7, "epsilon": 0.2, "a": 0.5, "rho": 0.25, "beta_prime": 0.8, "alpha": 14.0,
+    "gamma0": 1.5, "tau": 0.8,
+}  # fmt: skip
+# Sums of a few dozen float64 terms of order one.
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def logps(arrays=ARRAYS):
+    return Logps(*torch.tensor(arrays))
+
+
+def make(name, beta=0.6, **changes):
+    method = METHODS[name]
+    return method.make(beta=beta, **({k: SETTINGS[k] for k in method.settings} | changes))
+
+
+def value(name, **changes):
+    return make(name, **changes)(logps()).item()
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def nll(x):
+    return np.logaddexp(0, -x)
+
+
+def exact(gaps, gamma0=SETTINGS["gamma0"], tau=SETTINGS["tau"]):
+    return oracles.margins(gaps, gamma0, tau)[0].astype(float)
+
+
+def amapo_margin(d):
+    z = (d.mean() - d) / d.std(ddof=1)
+    return np.where(d < d.mean(), np.exp(z * d.mean()), 0)
+
+
+def alpha_shift(h):  # the first batch: running statistics are a tenth of the batch's
+    return 0.2 * (h - 0.1 * h.mean()) / (0.1 * h.std(ddof=1) + 1e-6)
+
+
+FORMULAS = {
+    "dpo": lambda: nll(0.6 * H).mean(),
+    "margin-dpo": lambda: nll(0.6 * H - 0.7).mean(),
+    "cdpo": lambda: (0.8 * nll(0.6 * H) + 0.2 * nll(-0.6 * H)).mean(),
+    "rdpo": lambda: ((0.8 * nll(0.6 * H) - 0.2 * nll(-0.6 * H)) / 0.6).mean(),
+    "ipo": lambda: ((H - 1 / 1.2) ** 2).mean(),
+    "dr-dpo": lambda: -0.8 * np.log(np.exp(-nll(0.6 * H) / 0.8).mean()),
+    "ropo": lambda: (56 / 225 * nll(0.6 * H) + 784 / 225 * sigmoid(-0.6 * H)).mean(),
+    "gamma-dpo": lambda: nll(0.6 * H - exact(0.6 * H) + 1.5).mean(),
+    "simpo": lambda: nll(0.6 * D - 0.7).mean(),
+    "alpha-dpo": lambda: nll(0.6 * (D - alpha_shift(H)) - 0.7).mean(),
+    "amapo": lambda: nll(0.6 * (D - amapo_margin(D))).mean(),
+    "gamma-simpo": lambda: nll(0.6 * D - exact(0.6 * D)).mean(),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formula(name):
+    changes = {"alpha": 0.2} if name == "alpha-dpo" else {}  # 14 is ROPO's
+    np.testing.assert_allclose(value(name, **changes), FORMULAS[name](), **CLOSE)
+
+
+def test_every_method_has_a_test():
+    assert METHODS.keys() - FORMULAS.keys() == {
+        "beta-dpo", "gamma-dpo-published", "gamma-simpo-published"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "peer", "settings"),
+    [
+        ("cdpo", {"epsilon": 0.0}, "dpo", {}),
+        ("rdpo", {"epsilon": 0.0}, "dpo", {}),
+        ("margin-dpo", {"margin": 0.0}, "dpo", {}),
+        ("beta-dpo", {"a": 0.0, "rho": 0.0}, "dpo", {}),
+        ("alpha-dpo", {"alpha": 0.0}, "simpo", {}),
+        ("gamma-simpo", {"gamma0": 0.0}, "simpo", {"margin": 0.0}),
+        ("gamma-dpo", {"gamma0": 0.0}, "dpo", {}),
+    ],
+)
+def test_special_cases(name, changes, peer, settings):
+    np.testing.assert_allclose(value(name, **changes), value(peer, **settings), **CLOSE)
+
+
+def test_limits():
+    # γ - γ0 and log-mean-exp's correction vanish like 1 / τ and 1 / β'.
+    assert abs(value("gamma-dpo", tau=1e7) - value("dpo")) < 1e-6
+    assert abs(value("gamma-simpo", tau=1e7) - value("simpo", margin=1.5)) < 1e-6
+    assert abs(value("dr-dpo", beta_prime=1e7) - value("dpo")) < 1e-6
+
+
+def test_rdpo_is_unbiased_over_flips():
+    swapped = Logps(*torch.tensor(ARRAYS[[1, 0, 3, 2]]))
+    rdpo = make("rdpo")
+    expected = 0.8 * rdpo(logps()) + 0.2 * rdpo(swapped)
+    np.testing.assert_allclose(expected.item(), value("dpo"), **CLOSE)
+
+
+def test_ipo_is_least_at_its_target():
+    arrays = np.zeros((4, 3))
+    arrays[0] = 1 / (2 * 0.25)
+    assert make("ipo", beta=0.25)(logps(arrays)).item() == 0
+
+
+def test_the_largest_pair_weight_of_ropo_is_one():
+    gaps = torch.linspace(-8, 8, 100_001, dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros_like(gaps)
+    loss = make("ropo", beta=1.0)(Logps(gaps, zero, zero, zero)) * len(gaps)
+    (gradient,) = torch.autograd.grad(loss, gaps)
+    # A grid of step h = 1.6e-4 misses a smooth maximum by at most h² times its curvature, < 10.
+    assert abs((-gradient).max().item() - 1) < 1e-6
+
+
+def test_beta_dpo_keeps_what_is_usual():
+    arrays = np.zeros((4, 8))
+    arrays[0] = [0, 0.1, -0.1, 0.05, -0.05, 0.02, 40.0, -40.0]  # the last two far off
+    torch.manual_seed(0)
+    policy = torch.tensor(arrays[0], requires_grad=True)
+    loss = make("beta-dpo", rho=0.25)(Logps(policy, *torch.tensor(arrays[1:])))
+    (gradient,) = torch.autograd.grad(loss, policy)
+    assert (gradient != 0).tolist() == [True] * 6 + [False] * 2
+
+
+def test_beta_dpo_adapts_its_beta():
+    torch.manual_seed(0)
+    h, beta, a = H, 0.6, 0.5
+    expected = nll(beta * (1 + a * (h.mean() - 0.1 * h.mean())) * h).mean()
+    np.testing.assert_allclose(value("beta-dpo", rho=0.0), expected, **CLOSE)
+
+
+def test_running_statistics():
+    running = Running()
+    for batch in ([1.0, 3.0], [5.0, 5.0]):
+        running.update(torch.tensor(batch))
+    assert running.mean == pytest.approx(0.9 * 0.2 + 0.5, rel=1e-6)
+    assert running.std == pytest.approx(0.9 * 0.1 * math.sqrt(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["gamma-dpo", "gamma-simpo"])
+def test_the_published_loop_agrees_where_it_converges(family):
+    # γ0 = 0.5, τ = 10, no earlier gaps: each of 20 steps halves the error. The exact and the
+    # looped margins then differ by less than 1e-4 γ0, and a loss of slope < 1 by no more.
+    settings = {"gamma0": 0.5, "tau": 10.0}
+    published = make(f"{family}-published", **settings)
+    published.queue.clear()
+    assert abs(published(logps()).item() - value(family, **settings)) < 5e-5
+
+
+def test_the_published_loop_differs_where_it_does_not():
+    published = make("gamma-dpo-published", gamma0=4.0, tau=0.1)
+    published.queue.clear()
+    gaps = np.random.default_rng(0).normal(size=64) * 4
+    margins = published.margins(torch.tensor(gaps)).numpy()
+    assert np.abs(margins - exact(gaps, 4.0, 0.1)).max() > 4.0
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("alpha-dpo", "amapo")])
+def test_gradient_by_finite_differences(name):
+    """Where margins are constants for autograd they are held at the undisturbed ones."""
+
+    def loss(policy):
+        torch.manual_seed(0)
+        if name.startswith("gamma"):  # hold the margins, as the losses do
+            own = METHODS[name].averaged
+            gaps = 0.6 * torch.tensor(D if own else H)
+            rule = make(name)
+            moved = Logps(policy, *torch.tensor(ARRAYS[1:]))
+            moved = 0.6 * (moved.d if own else moved.h)
+            if "published" in name:
+                margins = rule.margins(gaps)
+            else:
+                margins = solve_margins(gaps, gamma0=1.5, tau=0.8).margins
+            shift = margins if own else margins - 1.5
+            return torch.nn.functional.softplus(shift - moved).mean()
+        changes = {"a": 0.0} if name == "beta-dpo" else {}
+        return make(name, **changes)(Logps(policy, *torch.tensor(ARRAYS[1:])))
+
+    policy = torch.tensor(ARRAYS[0], requires_grad=True)
+    torch.manual_seed(0)
+    changes = {"a": 0.0} if name == "beta-dpo" else {}
+    made = make(name, **changes)(Logps(policy, *torch.tensor(ARRAYS[1:])))
+    (gradient,) = torch.autograd.grad(made, policy)
+    step = 1e-5
+    for i in (0, 7):
+        with torch.no_grad():
+            high, low = (policy.clone(), policy.clone())
+            high[i] += step
+            low[i] -= step
+            slope = (loss(high) - loss(low)).item() / (2 * step)
+        # Rounding 1e-16 / step, truncation step² times a third derivative of order one.
+        assert abs(slope - gradient[i].item()) < 1e-8
+
+
+# --- the variants ---
+
+
+@pytest.mark.parametrize(("name", "averaged"), [("gamma-dpo", False), ("gamma-simpo", True)])
+def test_variant_without_changes_is_the_method(name, averaged):
+    variant = GammaVariant(beta=0.6, gamma0=1.5, tau=0.8, averaged=averaged)
+    method = make(name)
+    for seed in range(3):  # with a filling queue
+        batch = logps(np.random.default_rng(seed).normal(size=(4, 8)))
+        # The module's queue is float32: gaps below 4 are rounded by less than 2.4e-7.
+        np.testing.assert_allclose(variant(batch).item(), method(batch).item(), atol=2.4e-7)
+
+
+def test_variants_do_what_they_say():
+    plain = {"beta": 0.6, "gamma0": 1.5, "tau": 0.8}
+    whole = GammaVariant(**plain, centered=False)(logps()).item()
+    np.testing.assert_allclose(whole, nll(0.6 * H - exact(0.6 * H)).mean(), **CLOSE)
+    smooth = GammaVariant(**plain, label_smoothing=0.1)(logps()).item()
+    s = 0.6 * H - exact(0.6 * H) + 1.5
+    np.testing.assert_allclose(smooth, (0.9 * nll(s) + 0.1 * nll(-s)).mean(), **CLOSE)
+    alone = GammaVariant(**plain, queue_size=0)
+    assert alone(logps()) == alone(logps())
+    short = GammaVariant(**plain, queue_size=30)
+    short(logps()), short(logps())
+    assert len(short.queue) == 30
+    sampled = GammaVariant(**plain, sample=0)  # nothing of the queue: the batch alone
+    assert sampled(logps()) == sampled(logps())
+
+
+def test_margins_differentiated_through():
+    gaps = torch.tensor([-2.0, -0.3, 0.1, 1.2, 3.0], dtype=torch.float64, requires_grad=True)
+
+    def solve(values):
+        return solve_margins(values, gamma0=2.0, tau=0.5).margins
+
+    margins = solve(gaps.detach())
+    again = through(margins, gaps, 2.0, 0.5)
+    np.testing.assert_allclose(again.detach(), margins, rtol=1e-12)
+    jacobian = torch.stack([torch.autograd.grad(m, gaps, retain_graph=True)[0] for m in again])
+    step = 1e-5
+    numeric = torch.stack(
+        [
+            (solve(gaps.detach() + step * e) - solve(gaps.detach() - step * e)) / (2 * step)
+            for e in torch.eye(5, dtype=torch.float64)
+        ],
+        1,
+    )
+    np.testing.assert_allclose(jacobian, numeric, atol=1e-8)
+    # The budget is fixed, so each column sums to 0.
+    np.testing.assert_allclose(jacobian.sum(0), 0, atol=1e-12)

@@ -1,0 +1,342 @@
+"""The noise study: its noise, its fairness, its memory, its statistics and its report."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+for needed in ("matplotlib", "scipy", "sklearn", "tqdm", "yaml"):
+    pytest.importorskip(needed)
+
+import yaml  # noqa: E402
+from scipy import stats  # noqa: E402
+
+from benchmarks.baselines import METHODS  # noqa: E402
+from benchmarks.noise_study import __main__ as command  # noqa: E402
+from benchmarks.noise_study import plan, report, tasks, train  # noqa: E402
+from gamma_loss import PUBLISHED_SETTINGS  # noqa: E402
+
+TINY = plan.Study(
+    size="quick", seeds=2, configurations=2, tasks=("digits",), noises=(("uniform", 0.4),),
+    ablation_noises=(), cost_seconds=0.0,
+)  # fmt: skip
+FEW = {name: METHODS[name] for name in ("dpo", "gamma-dpo", "simpo", "gamma-simpo")}
+COST = {
+    "machine": "a machine",
+    "parameters": 1,
+    "microseconds": {m: dict.fromkeys(("0.1", "0.5", "0.9"), 10.0) for m in METHODS},
+}
+DIFFERENCE = torch.rand(20_000, generator=torch.Generator().manual_seed(0)) * 9
+
+
+# --- the noise ---
+
+
+@pytest.mark.parametrize("kind", ["uniform", "ambiguous"])
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.4])
+def test_flips_have_the_right_rate(kind, rate):
+    flipped = tasks.flips(DIFFERENCE, kind, rate, seed=1).double().mean().item()
+    spread = math.sqrt(rate * (1 - rate) / len(DIFFERENCE))  # at most: it is largest if uniform
+    assert abs(flipped - rate) <= 5 * spread
+
+
+def test_ambiguous_flips_follow_the_annotators_model():
+    flipped = tasks.flips(DIFFERENCE, "ambiguous", 0.2, seed=1).double()
+    shares = [flipped[(low <= DIFFERENCE) & (low + 1 > DIFFERENCE)].mean() for low in range(9)]
+    assert all(a > b - 0.03 for a, b in itertools.pairwise(shares))
+    assert shares[0] > 0.4
+    assert shares[-1] < 0.08
+    # logit of the probability is -difference / s, so twice as far is twice the logit.
+    logit = [math.log(p / (1 - p)) for p in (shares[1], shares[3])]
+    assert logit[1] / logit[0] == pytest.approx(3.5 / 1.5, rel=0.35)
+
+
+def test_uniform_flips_do_not():
+    flipped = tasks.flips(DIFFERENCE, "uniform", 0.2, seed=1)
+    easy, hard = flipped[DIFFERENCE > 4.5], flipped[DIFFERENCE <= 4.5]
+    spread = math.sqrt(0.2 * 0.8 * (1 / len(easy) + 1 / len(hard)))
+    assert abs(easy.double().mean() - hard.double().mean()) < 5 * spread
+
+
+@pytest.mark.parametrize("kind", ["uniform", "ambiguous"])
+def test_flips_at_a_lower_rate_are_among_those_at_a_higher(kind):
+    few, many = (tasks.flips(DIFFERENCE, kind, rate, seed=1) for rate in (0.1, 0.3))
+    assert not (few & ~many).any()
+    assert not torch.equal(few, tasks.flips(DIFFERENCE, kind, 0.1, seed=2))
+
+
+# --- the tasks ---
+
+
+@pytest.mark.parametrize("name", ["digits", "diabetes"])
+def test_tables(name):
+    task = tasks.load(name, "quick", 0, "cpu")
+    again = tasks.table_task(name, tasks.SIZES["quick"][name], 0, "cpu")
+    for split, copy in ((task.train, again.train), (task.test, again.test)):
+        assert torch.equal(split.inputs, copy.inputs)
+        assert (split.difference > 0).all()
+        assert len(split) == tasks.SIZES["quick"][name]["pairs"]
+    items = {split: {tuple(row) for row in getattr(task, split).inputs.flatten(0, 1).tolist()}
+             for split in ("train", "validation", "test")}  # fmt: skip
+    assert not items["train"] & items["test"]
+    assert not items["train"] & items["validation"]
+    assert not items["validation"] & items["test"]
+
+
+def test_the_byte_model_scores_as_in_the_example():
+    task = tasks.load("bytes", "quick", 0, "cpu")
+    job = tasks.example()
+    tokens = task.test.inputs[:8]
+    in_response = torch.arange(tokens.shape[-1]) >= tokens.shape[-1] - job.RESPONSE_BYTES
+    pairs = job.Pairs(tokens, in_response.expand(tokens.shape), torch.zeros(8, dtype=torch.bool))
+    expected = torch.stack(job.all_response_logps(task.reference, pairs), 1)
+    # Two orders of summing 24 float32 terms of about 6.
+    torch.testing.assert_close(task.test.reference[:8], expected, atol=1e-3, rtol=1e-5)
+    assert (task.test.difference >= 1).all()
+
+
+# --- one run ---
+
+
+def a_spec(method="dpo", **more):
+    spec = plan.spec(TINY, "trace", "digits", method, "uniform", 0.4, 0)
+    return {**spec, "settings": plan.configurations(method, "digits", 2)[0], **more}
+
+
+def test_a_run_repeats_itself():
+    first, second = (train.run(a_spec("beta-dpo"))["result"] for _ in range(2))
+    assert first.pop("step_seconds") > 0
+    second.pop("step_seconds")
+    assert first == second
+    assert len(first["test"]) == train.CHECKPOINTS
+
+
+def test_a_run_that_diverges_says_so(monkeypatch):
+    monkeypatch.setattr(train, "make_loss", lambda spec: lambda logps: logps.d.mean() * math.nan)
+    result = train.run(a_spec())["result"]
+    assert result["diverged"]
+    assert result["test"] == []
+    assert plan.score(result, "noisy", "last", "test") == 0.5
+
+
+def test_pair_weights_are_those_of_dpo():
+    # With a learning rate of 0 nothing moves: all gaps are 0 and all weights 1/2.
+    spec = a_spec()
+    spec["settings"] = {**spec["settings"], "lr": 0.0}
+    result = train.run(spec)["result"]
+    assert result["weights"] == [[0.5, 0.5]] * train.CHECKPOINTS
+    assert result["test"] == [0.5] * train.CHECKPOINTS
+    assert result["auc_loss"] == [0.5] * train.CHECKPOINTS
+
+
+def test_area_under_the_curve():
+    generator = np.random.default_rng(0)
+    score = generator.integers(0, 5, 40).astype(float)  # with ties
+    positive = generator.random(40) < 0.3
+    differences = score[positive][:, None] - score[~positive]
+    expected = ((differences > 0) + 0.5 * (differences == 0)).mean()
+    found = train.auc(torch.tensor(score), torch.tensor(positive))
+    assert found == pytest.approx(expected, abs=1e-5)  # is rounded to as much
+    assert train.auc(torch.tensor(score), torch.zeros(40, dtype=torch.bool)) is None
+
+
+# --- fairness ---
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_every_method_has_the_same_budget(task):
+    searches = {m: plan.search(plan.Study(), task, m, "uniform", 0.2, 3) for m in METHODS}
+    assert {len(specs) for specs in searches.values()} == {plan.CONFIGURATIONS}
+    rates = {tuple(s["settings"]["lr"] for s in specs) for specs in searches.values()}
+    assert len(rates) == 1
+    low, high = plan.LEARNING_RATE[task]
+    assert all(low <= lr <= high for lr in next(iter(rates)))
+    for method, specs in searches.items():
+        length = plan.RESPONSE_LENGTH[task] if METHODS[method].averaged else 1
+        betas = [s["settings"]["beta"] / length for s in specs]
+        expected = [s["settings"]["beta"] for s in searches["dpo"]]
+        assert betas == pytest.approx(expected, rel=1e-3)  # four digits are kept
+        assert {s["seed"] for s in specs} == {3}
+        assert all(set(METHODS[method].settings) < s["settings"].keys() for s in specs)
+
+
+def a_record(spec, **result):
+    return {**spec, "result": {"diverged": False, **result}, "seconds": 1.0}
+
+
+def test_choice_of_settings_and_of_checkpoints():
+    cell = ("digits", "dpo", "uniform", 0.4)
+    specs = plan.search(TINY, *cell, 0)
+    results = [
+        {"noisy": [0.5, 0.9, 0.4], "clean": [0.6, 0.6, 0.9], "test": [0.1, 0.2, 0.3]},
+        {"noisy": [0.5, 0.6, 0.7], "clean": [0.7, 0.8, 0.6], "test": [0.4, 0.5, 0.6]},
+    ]
+    records = {plan.key(s): a_record(s, **r) for s, r in zip(specs, results, strict=True)}
+    ways = [(labels, which) for labels in ("noisy", "clean") for which in ("last", "best")]
+    chosen = {how: plan.choose(TINY, records, *cell, 0, *how)["settings"] for how in ways}
+    first, second = (s["settings"] for s in specs)
+    assert chosen == {
+        ("noisy", "last"): second, ("noisy", "best"): first,
+        ("clean", "last"): first, ("clean", "best"): first,
+    }  # fmt: skip
+    assert plan.score(results[0] | {"diverged": False}, "noisy", "best", "test") == 0.2
+    assert plan.score(results[1] | {"diverged": False}, "clean", "best", "test") == 0.5
+    (again,) = plan.traces(TINY._replace(seeds=1), records, "digits")
+    assert again["settings"] == second
+    assert plan.choose(TINY, records, *cell, 1) is None  # another seed has its own search
+    del records[plan.key(specs[0])]
+    assert plan.choose(TINY, records, *cell, 0) is None
+    assert list(plan.traces(TINY, records, "digits")) == []
+
+
+# --- the results file ---
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A whole tiny study of four methods, in one go."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "METHODS", FEW)
+        patch.setattr(train, "cost", lambda spec: COST)
+        path = tmp_path_factory.mktemp("study") / "results.jsonl"
+        assert command.carry_out(TINY, path, workers=1, hours=1.0)
+    return path
+
+
+def comparable(path):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        del line["seconds"]
+        line["result"].pop("step_seconds", None)
+    return lines
+
+
+def test_what_a_kill_leaves_is_completed_to_the_same_file(done, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "METHODS", FEW)
+    monkeypatch.setattr(train, "cost", lambda spec: COST)
+    path = tmp_path / "results.jsonl"
+    real, calls = train.run, []
+
+    def killed(spec):
+        if len(calls) == 15:
+            raise KeyboardInterrupt
+        calls.append(spec)
+        return real(spec)
+
+    monkeypatch.setattr(command, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        command.carry_out(TINY, path, workers=1, hours=1.0)
+    assert len(comparable(path)) == 15
+    with path.open("a") as file:
+        file.write('{"stage": "search", "half')
+    assert len(command.read(path)) == 15
+    calls.clear()
+    monkeypatch.setattr(command, "run", lambda spec: calls.append(spec) or real(spec))
+    assert command.carry_out(TINY, path, workers=1, hours=1.0)
+    assert comparable(path) == comparable(done)
+    assert len(calls) == len(comparable(done)) - 15
+    calls.clear()
+    assert command.carry_out(TINY, path, workers=1, hours=1.0)
+    assert calls == []
+
+
+def test_stops_in_time_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "METHODS", FEW)
+    path = tmp_path / "results.jsonl"
+    assert not command.carry_out(TINY, path, workers=1, hours=0.0)
+    assert len(comparable(path)) == 1
+
+
+def test_workers():
+    spec = {"stage": "loop", "gamma0": 0.5, "tau": 1.0, "scale": 1.0, "seed": 0}
+    with command.crew(2) as do:
+        (record,) = do([spec])
+    assert record["result"] == train.run(spec)["result"]
+    assert record["result"]["error"] < 1e-5  # a setting where the loop converges
+
+
+def test_estimate_of_the_time_left():
+    study = TINY._replace(tasks=("digits", "bytes"))
+    total = plan.expected(study)["digits"]
+    assert total == 15 * 2 * (2 + 1)  # for each of two seeds two configurations and a trace
+    estimate = command.Estimate(study, {})
+    assert estimate.runs() == 2 * total
+    for _ in range(10):
+        estimate.add({"stage": "search", "task": "digits", "seconds": 36.0})
+    assert estimate.hours(workers=2) == f"{(total - 10) * 0.01 / 2:.2f} h and bytes"
+
+
+# --- the statistics ---
+
+
+def test_interval_and_paired_test():
+    ours, theirs = [3.0, 4.5, 5.0, 4.0], [2.5, 4.0, 5.5, 3.0]
+    centre, half, p = report.paired(dict(enumerate(ours)), dict(enumerate(theirs)))
+    expected = stats.ttest_rel(ours, theirs)
+    assert (centre, p) == pytest.approx((0.375, expected.pvalue))
+    low, high = expected.confidence_interval()
+    assert half == pytest.approx((high - low) / 2)
+    assert report.paired({0: 1.0, 1: 2.0}, {1: 1.5, 2: 9.0})[0] == 0.5  # the seed that both have
+    assert report.paired({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})[2] == 1.0
+
+
+def test_holm():
+    # By hand: 4 * 0.01, 3 * 0.02, 2 * 0.04 and, never below an earlier one, 1 * 0.05.
+    adjusted = report.holm([0.04, 0.01, math.nan, 0.05, 0.02])
+    assert adjusted == pytest.approx([0.08, 0.04, math.nan, 0.08, 0.06], nan_ok=True)
+
+
+# --- the report ---
+
+
+def test_report_from_the_file_alone(done, tmp_path):
+    records = command.read(done)
+    report.write(TINY, records, tmp_path)
+    page = (tmp_path / "reproduction.md").read_text()
+    assert "a machine" in page
+    assert "**The study is not complete:** 11 cells" in page  # the methods that were left out
+    runs = report.Results(TINY, records).accuracy("digits", "gamma-dpo", "uniform", 0.4)
+    centre, half = np.mean(list(runs.values())), report.interval(runs.values())[1]
+    assert f"| γ-DPO | {centre:.1f} ± {half:.1f} |" in page
+    assert "| SimPO | " in page
+    assert "| AMaPO | – |" in page
+    for name in ("accuracy", "rewards", "margins", "weights", "roc", "grid"):
+        picture = (tmp_path / f"reproduction_{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+    report.write(TINY, records, tmp_path)
+    assert (tmp_path / "reproduction.md").read_text() == page
+    (tmp_path / "reproduction.md").write_text(page.replace("<!-- /tests -->", ""))
+    with pytest.raises(ValueError, match="marks of 'tests' once, has them 0 times"):
+        report.write(TINY, records, tmp_path)
+
+
+def test_command_line(tmp_path, monkeypatch, capsys, done):
+    monkeypatch.setattr(plan, "METHODS", FEW)
+    monkeypatch.setattr(command, "QUICK", TINY)
+    monkeypatch.setattr(train, "cost", lambda spec: COST)
+    results = tmp_path / "results.jsonl"
+    results.write_bytes(done.read_bytes())
+    places = ["--quick", "--results", str(results), "--docs", str(tmp_path)]
+    assert command.main(places) == 0
+    assert "Complete" in capsys.readouterr().out
+    assert (tmp_path / "reproduction.md").is_file()
+    results.unlink()
+    assert command.main(["run", *places, "--hours", "0"]) == 3
+    assert "Stopped" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command.main([*places, "--workers", "0"])
+
+
+# --- the authors' settings ---
+
+
+@pytest.mark.parametrize("name", PUBLISHED_SETTINGS)
+def test_published_settings(name):
+    folder = Path(__file__).parents[1] / "docs" / "examples" / "published"
+    settings = yaml.safe_load((folder / f"{name}.yaml").read_text())
+    assert {k: settings[k] for k in ("beta", "gamma0", "tau")} == PUBLISHED_SETTINGS[name]
+    assert 6e-7 <= settings["learning_rate"] <= 1e-6
