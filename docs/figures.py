@@ -333,3 +333,29 @@ def _inline(figure: Any, description: str) -> str:
     svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
     return "<figure>" + "".join(svg.splitlines()) + "</figure>"
+
+
+# --- log-probabilities of responses ---
+
+
+def sequence_logps(name: str) -> str:
+    """Milliseconds and memory, in multiples of the logits', of scoring responses."""
+    found = results(name)["results"]
+    ways = list(found[0]["ways"])
+
+    def cell(way: dict[str, Any] | None) -> str | None:
+        if way is None:
+            return None
+        return f"{median(way['both']) / 1e3:,.0f} ({way['both']['memory']:.1f})"
+
+    return table(
+        ["responses", "tokens", "vocabulary", "dtype", *ways],
+        (
+            [
+                *(f"{row[key]:,}" for key in ("responses", "tokens", "vocabulary")),
+                row["dtype"],
+                *(cell(row["ways"].get(way)) for way in ways),
+            ]
+            for row in found
+        ),
+    )

@@ -1,7 +1,9 @@
 """The trainers for TRL: against TRL's own, which γ-PO becomes as tau grows, and end to end."""
 
+import importlib.util
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -19,7 +21,7 @@ import datasets  # noqa: E402
 import transformers  # noqa: E402
 from packaging.version import Version  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
-from trl import __version__ as TRL_VERSION  # noqa: E402, N812
+from trl import __version__ as TRL_VERSION  # noqa: E402
 
 from gamma_loss import gamma_dpo_loss  # noqa: E402
 from gamma_loss.integrations.trl import (  # noqa: E402
@@ -110,7 +112,9 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize(("family", "variant"), VARIANTS, ids=lambda x: str(x) if isinstance(x, dict) else x[0]._name)
+@pytest.mark.parametrize(
+    ("family", "variant"), VARIANTS, ids=lambda x: str(x) if isinstance(x, dict) else x[0]._name
+)
 def test_with_a_large_tau_the_curve_is_trl_s_own(make, family, variant):
     trainer, config, settings = family
     if "bf16" in variant and family is DPO and Version(TRL_VERSION) < Version("1.15"):
@@ -228,8 +232,9 @@ def test_two_ranks_equal_one(make, model, data, family, tmp_path):
         subprocess.Popen(
             [sys.executable, "-W", "ignore", str(Path(__file__).with_name("trl_rank.py"))],
             env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORK": json.dumps(work)},
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            | {"OMP_NUM_THREADS": "1", "WORK": json.dumps(work)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in (0, 1)
@@ -350,3 +355,62 @@ def test_gamma_metrics_are_those_of_the_loss(make):
         weights = aux.pair_weights
         effective = float(weights.sum() ** 2 / (weights**2).sum())
         assert row["gamma/effective_pairs"] == pytest.approx(effective, rel=1e-5)
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_the_recipe_s_code_runs(model, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: data)
+    text = (DOCS / "recipes" / "trl.md").read_text()
+    assert text.count("Qwen/Qwen3-0.6B") == 3
+    text = text.replace("Qwen/Qwen3-0.6B", model)
+    text = text.replace("tau=", "use_cpu=True, bf16=False, report_to=[], max_steps=2, tau=")
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "trl.md", "exec"), names)
+        assert names["trainer"].state.global_step == 2
+        assert stored(names["trainer"]).numel() > 0
+
+
+def test_the_readme_s_code_runs(model, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(
+        r"```python\n(from gamma_loss\.integrations.*?)```",
+        (DOCS.parent / "README.md").read_text(), re.DOTALL,
+    )  # fmt: skip
+    block = block.replace("tau=", "use_cpu=True, bf16=False, report_to=[], max_steps=2, tau=")
+    names = {"model": model, "pairs": data}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["trainer"].state.global_step == 2
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spec = importlib.util.spec_from_file_location("trl_dpo", DOCS / "examples" / "trl_dpo.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "trl_dpo", module)  # where its dataclass looks names up
+    spec.loader.exec_module(module)
+    return module
+
+
+QUICK = ["--max_steps", "2", "--use_cpu", "true", "--dataloader_pin_memory", "false"]
+
+
+def test_program_on_local_files_with_lora(program, model, capsys):
+    pytest.importorskip("peft")
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_lm.pairs(40)))
+    arguments = ["--model", model, "--dataset", "pairs.jsonl", "--lora", "--output_dir", "out"]
+    trainer = program.main([*arguments, *QUICK, "--bf16", "false", "--gamma0", "3"])
+    assert sum(p.requires_grad for p in trainer.model.parameters()) > 0
+    assert all("lora" in n for n, p in trainer.model.named_parameters() if p.requires_grad)
+    assert Path("out", "adapter_model.safetensors").is_file()
+    assert "(gamma0 3)" in capsys.readouterr().out
+
+
+def test_program_without_arguments(program, capsys):
+    trainer = program.main(QUICK)
+    assert trainer.state.global_step == 2
+    assert "held-out pairs: accuracy" in capsys.readouterr().out

@@ -2,10 +2,9 @@
 
 import random
 
-WORDS = (
-    "the a small large numerical library solves one convex problem in few lines and says so "
-    "margin gap reward pair noise label clear wrong right exact fast slow queue rank step"
-).split()
+TEXT = """the a small large numerical library solves one convex problem in few lines and says so
+margin gap reward pair noise label clear wrong right exact fast slow queue rank step"""
+WORDS = TEXT.split()
 
 
 def build(folder):

@@ -1,8 +1,8 @@
 """γ-DPO with TRL, on a language model and preference data of your choice.
 
-    python docs/examples/trl_dpo.py                       # a tiny model made on the spot, one minute
-    python docs/examples/trl_dpo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized
-    python docs/examples/trl_dpo.py --model ./my-model --dataset pairs.jsonl --lora
+    python trl_dpo.py                    # a tiny model made on the spot, one minute
+    python trl_dpo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized
+    python trl_dpo.py --model ./my-model --dataset pairs.jsonl --lora
 
 The dataset is a name on the hub, or a JSONL file with prompt, chosen and rejected (the prompt may
 also be inside the two, or be chat messages: TRL's formats). Every option of GammaDPOConfig, so of
@@ -24,10 +24,13 @@ from trl import TrlParser
 from gamma_loss.integrations.trl import GammaDPOConfig, GammaDPOTrainer
 
 # For the tiny model: large steps, since it knows nothing yet.
-DEMO = """--output_dir gamma-dpo-demo --max_steps 120 --per_device_train_batch_size 16 --beta 0.1
-    --learning_rate 3e-3 --lr_scheduler_type cosine --bf16 false --gradient_checkpointing false
-    --eval_strategy steps --eval_steps 40 --per_device_eval_batch_size 64 --logging_steps 20
-    --save_strategy no --report_to none""".split()
+DEMO = (
+    "--output_dir", "gamma-dpo-demo", "--save_strategy", "no", "--report_to", "none",
+    "--max_steps", "120", "--per_device_train_batch_size", "16", "--beta", "0.1",
+    "--learning_rate", "3e-3", "--lr_scheduler_type", "cosine", "--bf16", "false",
+    "--gradient_checkpointing", "false", "--logging_steps", "20",
+    "--eval_strategy", "steps", "--eval_steps", "40", "--per_device_eval_batch_size", "64",
+)  # fmt: skip
 
 
 @dataclass
@@ -36,7 +39,7 @@ class Arguments:
 
     model: str | None = field(default=None, metadata={"help": "Hub name or folder of a model."})
     dataset: str | None = field(default=None, metadata={"help": "Hub name or a JSONL file."})
-    lora: bool = field(default=False, metadata={"help": "Train low-rank adapters only (needs peft)."})
+    lora: bool = field(default=False, metadata={"help": "Train LoRA adapters only (needs peft)."})
 
 
 def load_pairs(name: str) -> DatasetDict:
@@ -50,7 +53,8 @@ def local_pairs(count: int = 3000) -> DatasetDict:
     from pydoc_data.topics import topics
 
     rng = random.Random(0)
-    sentences = re.findall(r"[A-Z][\w ,'()-]{60,160}\.", " ".join(" ".join(topics.values()).split()))
+    text = " ".join(" ".join(topics.values()).split())
+    sentences = re.findall(r"(?<=\. )[A-Z][^.]{60,200}\.", text)
     rows = []
     for sentence in sorted(set(sentences))[:count]:
         words = sentence.split()
@@ -85,7 +89,7 @@ def main(argv: list[str]) -> GammaDPOTrainer:
     """Train as the command line says, and print how the held-out pairs came out."""
     demo = not {"--model", "--config"} & set(argv)
     parser = TrlParser((Arguments, GammaDPOConfig))
-    arguments, config = parser.parse_args_and_config(DEMO + argv if demo else argv)
+    arguments, config = parser.parse_args_and_config([*DEMO, *argv] if demo else argv)
     data = load_pairs(arguments.dataset) if arguments.dataset else local_pairs()
     peft_config = None
     if arguments.lora:

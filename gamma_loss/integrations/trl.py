@@ -27,7 +27,8 @@ try:
         from trl.experimental.cpo import CPOConfig, CPOTrainer
 except ImportError as error:
     raise ImportError(
-        f"gamma_loss.integrations.trl needs TRL 1.8 or later: pip install 'gamma-loss[trl]' ({error})"
+        "gamma_loss.integrations.trl needs TRL 1.8 or later: "
+        f"pip install 'gamma-loss[trl]' ({error})"
     ) from error
 
 __all__ = ["GammaDPOConfig", "GammaDPOTrainer", "GammaSimPOConfig", "GammaSimPOTrainer"]
@@ -180,8 +181,8 @@ class _GammaTrainer:
 
     def _gamma_metrics(self: Any, aux: GammaLossAux) -> dict[str, float]:
         """Return the ``gamma/*`` of `metrics` over the pairs of all ranks."""
-        rows = [aux.margins, aux.shifts, aux.reward_gaps, aux.pair_weights]
-        rows = torch.stack([*rows, aux.mask.to(aux.margins.dtype)], 1)
+        columns = [aux.margins, aux.shifts, aux.reward_gaps, aux.pair_weights]
+        rows = torch.stack([*columns, aux.mask.to(aux.margins.dtype)], 1)
         margins, shifts, gaps, weights, mask = self.accelerator.gather(rows).unbind(1)
         whole = aux._replace(
             margins=margins, shifts=shifts, reward_gaps=gaps, pair_weights=weights, mask=mask > 0,
@@ -242,6 +243,9 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
     >>> trainer.train()  # doctest: +SKIP
     """
 
+    loss_types: list[str]
+    loss_weights: list[float]
+    precompute_ref_logps: bool
     _tag_names = ("trl", "dpo", "gamma-po")
     _name = "γ-DPO"
     _paper = _PAPER
@@ -300,9 +304,10 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
             each = getattr(outputs, "log_probs", None)  # of tokens, from TRL 1.15 on
             if each is None:
                 responses = inputs["completion_mask"] > 0
-                logps.extend(sequence_logps(outputs.logits, inputs["input_ids"], responses).chunk(2))
+                summed = sequence_logps(outputs.logits, inputs["input_ids"], responses)
             else:
-                logps.extend(each.sum(1).chunk(2))
+                summed = each.sum(1)
+            logps.extend(summed.chunk(2))
             return outputs
 
         precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
