@@ -133,3 +133,13 @@ def own_parameters(value):
     if isinstance(value, type) and "__init__" not in vars(value):
         return set()
     return set(inspect.signature(value).parameters)
+
+
+def test_trl_trainers_say_what_to_install(monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setitem(sys.modules, "trl", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "gamma_loss.integrations.trl", raising=False)
+    with pytest.raises(
+        ImportError, match=r"needs TRL 1\.8 or later: pip install 'gamma-loss\[trl\]'"
+    ):
+        importlib.import_module("gamma_loss.integrations.trl")

@@ -19,11 +19,12 @@ torch = pytest.importorskip("torch")
 
 import datasets  # noqa: E402
 import transformers  # noqa: E402
+import yaml  # noqa: E402
 from packaging.version import Version  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 from trl import __version__ as TRL_VERSION  # noqa: E402
 
-from gamma_loss import gamma_dpo_loss  # noqa: E402
+from gamma_loss import PUBLISHED_SETTINGS, gamma_dpo_loss  # noqa: E402
 from gamma_loss.integrations.trl import (  # noqa: E402
     CPOConfig,
     CPOTrainer,
@@ -414,3 +415,30 @@ def test_program_without_arguments(program, capsys):
     trainer = program.main(QUICK)
     assert trainer.state.global_step == 2
     assert "held-out pairs: accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", PUBLISHED_SETTINGS)
+def test_the_authors_settings_are_ready(name, model, tmp_path):
+    """Their files parse as they are, and train where model, data and machine are ours."""
+    if Version(transformers.__version__) < Version("5"):
+        pytest.skip("a share of all steps as warmup_steps needs transformers 5")
+    folder = DOCS / "examples" / "published"
+    settings = yaml.safe_load((folder / f"{name}.yaml").read_text())
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "test"):
+        rows = tiny_lm.pairs(8)
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ours = {
+        "model_name_or_path": model, "dataset_name": str(data), "output_dir": str(tmp_path),
+        "attn_implementation": "eager", "dtype": "float32", "bf16": False, "use_cpu": True,
+        "max_steps": 1, "report_to": "none", "save_strategy": "no",
+    }  # fmt: skip
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings | ours))
+    done = subprocess.run(
+        [sys.executable, str(folder / "train.py"), "--config", str(tmp_path / "settings.yaml")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    published = PUBLISHED_SETTINGS[name]
+    assert {key: settings[key] for key in published} == published

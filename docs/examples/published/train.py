@@ -19,7 +19,7 @@ def main() -> None:
         model=AutoModelForCausalLM.from_pretrained(
             model.model_name_or_path,
             attn_implementation=model.attn_implementation,
-            torch_dtype=model.dtype,
+            dtype=model.dtype,
         ),
         args=config,
         train_dataset=pairs["train"],
