@@ -260,7 +260,7 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
         ):  # fmt: skip
             if getattr(args, name) != only:
                 raise ValueError(f"{name} must be {only!r} for γ-DPO, got {getattr(args, name)!r}")
-        if getattr(self, "use_liger_kernel", False):  # before TRL 1.14
+        if getattr(self, "use_liger_kernel", False):  # before TRL 1.15
             raise ValueError("use_liger_kernel must be False: Liger's loss sees one pair at a time")
         places = [i for i, name in enumerate(args.loss_type) if name in ("sigmoid", "robust")]
         if len(places) != 1:
