@@ -197,15 +197,14 @@ def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
          "budget": study.cost_seconds}
         for task in sorted(study.tasks, key=list(reversed(TASKS)).index)
     ]  # fmt: skip
-    first = [noise for noise in study.noises if noise in UNIFORM[:3]]
-    others = [noise for noise in study.noises if noise not in first]
-    for noises in (first, others):
+    for noises in (UNIFORM[:3], UNIFORM[3:] + AMBIGUOUS[:2], AMBIGUOUS[2:]):
         for task in study.tasks:
-            cells = itertools.product(range(study.seeds), noises, METHODS)
+            cells = itertools.product(
+                range(study.seeds), [n for n in noises if n in study.noises], METHODS
+            )
             yield [s for seed, noise, m in cells for s in search(study, task, m, *noise, seed)]
             yield list(traces(study, records, task))
-    for task in study.tasks:
-        yield list(ablations(study, records, task))
+            yield list(ablations(study, records, task))
 
 
 def expected(study: Study) -> dict[str, int]:

@@ -41,7 +41,7 @@ SIZES = {
         "diabetes": {"width": 16, "pretrain": 30, "pairs": 128, "steps": 18, "batch": 32},
     },
     "full": {
-        "bytes": {"width": 48, "pretrain": 300, "pairs": 768, "steps": 120, "batch": 32},
+        "bytes": {"width": 32, "pretrain": 300, "pairs": 768, "steps": 120, "batch": 32},
         "digits": {"width": 64, "pretrain": 100, "pairs": 1024, "steps": 200, "batch": 64},
         "diabetes": {"width": 32, "pretrain": 100, "pairs": 1024, "steps": 200, "batch": 64},
     },
@@ -131,9 +131,9 @@ def byte_task(size: dict[str, int], seed: int, device: str) -> Task:
         states = state.repeat_interleave(2, dim=1)
         responses = tokens[:, :, -length - 1 :].flatten(0, 1)
         hidden, _ = model.recurrent(model.embedding(responses[:, :-1]), states)
-        logits = model.head(hidden).transpose(1, 2)
-        losses = nn.functional.cross_entropy(logits, responses[:, 1:], reduction="none")
-        return -losses.sum(1).unflatten(0, (-1, 2))
+        logits, targets = model.head(hidden).flatten(0, 1), responses[:, 1:].flatten()
+        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+        return -losses.view(len(tokens), 2, length).sum(2)
 
     def split(source: Tensor, count: int) -> Split:
         pairs = job.make_pairs(source, count, generator)
