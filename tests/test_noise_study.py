@@ -193,6 +193,53 @@ def test_choice_of_settings_and_of_checkpoints():
     assert list(plan.traces(TINY, records, "digits")) == []
 
 
+def test_choice_for_all_seeds():
+    cell = ("digits", "dpo", "uniform", 0.4)
+    last = {
+        0: (0.9, 0.8),
+        1: (0.4, 0.6),
+    }  # by seed, of two settings: the second is better on average
+    records = {
+        plan.key(s): a_record(s, noisy=[0.99, score], clean=[0.0, 0.0], test=[0.0, score / 2])
+        for seed, scores in last.items()
+        for s, score in zip(plan.search(TINY, *cell, seed), scores, strict=True)
+    }
+    assert [plan.choose(TINY, records, *cell, s)["result"]["noisy"][-1] for s in (0, 1)] == [
+        0.9, 0.6,
+    ]  # fmt: skip
+    runs = plan.choose_for_all(TINY, records, *cell)
+    assert [(run["seed"], run["result"]["noisy"][-1]) for run in runs] == [(0, 0.8), (1, 0.6)]
+    results = report.Results(TINY, records)
+    assert results.accuracy(*cell, shared=True) == {0: 40.0, 1: 30.0}
+    assert results.accuracy(*cell) == {0: 45.0, 1: 30.0}
+    records.popitem()
+    assert plan.choose_for_all(TINY, records, *cell) is None
+    assert report.Results(TINY, records).accuracy(*cell, shared=True) == {}
+
+
+def test_verdict_counts_cells_won_and_lost():
+    """γ-DPO is ahead of DPO by 10 to 12 points in one noise, and behind by 20 to 22 in another."""
+    study = TINY._replace(
+        seeds=3, configurations=1, noises=(("uniform", 0.0), ("uniform", 0.2), ("uniform", 0.4))
+    )
+    records = {}
+    for seed in range(3):
+        for rate, gain in ((0.0, 0), (0.2, 10 + seed), (0.4, -20 - seed)):
+            for method, test in (("dpo", 50), ("gamma-dpo", 50 + gain)):
+                (s,) = plan.search(study, "digits", method, "uniform", rate, seed)
+                records[plan.key(s)] = a_record(s, noisy=[0.5], clean=[0.5], test=[test / 100])
+    rows = report.verdict(report.Results(study, records)).splitlines()
+    # The seeds' means over the two noisy cells are all -5.
+    expected = [f"| γ-DPO − DPO | {way} | −5.0 ± 0.0; 1, 1 of 2 |" for way in report.WAYS]
+    assert [row for row in rows if row.startswith("| γ-DPO − DPO |")] == expected
+
+
+def test_the_study_on_a_gpu_is_the_smaller():
+    full, large = (sum(plan.expected(s).values()) for s in (plan.Study(), plan.LARGE))
+    assert large < full / 10
+    assert plan.LARGE.size == "large"
+
+
 # --- the results file ---
 
 

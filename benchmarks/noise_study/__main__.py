@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from benchmarks import _harness as harness
 from benchmarks.noise_study import plan, report
-from benchmarks.noise_study.plan import QUICK, Records, Study, key
+from benchmarks.noise_study.plan import LARGE, QUICK, Records, Study, key
 from benchmarks.noise_study.train import Spec, run
 
 ROOT = Path(__file__).parents[2]
@@ -112,31 +112,33 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("command", nargs="?", choices=("all", "run", "report"), default="all")
     add("--quick", action="store_true", help="a reduced study that shows nothing but work")
-    add("--workers", type=int, help="processes (default: 2, or 1 with --quick)")
+    add("--workers", type=int, help="processes (default: 2, 1 with --quick, 8 on a GPU)")
     add("--hours", type=float, default=1e9, help="stop after this time; a later call goes on")
     add("--seeds", type=int, help="repetitions of everything (default: 5)")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: with a larger model")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a larger model, fewer runs")
     add("--results", type=Path, help="the file that runs are appended to and reports read")
     add("--docs", type=Path, help="folder of reproduction.md and its figures")
     args = parser.parse_args(argv)
-    args.workers = (1 if args.quick else 2) if args.workers is None else args.workers
+    if args.workers is None:
+        args.workers = 1 if args.quick else 8 if args.device == "cuda" else 2
     if args.workers < 1:
         parser.error(f"argument --workers: must be at least 1, got {args.workers}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch finds no CUDA device")
-    folder = Path(tempfile.mkdtemp()) if args.quick else None
-    name = "noise_study.jsonl" if args.device == "cpu" else "noise_study_cuda.jsonl"
-    args.results = args.results or (folder or ROOT / "benchmarks" / "results") / name
-    args.docs = args.docs or folder or ROOT / "docs"
+    results, docs = ROOT / "benchmarks" / "results", ROOT / "docs"
+    if args.quick:
+        results = docs = Path(tempfile.mkdtemp())
+    elif args.device == "cuda":  # the page in docs/ is about the study on the CPU
+        results = docs = results / "noise_study_cuda"
+    args.results = args.results or results / "noise_study.jsonl"
+    args.docs = args.docs or docs
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    study = QUICK if args.quick else Study()
+    study = QUICK if args.quick else LARGE if args.device == "cuda" else Study()
     study = study._replace(device=args.device, seeds=args.seeds or study.seeds)
-    if args.device == "cuda" and not args.quick:
-        study = study._replace(size="large")
     complete = True
     if args.command != "report":
         complete = carry_out(study, args.results, args.workers, args.hours)

@@ -32,7 +32,7 @@ SPACE = {
     "alpha-dpo.alpha": (0.01, 0.5, True),
 }
 UNIFORM = tuple(("uniform", rate) for rate in (0.0, 0.2, 0.4, 0.1, 0.3))
-AMBIGUOUS = tuple(("ambiguous", rate) for rate in (0.2, 0.4, 0.1, 0.3))
+AMBIGUOUS = tuple(("ambiguous", rate) for rate in (0.2, 0.4))
 NOISES = UNIFORM + AMBIGUOUS
 TRACED_RATES = (0.2, 0.4)
 
@@ -69,6 +69,12 @@ class Study(NamedTuple):
     cost_seconds: float = 30.0
 
 
+# A larger model and fewer runs: meant for half an hour of one GPU.
+LARGE = Study(
+    size="large", device="cuda", configurations=6, tasks=("bytes",), noises=UNIFORM[:3],
+    ablation_noises=(("uniform", 0.4),), ablation_seeds=1,
+    changes=("as chosen", "pool", "form", "gradient", "smoothing"),
+)  # fmt: skip
 QUICK = Study(
     size="quick", seeds=1, configurations=1, tasks=("digits", "bytes"),
     noises=(("uniform", 0.4), ("ambiguous", 0.4)), ablation_noises=(("uniform", 0.4),),
@@ -144,6 +150,23 @@ def choose(
     return max((r for r in runs if r), key=lambda r: score(r["result"], labels, checkpoint))
 
 
+def choose_for_all(
+    study: Study, records: Records, task: str, method: str, kind: str, rate: float,
+    checkpoint: str = "last",
+) -> list[dict[str, Any]] | None:  # fmt: skip
+    """Return each seed's run of the settings that do best on the noisy labels of all seeds."""
+    searches = [
+        [records.get(key(s)) for s in search(study, task, method, kind, rate, seed)]
+        for seed in range(study.seeds)
+    ]
+    complete = [runs for runs in zip(*searches, strict=True) if all(runs)]
+    if len(complete) < study.configurations:
+        return None
+    return max(
+        complete, key=lambda runs: sum(score(r["result"], "noisy", checkpoint) for r in runs)
+    )
+
+
 def best_checkpoint(result: dict[str, Any], labels: str, checkpoint: str) -> int:
     """Return the checkpoint to keep; a run that diverged early has fewer of them, or none."""
     values = result[labels]
@@ -197,7 +220,7 @@ def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
          "budget": study.cost_seconds}
         for task in sorted(study.tasks, key=list(reversed(TASKS)).index)
     ]  # fmt: skip
-    for noises in (UNIFORM[:3], UNIFORM[3:] + AMBIGUOUS[:2], AMBIGUOUS[2:]):
+    for noises in (UNIFORM[:3], UNIFORM[3:] + AMBIGUOUS):
         for task in study.tasks:
             cells = itertools.product(
                 range(study.seeds), [n for n in noises if n in study.noises], METHODS

@@ -21,6 +21,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "reproduction.md"
 OURS = ("gamma-dpo", "gamma-dpo-published", "gamma-simpo", "gamma-simpo-published")
 SHOWN = ("dpo", "simpo", *OURS)
 LEVEL = 0.05
+WAYS = {  # how settings and checkpoint are chosen: for each seed by itself, or for all seeds
+    "last": {"checkpoint": "last"},
+    "best": {"checkpoint": "best"},
+    "shared": {"checkpoint": "last", "shared": True},
+}
 
 
 def write(study: Study, records: Records, docs: Path) -> None:
@@ -76,6 +81,11 @@ class Results:
         }
         return {seed: run["result"] for seed, run in runs.items() if run}
 
+    def shared(self, *cell: Any, checkpoint: str = "last") -> dict[int, Any]:
+        """Return by seed the results of the one setting that is chosen for all of them."""
+        runs = plan.choose_for_all(self.study, self.records, *cell, checkpoint=checkpoint) or []
+        return {run["seed"]: run["result"] for run in runs}
+
     def repeated(self, stage: str, *cell: Any, **more: Any) -> dict[int, Any]:
         """Return the results of another stage with the chosen settings, by seed."""
         results = {}
@@ -88,10 +98,14 @@ class Results:
         return results
 
     def accuracy(
-        self, *cell: Any, labels: str = "noisy", checkpoint: str = "last", of: str = "test"
-    ) -> dict[int, float]:
+        self, *cell: Any, labels: str = "noisy", checkpoint: str = "last", of: str = "test",
+        shared: bool = False,
+    ) -> dict[int, float]:  # fmt: skip
         """Return percentages by seed."""
-        runs = self.runs(*cell, labels=labels, checkpoint=checkpoint)
+        if shared:
+            runs = self.shared(*cell, checkpoint=checkpoint)
+        else:
+            runs = self.runs(*cell, labels=labels, checkpoint=checkpoint)
         return {s: 100 * plan.score(r, labels, checkpoint, of) for s, r in runs.items()}
 
     def noises(self) -> list[tuple[str, float]]:
@@ -151,28 +165,26 @@ def pairings() -> list[tuple[str, str]]:
 
 
 def compared(
-    results: Results, task: str, names: tuple[str, str], checkpoint: str
+    results: Results, task: str, names: tuple[str, str], **how: Any
 ) -> dict[tuple[str, float], tuple[float, float, float]]:
     """Compare two methods in every noise: (gain, half width, p adjusted for the noises)."""
     found = {}
     for noise in results.noises():
-        ours, theirs = (
-            results.accuracy(task, name, *noise, checkpoint=checkpoint) for name in names
-        )
+        ours, theirs = (results.accuracy(task, name, *noise, **how) for name in names)
         found[noise] = paired(ours, theirs)
     adjusted = holm([p for *_, p in found.values()])
     return {noise: (*f[:2], p) for (noise, f), p in zip(found.items(), adjusted, strict=True)}
 
 
 def over_noises(
-    results: Results, task: str, methods: Iterable[str], checkpoint: str, of: str = "test"
+    results: Results, task: str, methods: Iterable[str], **how: Any
 ) -> tuple[int, dict[str, dict[int, float]]]:
     """Return how many noisy cells all the methods have, and by method and seed its mean over them.
 
     Seeds count that every method has in each of these cells.
     """
     table = {
-        noise: {m: results.accuracy(task, m, *noise, checkpoint=checkpoint, of=of) for m in methods}
+        noise: {m: results.accuracy(task, m, *noise, **how) for m in methods}
         for noise in results.noises()
         if noise[1] > 0
     }
@@ -234,34 +246,31 @@ def status(results: Results) -> str:
 
 
 def verdict(results: Results) -> str:
-    """Say in words how many cells each γ method won and lost, by task and checkpoint."""
-    lines = []
-    for names, checkpoint in itertools.product(pairings(), ("last", "best")):
-        parts = []
-        for task in results.study.tasks:
-            found = compared(results, task, names, checkpoint).items()
-            cells = [f for noise, f in found if noise[1] > 0 and not math.isnan(f[2])]
-            if not cells:
-                continue
-            better = sum(gain > 0 and p < LEVEL for gain, _, p in cells)
-            worse = sum(gain < 0 and p < LEVEL for gain, _, p in cells)
-            count, means = over_noises(results, task, names, checkpoint)
-            mean = pair(*paired(means[names[0]], means[names[1]])[:2], sign=True)
-            parts.append(
-                f"{task} {better} better, {worse} worse of {len(cells)} (mean of {count}: {mean})"
-            )
-        if parts and names[0] in OURS:
-            labels = " against ".join(METHODS[name].label for name in names)
-            lines.append(f"- {labels}, {checkpoint} checkpoint: {'; '.join(parts)}.")
-    return "\n".join(lines) or "No comparison has two seeds yet."
+    """Return the mean gain of each γ method over the noisy cells, and how many it won and lost."""
+    tasks, rows = results.study.tasks, []
+    for names in pairings():
+        if names[0] not in OURS:
+            continue
+        for way, how in WAYS.items():
+            row = [" − ".join(METHODS[name].label for name in names), way]
+            for task in tasks:
+                found = compared(results, task, names, **how).items()
+                cells = [f for noise, f in found if noise[1] > 0 and not math.isnan(f[2])]
+                better = sum(gain > 0 and p < LEVEL for gain, _, p in cells)
+                worse = sum(gain < 0 and p < LEVEL for gain, _, p in cells)
+                _, means = over_noises(results, task, names, **how)
+                mean = pair(*paired(means[names[0]], means[names[1]])[:2], sign=True)
+                row.append(f"{mean}; {better}, {worse} of {len(cells)}" if cells else "–")
+            rows.append(row)
+    return markdown(["difference", "chosen", *tasks], rows)
 
 
 def overall(results: Results, of: str) -> str:
     """Mean accuracy over the noisy cells that all methods have, by task."""
     head, columns = ["method"], []
-    for task, checkpoint in itertools.product(results.study.tasks, ("last", "best")):
-        count, means = over_noises(results, task, METHODS, checkpoint, of)
-        head.append(f"{task}, {checkpoint} ({count})")
+    for task, (way, how) in itertools.product(results.study.tasks, WAYS.items()):
+        count, means = over_noises(results, task, METHODS, of=of, **how)
+        head.append(f"{task}, {way} ({count})")
         columns.append(means)
     rows = [
         [method.label, *(pair(*interval(means[m].values())) for means in columns)]
@@ -271,31 +280,38 @@ def overall(results: Results, of: str) -> str:
 
 
 def accuracies(results: Results) -> str:
-    parts = []
-    for task, checkpoint in itertools.product(results.study.tasks, ("last", "best")):
+    def table(task: str, **how: Any) -> str:
         rows = [
             [method.label, *(
-                pair(*interval(results.accuracy(task, m, *noise, checkpoint=checkpoint).values()))
+                pair(*interval(results.accuracy(task, m, *noise, **how).values()))
                 for noise in results.noises()
             )]
             for m, method in METHODS.items()
         ]  # fmt: skip
-        head = ["method", *map(noise_name, results.noises())]
-        parts.append(f"**{task}**, {checkpoint} checkpoint\n\n" + markdown(head, rows))
-    return "\n\n".join(parts)
+        return markdown(["method", *map(noise_name, results.noises())], rows)
+
+    return folded(results, table)
 
 
 def differences(results: Results) -> str:
-    parts = []
-    for task, checkpoint in itertools.product(results.study.tasks, ("last", "best")):
+    def table(task: str, **how: Any) -> str:
         rows = []
         for names in pairings():
-            found = compared(results, task, names, checkpoint).values()
+            found = compared(results, task, names, **how).values()
             cells = [pair(*f[:2], sign=True) + ("*" if f[2] < LEVEL else "") for f in found]
             rows.append([" − ".join(METHODS[name].label for name in names), *cells])
-        head = ["difference", *map(noise_name, results.noises())]
-        parts.append(f"**{task}**, {checkpoint} checkpoint\n\n" + markdown(head, rows))
-    return "\n\n".join(parts)
+        return markdown(["difference", *map(noise_name, results.noises())], rows)
+
+    return folded(results, table)
+
+
+def folded(results: Results, table: Callable[..., str]) -> str:
+    """Return a table for each task and way of choosing, to be unfolded by the reader."""
+    fold = '<details markdown="1"><summary>{}, {}</summary>\n\n{}\n\n</details>'
+    return "\n\n".join(
+        fold.format(task, way, table(task, **how))
+        for task, (way, how) in itertools.product(results.study.tasks, WAYS.items())
+    )
 
 
 def selection(results: Results) -> str:
