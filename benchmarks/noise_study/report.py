@@ -47,6 +47,7 @@ def write(study: Study, records: Records, docs: Path) -> None:
         "cost": lambda: costs(results),
         "loop": lambda: loops(results),
         "ablation": lambda: ablations(results),
+        "grid": lambda: grid(results),
     }
     for name, table in tables.items():
         marks = f"<!-- {name} -->\n", f"<!-- /{name} -->"
@@ -437,6 +438,27 @@ def ablations(results: Results) -> str:
     return markdown(["change", *head], rows)
 
 
+def grid(results: Results) -> str:
+    """Return what a smaller tau changes against the largest, in the mean over gamma0 and noise."""
+    study, weakest, rows = results.study, plan.TAUS[-1], []
+    for m, task in itertools.product(plan.ABLATION_METHODS, study.tasks):
+        row = [f"{METHODS[m].label}, {task}"]
+        for tau in plan.TAUS[:-1]:
+            gains: dict[int, list[float]] = {}  # by seed
+            for gamma0, noise in itertools.product(plan.GAMMA0S, study.ablation_noises):
+                ours, base = (
+                    results.ablation(task, m, noise, {"gamma0": gamma0, "tau": t})
+                    for t in (tau, weakest)
+                )
+                for seed in ours.keys() & base.keys():
+                    gains.setdefault(seed, []).append(ours[seed] - base[seed])
+            row.append(
+                pair(*interval(np.mean(list(gains.values()), 1) if gains else []), sign=True)
+            )
+        rows.append(row)
+    return markdown(["", *(f"τ = {tau:g}" for tau in plan.TAUS[:-1])], rows)
+
+
 # --- figures ---
 
 STYLE = {
@@ -628,7 +650,9 @@ def draw_grid(results: Results, path: Path) -> None:
             ax.figure.colorbar(shown, ax=ax, label="test accuracy (%)")
             for i, j in np.ndindex(*shape):
                 kappa = plan.GAMMA0S[i] ** 2 / plan.TAUS[j]
-                ax.text(j, i, f"{kappa:.2g}", ha="center", va="center", fontsize=7, color="white")
+                light = image[i, j] > (np.nanmin(image) + np.nanmax(image)) / 2
+                ax.text(j, i, f"{kappa:.2g}" if kappa < 10 else f"{kappa:.0f}", ha="center",
+                        va="center", fontsize=7, color="black" if light else "white")  # fmt: skip
             ax.set(xticks=range(shape[1]), xticklabels=[f"{t:g}" for t in plan.TAUS], xlabel="τ",
                    yticks=range(shape[0]), yticklabels=[f"{g:g}" for g in plan.GAMMA0S],
                    ylabel="γ0")  # fmt: skip
