@@ -1,6 +1,7 @@
 """The main job runs, repeats itself, and names what is wrong with a file."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,25 @@ PROGRAM = Path(__file__).parents[1] / "docs" / "examples" / "noisy_preferences.p
 GOOD = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
 
 
-def run(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, PROGRAM, *map(str, arguments)], capture_output=True, text=True, cwd=cwd
-    )
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run the program as a shell would, but in this process, which has imported torch already."""
+
+    def run(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [str(PROGRAM), *map(str, arguments)])
+        capsys.readouterr()
+        code = None
+        try:
+            runpy.run_path(str(PROGRAM), run_name="__main__")
+        except SystemExit as exit:
+            code = exit.code
+        out, err = capsys.readouterr()
+        if isinstance(code, str):  # Python prints it when nothing catches the exit
+            code, err = 1, err + code
+        return subprocess.CompletedProcess(arguments, code or 0, out, err)
+
+    return run
 
 
 def table(done):
@@ -27,23 +43,30 @@ def table(done):
     return {row[0]: row[1:-1] for row in rows if row and row[0] in ("DPO", "γ-DPO")}
 
 
-def test_quick_run_twice(tmp_path):
-    first = run("--quick", "--out", tmp_path / "picture.png", cwd=tmp_path)
+def test_quick_run_twice(tmp_path, run):
+    first = subprocess.run(
+        [sys.executable, PROGRAM, "--quick", "--out", "picture.png"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
     assert set(table(first)) == {"DPO", "γ-DPO"}
     assert all(len(row) == 5 for row in table(first).values())
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert "γ-DPO" in first.stderr  # the progress bar
-    again = run("--quick", cwd=tmp_path)
+    again = run("--quick")
     assert table(again) == table(first)
     assert (tmp_path / "noisy_preferences.png").is_file()
-    assert table(run("--quick", "--seed", 1, cwd=tmp_path)) != table(first)
 
 
-def test_one_method_and_own_pairs(tmp_path):
+def test_another_seed_is_another_run(run):
+    first, second = (table(run("--quick", "--method", "dpo", "--seed", s)) for s in (0, 1))
+    assert first != second
+
+
+def test_one_method_and_own_pairs(tmp_path, run):
     file = tmp_path / "pairs.jsonl"
     pairs = [{**GOOD, "prompt": f"{i} + é =", "rejected": " no" * i} for i in range(1, 13)]
     file.write_text("\n".join(map(json.dumps, pairs)) + "\n\n")
-    done = run("--quick", "--method", "gamma-dpo", "--pairs", file, cwd=tmp_path)
+    done = run("--quick", "--method", "gamma-dpo", "--pairs", file)
     assert set(table(done)) == {"γ-DPO"}
 
 
@@ -57,20 +80,20 @@ def test_one_method_and_own_pairs(tmp_path):
         ('{"prompt": "a", "chosen": "b", "rejected": ""}', "'rejected' is empty"),
     ],
 )
-def test_a_malformed_line_is_named_with_its_number(tmp_path, line, complaint):
+def test_a_malformed_line_is_named_with_its_number(tmp_path, run, line, complaint):
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps(GOOD) + "\n\n" + line + "\n")
-    done = run("--quick", "--pairs", file, cwd=tmp_path)
+    done = run("--quick", "--pairs", file)
     assert done.returncode != 0
     assert done.stderr.startswith(f"{file}:3: ")
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_bytes_that_are_not_utf8(tmp_path):
+def test_bytes_that_are_not_utf8(tmp_path, run):
     file = tmp_path / "pairs.jsonl"
     file.write_bytes(json.dumps(GOOD).encode() + b'\n{"prompt": "\xff"}\n')
-    done = run("--quick", "--pairs", file, cwd=tmp_path)
+    done = run("--quick", "--pairs", file)
     assert done.stderr.startswith(f"{file}:2: ")
 
 
@@ -84,20 +107,20 @@ def test_bytes_that_are_not_utf8(tmp_path):
         (["--steps", "x"], "invalid int value: 'x'"),
     ],
 )
-def test_bad_arguments(tmp_path, arguments, complaint):
-    done = run(*arguments, cwd=tmp_path)
+def test_bad_arguments(run, arguments, complaint):
+    done = run(*arguments)
     assert done.returncode == 2
     assert complaint in done.stderr
 
 
-def test_too_few_pairs(tmp_path):
+def test_too_few_pairs(tmp_path, run):
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps(GOOD))
-    assert "need at least 10 pairs, got 1" in run("--pairs", file, cwd=tmp_path).stderr
+    assert "need at least 10 pairs, got 1" in run("--pairs", file).stderr
 
 
-def test_help(tmp_path):
-    done = run("--help", cwd=tmp_path)
+def test_help(run):
+    done = run("--help")
     assert done.returncode == 0
     for option in ("--flip", "--seed", "--steps", "--gamma0", "--tau", "--beta", "--lr",
                    "--method", "--out", "--pairs", "--quick"):  # fmt: skip
