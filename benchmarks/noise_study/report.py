@@ -440,22 +440,16 @@ def ablations(results: Results) -> str:
 
 def grid(results: Results) -> str:
     """Return what a smaller tau changes against the largest, in the mean over gamma0 and noise."""
-    study, weakest, rows = results.study, plan.TAUS[-1], []
+    study, rows = results.study, []
+    cells = list(itertools.product(plan.GAMMA0S, study.ablation_noises))
     for m, task in itertools.product(plan.ABLATION_METHODS, study.tasks):
-        row = [f"{METHODS[m].label}, {task}"]
-        for tau in plan.TAUS[:-1]:
-            gains: dict[int, list[float]] = {}  # by seed
-            for gamma0, noise in itertools.product(plan.GAMMA0S, study.ablation_noises):
-                ours, base = (
-                    results.ablation(task, m, noise, {"gamma0": gamma0, "tau": t})
-                    for t in (tau, weakest)
-                )
-                for seed in ours.keys() & base.keys():
-                    gains.setdefault(seed, []).append(ours[seed] - base[seed])
-            row.append(
-                pair(*interval(np.mean(list(gains.values()), 1) if gains else []), sign=True)
-            )
-        rows.append(row)
+        means = []  # over the cells, by seed, of each tau
+        for tau in plan.TAUS:
+            runs = [results.ablation(task, m, n, {"gamma0": g, "tau": tau}) for g, n in cells]
+            seeds = set.intersection(*(set(run) for run in runs))
+            means.append({seed: float(np.mean([run[seed] for run in runs])) for seed in seeds})
+        gains = (pair(*paired(mean, means[-1])[:2], sign=True) for mean in means[:-1])
+        rows.append([f"{METHODS[m].label}, {task}", *gains])
     return markdown(["", *(f"τ = {tau:g}" for tau in plan.TAUS[:-1])], rows)
 
 
