@@ -234,6 +234,48 @@ def test_verdict_counts_cells_won_and_lost():
     assert [row for row in rows if row.startswith("| γ-DPO − DPO |")] == expected
 
 
+def test_weights_that_margins_change_are_compared_at_the_same_gaps():
+    """By hand: with γ0 = 1 for all the weights are σ(-g), with these margins σ(±1 - g)."""
+    study = TINY._replace(seeds=1, configurations=1)
+    (s,) = plan.search(study, "digits", "gamma-dpo", "uniform", 0.4, 0)
+    s["settings"] = {**s["settings"], "gamma0": 1.0}
+    trace = {**s, "stage": "trace"}
+    gaps, flipped, margins = [-2.0, 3.0], [1, 0], [0.0, 2.0]
+    record = a_record(s, noisy=[0.5], clean=[0.5], test=[0.5])
+    results = report.Results(study, {
+        plan.key(trace): a_record(trace, pairs=[[gaps, flipped, margins, gaps]])
+    })  # fmt: skip
+    results.chosen = lambda *cell, seed: record if cell[1] == "gamma-dpo" else None
+
+    def weight(x):
+        return 1 / (1 + math.exp(-x))
+
+    before, after = weight(2) / weight(-3), weight(1) / weight(-2)
+    assert f"| γ-DPO | {before:.2f} → {after:.2f} |" in report.suppression(results)
+
+
+def test_settings_of_the_grid_are_compared_by_seed():
+    study = TINY._replace(configurations=1, ablation_noises=(("uniform", 0.4),), ablation_seeds=2)
+    records = {}
+    for seed, (s,) in enumerate(
+        plan.search(study, "digits", "gamma-dpo", "uniform", 0.4, seed) for seed in (0, 1)
+    ):
+        records[plan.key(s)] = a_record(s, noisy=[0.5], clean=[0.5], test=[0.5])
+        for change in plan.GRID:
+            # A smaller tau is better by 4 and 2 points; one field by 10 more.
+            gain = (0.04, 0.02)[seed] * (change["tau"] == 0.1)
+            gain += 0.1 * (change == {"gamma0": 2.0, "tau": 3.0})
+            spec = {**s, "stage": "ablation", "change": change}
+            records[plan.key(spec)] = a_record(spec, noisy=[0.5], clean=[0.5], test=[0.5 + gain])
+    table = report.grid(report.Results(study, records))
+    half = stats.t.ppf(0.975, 1) * math.sqrt(2) / math.sqrt(2)
+    (row,) = [line for line in table.splitlines() if line.startswith("| γ-DPO, digits")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:3] == [f"+3.0 ± {half:.1f}", "+0.0 ± 0.0"]
+    assert cells[4] == "+2.0 ± 0.0"  # the mean over five gamma0
+    assert cells[-1] == "+10.0 ± 0.0 at 2, 3"
+
+
 def test_the_study_on_a_gpu_is_the_smaller():
     full, large = (sum(plan.expected(s).values()) for s in (plan.Study(), plan.LARGE))
     assert large < full / 10

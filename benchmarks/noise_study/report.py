@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
+from scipy.special import expit
 
 from benchmarks.baselines import METHODS
 from benchmarks.noise_study import plan
@@ -21,6 +22,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "reproduction.md"
 OURS = ("gamma-dpo", "gamma-dpo-published", "gamma-simpo", "gamma-simpo-published")
 SHOWN = ("dpo", "simpo", *OURS)
 LEVEL = 0.05
+DEFAULT = (4.0, 10.0)  # gamma0 and tau of the TRL trainers
 WAYS = {  # how settings and checkpoint are chosen: for each seed by itself, or for all seeds
     "last": {"checkpoint": "last"},
     "best": {"checkpoint": "best"},
@@ -43,6 +45,7 @@ def write(study: Study, records: Records, docs: Path) -> None:
         "tests": lambda: differences(results),
         "selection": lambda: selection(results),
         "weights": lambda: weights(results),
+        "suppression": lambda: suppression(results),
         "detection": lambda: detection(results),
         "cost": lambda: costs(results),
         "loop": lambda: loops(results),
@@ -182,7 +185,7 @@ def over_noises(
 ) -> tuple[int, dict[str, dict[int, float]]]:
     """Return how many noisy cells all the methods have, and by method and seed its mean over them.
 
-    Seeds count that every method has in each of these cells.
+    A method's seeds are those that it has in each of these cells.
     """
     table = {
         noise: {m: results.accuracy(task, m, *noise, **how) for m in methods}
@@ -190,12 +193,7 @@ def over_noises(
         if noise[1] > 0
     }
     cells = [cell for cell in table.values() if all(cell.values())]
-    seeds = [set(values) for cell in cells for values in cell.values()]
-    common = sorted(set.intersection(*seeds)) if seeds else []
-    return len(cells), {
-        m: {seed: float(np.mean([cell[m][seed] for cell in cells])) for seed in common}
-        for m in methods
-    }
+    return len(cells), {m: mean_by_seed([cell[m] for cell in cells]) for m in methods}
 
 
 # --- tables ---
@@ -362,6 +360,28 @@ def weights(results: Results) -> str:
     return markdown(["method", *(f"{task}, {noise_name(noise)}" for task, noise in columns)], rows)
 
 
+def suppression(results: Results) -> str:
+    """Return how much the margins change the ratio of weights at the gaps that training saw."""
+    columns, rows = columns_of(results, (0.2, 0.4)), []
+    for m in plan.ABLATION_METHODS:
+        row = [METHODS[m].label]
+        for task, noise in columns:
+            run = traced(results, task, m, noise)
+            if not run:
+                row.append("–")
+                continue
+            gamma0 = results.chosen(task, m, *noise, seed=0)["settings"]["gamma0"]
+            gaps, flipped, margins, _ = map(np.array, run["pairs"][-1])
+            centre = 0.0 if METHODS[m].averaged else gamma0
+            ratios = []
+            for shift in (gamma0 - centre, margins - centre):
+                weight = expit(shift - gaps)
+                ratios.append(weight[flipped == 1].mean() / weight[flipped == 0].mean())
+            row.append(" → ".join(number(ratio, 2) for ratio in ratios))
+        rows.append(row)
+    return markdown(["method", *(f"{task}, {noise_name(noise)}" for task, noise in columns)], rows)
+
+
 def detection(results: Results) -> str:
     columns = columns_of(results, (0.2, 0.4))
     rows = []
@@ -439,18 +459,31 @@ def ablations(results: Results) -> str:
 
 
 def grid(results: Results) -> str:
-    """Return what a smaller tau changes against the largest, in the mean over gamma0 and noise."""
+    """Compare settings on their mean over flip rates, and each tau on that over gamma0 as well."""
     study, rows = results.study, []
-    cells = list(itertools.product(plan.GAMMA0S, study.ablation_noises))
     for m, task in itertools.product(plan.ABLATION_METHODS, study.tasks):
-        means = []  # over the cells, by seed, of each tau
-        for tau in plan.TAUS:
-            runs = [results.ablation(task, m, n, {"gamma0": g, "tau": tau}) for g, n in cells]
-            seeds = set.intersection(*(set(run) for run in runs))
-            means.append({seed: float(np.mean([run[seed] for run in runs])) for seed in seeds})
-        gains = (pair(*paired(mean, means[-1])[:2], sign=True) for mean in means[:-1])
-        rows.append([f"{METHODS[m].label}, {task}", *gains])
-    return markdown(["", *(f"τ = {tau:g}" for tau in plan.TAUS[:-1])], rows)
+        fields = {
+            (change["gamma0"], change["tau"]): mean_by_seed(
+                [results.ablation(task, m, noise, change) for noise in study.ablation_noises]
+            )
+            for change in plan.GRID
+        }
+        taus = [mean_by_seed([fields[g, tau] for g in plan.GAMMA0S]) for tau in plan.TAUS]
+        gains = [paired(mean, taus[-1])[:2] for mean in taus[:-1]]
+        best = max(fields, key=lambda field: interval(fields[field].values())[0])
+        gains.append(paired(fields[best], fields[DEFAULT])[:2])
+        cells = [pair(*gain, sign=True) for gain in gains]
+        if fields[best]:
+            cells[-1] += " at {:g}, {:g}".format(*best)
+        rows.append([f"{METHODS[m].label}, {task}", *cells])
+    head = [f"τ = {tau:g}" for tau in plan.TAUS[:-1]]
+    return markdown(["", *head, "best field − field {:g}, {:g}".format(*DEFAULT)], rows)
+
+
+def mean_by_seed(runs: Sequence[dict[int, float]]) -> dict[int, float]:
+    """Return the mean over runs of each seed that all of them have."""
+    seeds = set.intersection(*map(set, runs)) if runs else set()
+    return {seed: float(np.mean([run[seed] for run in runs])) for seed in sorted(seeds)}
 
 
 # --- figures ---
