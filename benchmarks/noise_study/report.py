@@ -150,6 +150,12 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, flo
     return centre, half, float(2 * stats.t.sf(abs(t), len(gains) - 1))
 
 
+def mean_by_seed(runs: Sequence[dict[int, float]]) -> dict[int, float]:
+    """Return the mean over runs of each seed that all of them have."""
+    seeds = set.intersection(*map(set, runs)) if runs else set()
+    return {seed: float(np.mean([run[seed] for run in runs])) for seed in sorted(seeds)}
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """Return p-values adjusted for their number by Holm's step-down method; NaN stays out."""
     known = sorted((value, i) for i, value in enumerate(p) if not math.isnan(value))
@@ -478,12 +484,6 @@ def grid(results: Results) -> str:
         rows.append([f"{METHODS[m].label}, {task}", *cells])
     head = [f"τ = {tau:g}" for tau in plan.TAUS[:-1]]
     return markdown(["", *head, "best field − field {:g}, {:g}".format(*DEFAULT)], rows)
-
-
-def mean_by_seed(runs: Sequence[dict[int, float]]) -> dict[int, float]:
-    """Return the mean over runs of each seed that all of them have."""
-    seeds = set.intersection(*map(set, runs)) if runs else set()
-    return {seed: float(np.mean([run[seed] for run in runs])) for seed in sorted(seeds)}
 
 
 # --- figures ---
