@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import operator
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
@@ -12,7 +12,8 @@ from typing import Any, TypeAlias, TypeVar
 Array: TypeAlias = Any
 Namespace: TypeAlias = Any
 
-LARGE = 100_000  # entries of a vector
+_SHORT = 1024  # BLAS sums in some 32 lanes, so adds at most 32 times in a row
+_ROW = 256  # JAX sums so many in a row at most
 
 State = TypeVar("State", bound=tuple[Any, ...])
 
@@ -83,58 +84,99 @@ def detach(array: Array) -> Array:
     return array
 
 
-@functools.lru_cache
-def _loop_body(step: Callable[[State], State]) -> Callable[[int, State], State]:
-    """Return the same function each time: JAX compiles a loop anew for another one."""
-    return lambda _, state: step(state)
+class _Host:
+    """The functions of a namespace that the level's algebra takes, on Python floats."""
+
+    exp, expm1, log, log1p = math.exp, math.expm1, math.log, math.log1p
+    abs, maximum, minimum = abs, max, min
+
+    @staticmethod
+    def where(condition: bool, value: float, other: float) -> float:
+        return value if condition else other
+
+
+HOST = _Host()
+
+
+def is_free_to_read(array: Array) -> bool:
+    """Whether a value can be looked at without waiting for a device and without a tracer's error.
+
+    Then a loop ends when it is done, and single numbers are Python's, which are faster.
+    """
+    if is_torch(array):
+        torch = sys.modules["torch"]
+        return (
+            array.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and not is_transforming()
+        )
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(array, numpy.ndarray)
+
+
+def is_transforming() -> bool:
+    """Whether torch.func is at work; taken as given where torch doesn't tell."""
+    tell = getattr(sys.modules["torch"]._C, "_are_functorch_transforms_active", None)
+    return tell is None or bool(tell())
 
 
 def repeat(
-    times: int,
-    step: Callable[[State], State],
-    state: State,
-    settled: Callable[[State, State], Array],
+    times: int, step: Callable[[State], State], state: State, done: Callable[[State], Any]
 ) -> State:
-    """Apply ``state = step(state)`` at most ``times`` times.
+    """Apply ``state = step(state)`` until ``done(state)``, at most ``times`` times.
 
-    A loop in the traced program for JAX, whose compile time would otherwise grow with ``times``;
-    straight-line code elsewhere. Only NumPy's arrays can be looked at for free: for them it ends
-    when two steps in a row have left the state ``settled(old, new)``.
+    A loop in the traced program for JAX. A done that is no Python bool is never looked at: what
+    can't be read takes all the steps.
     """
-    if is_jax(state[0]):
-        result: State = sys.modules["jax"].lax.fori_loop(0, times, _loop_body(step), state)
-        return result
-    numpy = sys.modules.get("numpy")
-    look = numpy is not None and isinstance(state[0], numpy.ndarray)
-    quiet = 0
+    if is_jax(done(state)):
+        loop = sys.modules["jax"].lax.while_loop
+        _, state = loop(_condition(times, done), _body(step), (0, state))
+        return state
     for _ in range(times):
-        old, state = state, step(state)
-        quiet = quiet + 1 if look and settled(old, state) else 0
-        if quiet == 2:
+        state = step(state)
+        if done(state) is True:
             break
     return state
 
 
-def dot_for(array: Array) -> Callable[[Array, Array], Array]:
-    """Return the function that takes Σ v w of vectors like this one.
+# The same functions each time: JAX compiles a loop anew for others.
+@functools.lru_cache
+def _condition(times: int, done: Callable[[Any], Array]) -> Callable[[Any], Array]:
+    return lambda counted: (counted[0] < times) & ~done(counted[1])
 
-    In a large pool a sum in pairs, where BLAS with its few lanes would lose digits. A compiler's
-    sum is in pairs anyway, and the size may be a symbol to it.
+
+@functools.lru_cache
+def _body(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda counted: (counted[0] + 1, step(counted[1]))
+
+
+def total(array: Array) -> Array:
+    """Return the sum of a vector, with an error that does not grow with it.
+
+    torch's own sum and NumPy's are in pairs. A compiler's are not, so it gets another one.
     """
-    if is_torch(array) and sys.modules["torch"].compiler.is_compiling():
-        return operator.matmul
-    xp = solver_namespace(array)
-    return (lambda v, w: xp.sum(v * w)) if array.shape[0] > LARGE else operator.matmul
-
-
-def logistic_for(array: Array) -> Callable[[Array], Array]:
-    """Return 1 / (1 + exp(-x)) in one operation where there is one, to a small *absolute* error."""
     if is_torch(array):
-        return solver_namespace(array).sigmoid  # type: ignore[no-any-return]
-    if is_jax(array):
-        return sys.modules["jax"].nn.sigmoid  # type: ignore[no-any-return]
-    tanh = namespace(array).tanh
-    return lambda x: tanh(x * 0.5) * 0.5 + 0.5
+        torch = sys.modules["torch"]
+        if torch.compiler.is_compiling():
+            return torch.sum(array, dtype=torch.float64).to(array.dtype)
+    elif is_jax(array) and array.shape[0] > _ROW:
+        jnp = sys.modules["jax"].numpy
+        padded = jnp.pad(array, (0, -array.shape[0] % _ROW))
+        return total(jnp.sum(padded.reshape(-1, _ROW), axis=1))
+    return solver_namespace(array).sum(array)
+
+
+def inner(v: Array, w: Array) -> Array:
+    """Return Σ v w, with an error that does not grow with the vectors.
+
+    For a few numbers by BLAS, in one operation where it is torch's. Not ``@``, which autocast runs
+    in half precision.
+    """
+    torch = sys.modules["torch"] if is_torch(v) else None
+    # The size last: in a graph it is a symbol, on which a comparison would be a guard.
+    if torch and not torch.compiler.is_compiling() and v.shape[0] <= _SHORT:
+        return torch.dot(v, w)
+    return total(v * w)
 
 
 def as_floats(mask: Array, like: Array) -> Array:
@@ -149,6 +191,61 @@ def softplus(xp: Namespace, x: Array) -> Array:
     return xp.logaddexp(x, xp.zeros_like(x))
 
 
-def sigmoid(xp: Namespace, x: Array) -> Array:
+def sigmoid(x: Array) -> Array:
     """1 / (1 + exp(-x)), without overflow and with a small relative error on both sides."""
-    return xp.exp(-softplus(xp, -x))
+    if is_torch(x):
+        return x.sigmoid()
+    if is_jax(x):
+        return sys.modules["jax"].nn.sigmoid(x)
+    xp = namespace(x)
+    e = xp.exp(-xp.abs(x))
+    return xp.where(x >= 0, xp.ones_like(e), e) / (1 + e)
+
+
+def sigmoids(xp: Namespace, x: Array) -> tuple[Array, Array]:
+    """`sigmoid` of x and of -x, for Python floats as well."""
+    e = xp.exp(-abs(x))
+    large = 1 / (1 + e)
+    small = e * large
+    return xp.where(x >= 0, large, small), xp.where(x >= 0, small, large)
+
+
+def clip(xp: Namespace, value: Array, low: Array, high: Array) -> Array:
+    """Return the value, or the bound that it is beyond."""
+    return xp.minimum(xp.maximum(value, low), high)
+
+
+def choose(condition: Any, value: Callable[[], Array], other: Callable[[], Array]) -> Array:
+    """Compute the value or the other, or both where Python does not know which is wanted."""
+    if isinstance(condition, bool):
+        return value() if condition else other()
+    first = value()
+    return solver_namespace(first).where(condition, first, other())
+
+
+def reader(like: Array, wait: bool = False) -> Callable[[Array], Array]:
+    """Return `float` where single numbers are free to read, or worth a wait, else no change."""
+    if is_free_to_read(like) or (wait and is_torch(like)):
+        return float
+    return lambda number: number
+
+
+def signed(sign: Array, value: Array) -> Array:
+    """Return the value times 1 or -1, without an operation where Python knows that it is 1."""
+    if isinstance(sign, float):
+        return value if sign > 0 else -value
+    return sign * value
+
+
+def numbers_namespace(value: Array) -> Namespace:
+    """Return the namespace of a number, `HOST` for a Python float."""
+    return HOST if isinstance(value, float) else solver_namespace(value)
+
+
+def bits(array: Array) -> int:
+    return int(solver_namespace(array).finfo(array.dtype).bits)
+
+
+def epsilon(array: Array) -> float:
+    """Return the machine epsilon of an array's dtype."""
+    return float(solver_namespace(array).finfo(array.dtype).eps)

@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-from gamma_loss import _checks
-from gamma_loss._arrays import Array, Namespace, detach, sigmoid, softplus
-from gamma_loss.margins import check_pool, choose_implementation, over_processes, solve_by
+from gamma_loss import _checks, _dispatch
+from gamma_loss._arrays import Array
+from gamma_loss._loss import (
+    REDUCTIONS,
+    GammaLossAux,
+    Logps,
+    LossSettings,
+    array_loss,
+    logistic,
+    tilt_of,
+)
+from gamma_loss._pool import Beside, check
 
-REDUCTIONS = ("mean", "sum", "none")
-
-
-class GammaLossAux(NamedTuple):
-    """What a γ-PO loss knows besides its value. All arrays are constants for autograd.
-
-    Attributes
-    ----------
-    margins : array, shape (pairs,)
-        γ_i in reward units; gamma0 for a masked pair, NaN where the gap is not finite.
-    shifts : array, shape (pairs,)
-        γ_i - gamma0: what the centred form subtracts, and what Theorem 3.1 is about.
-    reward_gaps, chosen_rewards, rejected_rewards : array, shape (pairs,)
-        In reward units, as given or computed from log-probabilities.
-    pair_weights : array, shape (pairs,)
-        Minus the derivative of a pair's loss with respect to its reward gap, 0 for a masked pair.
-        Without label smoothing σ(margin_i - g_i): how strongly the pair trains.
-    residual, multiplier : array, shape ()
-        The certificate and ν of the margin solve, see `MarginSolution`.
-    mask : boolean array, shape (pairs,)
-        Which pairs count.
-    """
-
-    margins: Array
-    shifts: Array
-    reward_gaps: Array
-    chosen_rewards: Array
-    rejected_rewards: Array
-    pair_weights: Array
-    residual: Array
-    multiplier: Array
-    mask: Array
+__all__ = [
+    "GammaLossAux",
+    "gamma_dpo_loss",
+    "gamma_preference_loss",
+    "gamma_simpo_loss",
+    "preference_loss",
+]
 
 
 def gamma_dpo_loss(
@@ -141,9 +125,9 @@ def gamma_dpo_loss(
         "reference_rejected_logps": reference_rejected_logps,
     }
     return _gamma_loss(
-        logps, beta=beta, gamma0=gamma0, tau=tau, centered=centered,
-        context=context, context_mask=context_mask, mask=mask,
-        label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl, group=group,
+        logps, Beside(mask, context, context_mask),
+        beta=beta, gamma0=gamma0, tau=tau, centered=centered, label_smoothing=label_smoothing,
+        robust=robust, reduction=reduction, impl=impl, group=group,
     )  # fmt: skip
 
 
@@ -230,9 +214,9 @@ def gamma_simpo_loss(
         "policy_rejected_logps": policy_rejected_logps,
     }
     return _gamma_loss(
-        logps, beta=beta, gamma0=gamma0, tau=tau, centered=centered,
-        context=context, context_mask=context_mask, mask=mask,
-        label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl, group=group,
+        logps, Beside(mask, context, context_mask),
+        beta=beta, gamma0=gamma0, tau=tau, centered=centered, label_smoothing=label_smoothing,
+        robust=robust, reduction=reduction, impl=impl, group=group,
     )  # fmt: skip
 
 
@@ -304,9 +288,9 @@ def gamma_preference_loss(
     array([0.283, 0.233, 0.057])
     """
     return _gamma_loss(
-        {"reward_gaps": reward_gaps}, beta=1.0, gamma0=gamma0, tau=tau, centered=centered,
-        context=context, context_mask=context_mask, mask=mask,
-        label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl, group=group,
+        {"reward_gaps": reward_gaps}, Beside(mask, context, context_mask),
+        beta=1.0, gamma0=gamma0, tau=tau, centered=centered, label_smoothing=label_smoothing,
+        robust=robust, reduction=reduction, impl=impl, group=group,
     )  # fmt: skip
 
 
@@ -369,121 +353,46 @@ def preference_loss(
                 f"margins must have the shape of reward_gaps, {tuple(gaps.shape)}, "
                 f"got {tuple(margins.shape)}"
             )
-    tilt = _tilt(label_smoothing, robust)
-    return _logistic(xp, gaps - margins, tilt)
-
-
-def _tilt(label_smoothing: float, robust: bool) -> float:
-    """Return the c of ``ℓ(s) + c s``: what both kinds of smoothing are, as ℓ(-s) = ℓ(s) + s."""
-    epsilon = _checks.number("label_smoothing", label_smoothing, least=0, below=0.5)
-    return -epsilon / (1 - 2 * epsilon) if robust else epsilon
-
-
-def _logistic(xp: Namespace, s: Array, tilt: float) -> Array:
-    loss = softplus(xp, -s)
-    return loss + tilt * s if tilt else loss
+    return logistic(xp, gaps - margins, tilt_of(label_smoothing, robust))
 
 
 def _gamma_loss(
     logps: dict[str, Array],
+    beside: Beside,
     *,
     beta: float,
     gamma0: float,
     tau: float,
     centered: bool,
-    context: Array | None,
-    context_mask: Array | None,
-    mask: Array | None,
     label_smoothing: float,
     robust: bool,
     reduction: str,
     impl: str,
-    group: Any = None,
+    group: Any,
 ) -> tuple[Array, GammaLossAux]:
-    """Check, and choose between one fused operator and `array_loss`.
+    """Check, and choose between one fused operator and array operations.
 
     ``logps`` has the argument names of its arrays: gaps alone; chosen, rejected; and references.
     """
     beta = _checks.number("beta", beta, above=0)
-    gamma0 = _checks.number("gamma0", gamma0, least=0)
-    tau = _checks.number("tau", tau, above=0)
     _checks.choice("reduction", reduction, REDUCTIONS)
-    tilt = _tilt(label_smoothing, robust)
+    tilt = tilt_of(label_smoothing, robust)
     xp = _checks.real(**logps)
-    shared = group is not None
-    _checks.pairs(shared, **logps)
-    size = check_pool(xp, *next(iter(logps.items())), mask, context, context_mask, shared)
-    arrays = (*logps.values(), None, None, None)[:4]
-    pool = (mask, context, context_mask)
-    settings = (beta, gamma0, tau, tilt, bool(centered), reduction)
-    impl = choose_implementation(impl, arrays[0], size, gamma0, tau)
-    if impl == "triton" and not shared:
-        from gamma_loss import _operators
+    _checks.pairs(group is not None, **logps)
+    name, first = next(iter(logps.items()))
+    problem = check(name, first, beside, gamma0=gamma0, tau=tau, group=group)
+    settings = LossSettings(beta, problem.gamma0, problem.tau, tilt, bool(centered), reduction)
+    impl = _dispatch.choose(impl, first, problem)
+    if impl == "triton":
+        from gamma_loss._torch import operators
 
-        if _operators.can_fuse(size):
-            loss, rows, certificate, mask = _operators.fused_loss(*arrays, *pool, *settings)
-            margins, shifts, gaps, weights, _, _, chosen, rejected = rows.unbind()
-            multiplier, residual = certificate.unbind()
-            return loss, GammaLossAux(
-                margins, shifts, gaps, chosen, rejected, weights, residual, multiplier, mask
-            )
-    upcast: Any = [None if array is None else _checks.upcast(xp, array) for array in arrays]
-    more: Any = (*pool, *settings, impl, group)
-    return array_loss(xp, *upcast, *more)
-
-
-def array_loss(
-    xp: Namespace,
-    chosen: Array,
-    rejected: Array | None,
-    reference_chosen: Array | None,
-    reference_rejected: Array | None,
-    mask: Array | None,
-    context: Array | None,
-    context_mask: Array | None,
-    beta: float,
-    gamma0: float,
-    tau: float,
-    tilt: float,
-    centered: bool,
-    reduction: str,
-    impl: str,
-    group: Any = None,
-) -> tuple[Array, GammaLossAux]:
-    """Compute a loss in array-API operations, its margins by an implementation."""
-    if rejected is None:
-        chosen_rewards, rejected_rewards = chosen, xp.zeros_like(chosen)
-    else:
-        if reference_chosen is not None:
-            chosen, rejected = chosen - reference_chosen, rejected - reference_rejected
-        chosen_rewards, rejected_rewards = beta * chosen, beta * rejected
-    gaps = chosen_rewards - rejected_rewards
-    margins, multiplier, residual = solve_by(
-        impl, gaps, mask, context, context_mask, gamma0, tau, group
-    )
-    shifts = margins - gamma0
-    if mask is None:
-        mask = xp.ones_like(gaps, dtype=xp.bool)
-
-    # Masked before the loss, so that a masked NaN leaves no NaN in the gradient either.
-    zero = xp.zeros_like(gaps)
-    s = xp.where(mask, gaps, zero) - (shifts if centered else margins)
-    losses = xp.where(mask, _logistic(xp, s, tilt), zero)
-    pair_weights = xp.where(mask, sigmoid(xp, -detach(s)) - tilt, zero)
-    loss = losses if reduction == "none" else xp.sum(losses)
-    if reduction == "mean":
-        counted = xp.sum(xp.astype(mask, losses.dtype))
-        if group is not None:
-            loss, counted = over_processes(gaps).mean(loss, counted, group)
-        loss = loss / xp.maximum(counted, xp.ones_like(counted))
-    return loss, GammaLossAux(
-        margins=margins,
-        shifts=shifts,
-        reward_gaps=detach(gaps),
-        chosen_rewards=detach(chosen_rewards),
-        rejected_rewards=detach(rejected_rewards),
-        pair_weights=pair_weights,
-        residual=residual,
-        multiplier=multiplier,
-        mask=mask,
+        if operators.can_fuse(problem.size):
+            return operators.fused_loss(Logps(*logps.values()), problem.beside, settings)
+    upcast = Logps(*(_checks.upcast(xp, array) for array in logps.values()))
+    return array_loss(
+        upcast,
+        problem.beside.mask,
+        settings,
+        solve=lambda gaps: _dispatch.solve(impl, gaps, problem),
+        spread=_dispatch.spread_over(first, group),
     )

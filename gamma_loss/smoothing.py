@@ -85,7 +85,7 @@ def label_smoothing_from_shift(
     m, delta, xp = _arguments(reward_gaps, shift, "shift", kind, match)
     _checks.choice("order", order, ORDERS)
     exact = order == "exact"
-    p, p_other = sigmoid(xp, -m), sigmoid(xp, m)
+    p, p_other = sigmoid(-m), sigmoid(m)
     if match == "slope":
         k = _slope_change(xp, m, delta) if exact else delta * p * p_other
         numerator, denominator = k, xp.ones_like(k)
@@ -140,7 +140,7 @@ def shift_from_label_smoothing(
     """
     m, epsilon, xp = _arguments(reward_gaps, epsilon, "epsilon", kind, match)
     k = -epsilon if kind == "conservative" else epsilon / (1 - 2 * epsilon)
-    p, p_other = sigmoid(xp, -m), sigmoid(xp, m)
+    p, p_other = sigmoid(-m), sigmoid(m)
     if match == "slope":  # logit(p + k) - logit(p)
         return _log1p(xp, k / p) - _log1p(xp, -k / p_other)
     return _log1p(xp, xp.expm1(-k * m) / p)
@@ -166,7 +166,7 @@ def _value_change(xp: Namespace, m: Array, delta: Array) -> Array:
     """ℓ(m) - ℓ(m - δ), without cancellation for small δ nor overflow for large δ."""
     one = xp.ones_like(delta)
     small = xp.minimum(xp.maximum(delta, -one), one)
-    near = -xp.log1p(sigmoid(xp, -m) * xp.expm1(small))
+    near = -xp.log1p(sigmoid(-m) * xp.expm1(small))
     far = softplus(xp, -m) - softplus(xp, delta - m)
     return xp.where(xp.abs(delta) <= 1, near, far)
 
@@ -174,7 +174,7 @@ def _value_change(xp: Namespace, m: Array, delta: Array) -> Array:
 def _slope_change(xp: Namespace, m: Array, delta: Array) -> Array:
     """σ(δ - m) - σ(-m), without cancellation: σ(high) σ(-low) (1 - e^-|δ|) with the sign of δ."""
     low, high = xp.minimum(delta - m, -m), xp.maximum(delta - m, -m)
-    size = sigmoid(xp, high) * sigmoid(xp, -low) * -xp.expm1(-xp.abs(delta))
+    size = sigmoid(high) * sigmoid(-low) * -xp.expm1(-xp.abs(delta))
     return xp.where(delta > 0, size, -size)
 
 

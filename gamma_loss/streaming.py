@@ -1,27 +1,27 @@
 """The margin problem of more gaps than memory holds, read in chunks, several times over.
 
-For one level ν every pair is solved on its own, and its solution is forgotten; only the sums of
-the ratios and of their slopes go to the outer solve for ν. So a pass over the gaps keeps two
-numbers, where `gamma_loss._newton.bracketed` keeps ten for each pair.
+At one level every pair is settled on its own, and forgotten; only two sums go to the next level. So
+a pass over the gaps keeps two numbers, where `gamma_loss._solver` keeps several for each pair.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from gamma_loss import _checks, _newton
-from gamma_loss._arrays import namespace
+from gamma_loss import _checks, _solver
+from gamma_loss._level import Level, certify, first_guess, first_level, level_step, side_of
+from gamma_loss._spread import WHOLE
 
-Floats = npt.NDArray[np.float64]
+Floats: TypeAlias = npt.NDArray[np.float64]
 
-_BLOCK = 2**14  # gaps that are solved at a time: what their intermediate results need fits caches
-_INNER, _OUTER = 200, 100  # passes that no pool comes near: bisection alone would end by then
-_FLAT = -40.0  # below it γ0 exp(u) adds nothing to z, so a Newton step is exact
+_BLOCK = 2**14  # gaps that are settled at a time: what their intermediate results need fits caches
+_MOST = 100  # levels, which no pool comes near
+_EPS = float(np.finfo(np.float64).eps)
 
 
 class MarginRule(NamedTuple):
@@ -64,16 +64,17 @@ class MarginRule(NamedTuple):
         """
         gaps = np.asarray(reward_gaps, dtype=np.float64)
         margins = np.full(gaps.shape, np.nan)
+        level = Level(self.gamma0 / self.tau, self.level, self.level, self.level, 0.0)
         for start in range(0, gaps.shape[0], _BLOCK):
             block = gaps[start : start + _BLOCK]
             finite = np.isfinite(block)
-            kept = block[finite]
-            if self.gamma0 > 0:
-                u, _ = _pairs(kept, self.gamma0, self.tau, self.pairs, self.level)
-                kept = self.gamma0 * np.exp(u - self.log_mass)
-            else:
-                kept = np.zeros_like(kept)
-            margins[start : start + _BLOCK][finite] = kept
+            if self.gamma0 == 0:
+                margins[start : start + _BLOCK][finite] = 0.0
+            elif finite.any():
+                state = _settled(block[finite], self.gamma0, level)
+                margins[start : start + _BLOCK][finite] = self.gamma0 * np.exp(
+                    state.u - self.log_mass
+                )
         return margins
 
 
@@ -83,9 +84,9 @@ def solve_margins_streaming(
     """Solve the problem of `solve_margins` for a pool that is read in chunks.
 
     The same problem and the same solution, computed in float64 with NumPy; memory is that of one
-    chunk, however many there are. The chunks are read some 5 times in mild settings, up to some 12
-    times in others that were tried: as often as a safeguarded Newton iteration needs to find the
-    one level ν to rounding error, once before for a start, and once after for the certificate.
+    chunk, however many there are. The chunks are read once for a start, and then as often as
+    Newton's iteration needs to find the one level to rounding error: some 4 times in mild settings,
+    up to some 15 times in others that were tried.
 
     Parameters
     ----------
@@ -96,7 +97,7 @@ def solve_margins_streaming(
         See `solve_margins`.
     group : torch.distributed.ProcessGroup, optional
         The ranks that share the pool, each with chunks of its own or none; of a backend that
-        takes numbers on the host, such as gloo. Each pass is one collective of two numbers.
+        takes numbers on the host, such as gloo. Each pass is two collectives of a few numbers.
 
     Returns
     -------
@@ -106,9 +107,10 @@ def solve_margins_streaming(
     Raises
     ------
     TypeError
-        For chunks that can be read only once.
+        For chunks that can be read only once, or do not hold real numbers.
     ValueError
-        If no gap is finite, for a chunk that is not 1-D, or a hyperparameter out of its range.
+        If no gap is finite, for a chunk that is not 1-D, for chunks that change from one reading
+        to the next, or a hyperparameter out of its range.
 
     Examples
     --------
@@ -123,73 +125,56 @@ def solve_margins_streaming(
     tau = _checks.number("tau", tau, above=0)
     if iter(chunks) is chunks:
         raise TypeError("chunks must be readable several times, got an iterator")
-    pool = _newton.Whole()
+    a, spread = gamma0 / tau, WHOLE
     if group is not None:
-        from gamma_loss.torch import distributed
+        from gamma_loss._torch.distributed import HostRanks
 
-        pool = distributed.OfHostNumbers(group)
+        spread = HostRanks(group)
 
-    a, counts, tops, bottoms = gamma0 / tau, [], [], []
-    least, largest = math.inf, -math.inf
-    for gaps in _blocks(chunks):
-        counts.append(gaps.size)
-        least, largest = min(least, float(gaps.min())), max(largest, float(gaps.max()))
-        p, q = _sigmoids(gamma0 - gaps)
-        d = a * gamma0 * p * q + 1
-        tops.append(float((p / d).sum()))
-        bottoms.append(float((q / d).sum()))
-    pairs, top, bottom = pool.sums(float(sum(counts)), math.fsum(tops), math.fsum(bottoms))
-    least, largest = pool.extremes(least, largest)
+    def read_all(look: Callable[[Floats], tuple[float, ...]]) -> tuple[float, ...]:
+        """Return four sums and two extremes of what a look at each block tells."""
+        columns = list(zip(*map(look, _blocks(chunks)), strict=True)) or [()] * 6
+        least, largest = min(columns[4], default=math.inf), max(columns[5], default=-math.inf)
+        sums = spread.sums(*map(math.fsum, columns[:4]))
+        return *sums, *spread.extremes(least, largest)
+
+    pairs, total, top, bottom, least, largest = read_all(lambda gaps: _survey(gaps, gamma0, a))
     if not pairs:
         raise ValueError("chunks must hold at least one finite gap, got none")
-    size = int(pairs)
     if gamma0 == 0:
-        return MarginRule(gamma0, tau, 0.0, 0.0, size, 0.0, 0.0)
+        return MarginRule(gamma0, tau, 0.0, 0.0, int(pairs), 0.0, 0.0)
 
-    low, high = _level_bracket(least, largest, gamma0, a, size)
-    level = (low + high) / 2
-    if top > 0 and bottom > 0:  # the first Newton step, from equal margins
-        level = min(max(math.log(top) - math.log(bottom), low), high)
-    best, previous = (math.inf, 0.0, level), math.inf
-    for _ in range(_OUTER):
-        masses, slopes = [], []
-        for gaps in _blocks(chunks):
-            u, d = _pairs(gaps, gamma0, tau, size, level)
-            x = np.exp(u)
-            masses.append(float(x.sum()))
-            slopes.append(float((x / d).sum()))
-        mass, slope = pool.sums(math.fsum(masses), math.fsum(slopes))
-        log_mass = math.log(mass / size)
+    level = first_level(gamma0, a, pairs, top, bottom, least, largest)
+    rule = MarginRule(gamma0, tau, 0.0, math.inf, int(pairs), 0.0, 0.0)
+    before = math.inf
+    for _ in range(_MOST):
+        here = level
+        seen = read_all(lambda gaps: _look(gaps, gamma0, here))  # noqa: B023
+        if seen[:2] != (pairs, total):
+            raise ValueError("chunks must give the same gaps at each reading, got others")
+        mass, rate = (each / (pairs * gamma0) for each in seen[2:4])
+        error = abs(math.log(mass)) if mass > 0 else math.inf
+        if error < before:
+            # Of x with mean m: mean |x / m - x*| <= 2 |m - 1| + 2 B (1 + m), with bounds up to B.
+            wrong = abs(mass - 1) + seen[5] * (1 + mass)
+            nu = a / (1 + math.exp(-here.at))
+            rule = MarginRule(
+                gamma0, tau, nu, math.log1p(wrong), int(pairs), here.at, math.log(mass)
+            )
         # Once close, Newton squares the error each time: where it does not, it is rounding error.
-        if abs(log_mass) < 1e-9 and abs(log_mass) >= best[0] / 4:
+        if error <= _EPS or (before < 1e-9 and error >= before / 4):
             break
-        best = min(best, (abs(log_mass), log_mass, level))
-        d_nu = -log_mass * mass / slope
-        if abs(d_nu) < 1e-13:  # about what scaling by the mass leaves as residual
-            break
-        low, high = (low, level) if log_mass > 0 else (level, high)
-        new = _moved(level, d_nu / a)
-        if not low < new < high or abs(new - level) > previous / 2:
-            new = (low + high) / 2
-        if new == level:
-            break
-        previous, level = abs(new - level), new
-    _, log_mass, level = best
-
-    least, largest = math.inf, -math.inf
-    for gaps in _blocks(chunks):
-        u, _ = _pairs(gaps, gamma0, tau, size, level)
-        r, _ = _residuals(gaps, gamma0, a, u - log_mass, level)
-        least, largest = min(least, r.min()), max(largest, r.max())
-    least, largest = pool.extremes(least, largest)
-    multiplier = a * float(_sigmoids(level)[0])
-    return MarginRule(gamma0, tau, multiplier, float(largest - least) / 2, size, level, log_mass)
+        before = error
+        level, _, _ = level_step(here, mass, rate, 0.0, 0.0, _EPS)
+    return rule
 
 
 def _blocks(chunks: Iterable[npt.ArrayLike]) -> Iterator[Floats]:
     """Yield the finite gaps, some at a time, in float64."""
     for chunk in chunks:
         gaps = np.asarray(chunk)
+        if gaps.dtype.kind not in "fiu" or isinstance(chunk, np.ma.MaskedArray):
+            raise TypeError(f"chunks must hold real numbers, got {type(chunk)} of {gaps.dtype}")
         if gaps.ndim != 1:
             raise ValueError(f"chunks must be 1-D, got shape {gaps.shape}")
         for start in range(0, gaps.shape[0], _BLOCK):
@@ -199,77 +184,24 @@ def _blocks(chunks: Iterable[npt.ArrayLike]) -> Iterator[Floats]:
                 yield block
 
 
-def _sigmoids(z: Any) -> tuple[Any, Any]:
-    z = np.asarray(z)
-    return _newton._sigmoids(namespace(z), z)
+def _survey(gaps: Floats, gamma0: float, a: float) -> tuple[float, ...]:
+    if gamma0 == 0:
+        return gaps.size, 0.0, 0.0, 0.0, 0.0, 0.0
+    _, (count, p, q), extremes = _solver.survey(gaps, None, *np.array([gamma0, a]))
+    return count, gaps.sum(), p, q, *extremes
 
 
-def _residuals(
-    gaps: Floats, gamma0: float, a: float, u: Floats, level: float
-) -> tuple[Floats, tuple[Floats, Floats]]:
-    xp = namespace(gaps)
-    result: tuple[Floats, tuple[Floats, Floats]] = _newton._residuals(
-        xp, gaps, gamma0, a, u, level, _sigmoids(level)
-    )
-    return result
+def _look(gaps: Floats, gamma0: float, level: Level) -> tuple[float, ...]:
+    """Settle the pairs of a block, and return what the level and the certificate need of them."""
+    state, (s, k) = _settled(gaps, gamma0, level), side_of(level)
+    _, (mass, rate, _, _) = _solver.look(state.pairs, state.u, s, k, False)
+    wrong = certify(state.pairs, state.u, s, k, np.float64(0.0)).max()
+    return gaps.size, gaps.sum(), mass, rate, 0.0, wrong
 
 
-def _level_bracket(
-    least: float, largest: float, gamma0: float, a: float, size: int
-) -> tuple[float, float]:
-    ends = np.array([least, largest])
-    low, high = _newton._level_bracket(
-        namespace(ends), ends, np.ones(2), np.asarray(gamma0), np.asarray(a),
-        np.log(np.asarray(float(size))), _newton.Whole(),
-    )  # fmt: skip
-    return float(low), float(high)
-
-
-def _moved(level: float, rise: float) -> float:
-    """Return the λ at which σ is larger by ``rise``, or close to it where there is none."""
-    xp = namespace(np.zeros(1))
-    change = _newton._logit_change(xp, *_sigmoids(level), np.asarray(rise))[1]
-    return level + float(change)
-
-
-def _pairs(
-    gaps: Floats, gamma0: float, tau: float, size: int, level: float
-) -> tuple[Floats, Floats]:
-    """Solve each pair at a level: return u = log x and D, the slope of its equation.
-
-    Newton inside a bracket, which halves it instead where a step leaves it or shrinks too slowly.
-    """
-    xp, a = namespace(gaps), gamma0 / tau
-    at_start = p, q = _sigmoids(gamma0 - gaps)
-    low, high = _newton._closed_form_bracket(
-        xp, gaps, gamma0, a, math.log(size), at_start, np.asarray(level), _sigmoids(level)
-    )
-    r, _ = _residuals(gaps, gamma0, a, np.zeros_like(gaps), level)
-    d = a * gamma0 * p * q + 1
-    u = np.clip(-r / d, low, high)
-    before = np.full_like(gaps, np.inf)
-    for _ in range(_INNER):
-        r, (p, q) = _residuals(gaps, gamma0, a, u, level)
-        x = np.exp(u)
-        d = slope = a * gamma0 * x * p * q + 1
-        low, high = np.where(r > 0, low, u), np.where(r > 0, u, high)
-        if d.max() > 2:
-            # Where the sigmoid dominates, in its logit instead, as `_newton.bracketed_pass` does.
-            rise, z_change = _newton._logit_change(xp, p, q, -r / a)
-            bend = a * (p + rise) * (q - rise)
-            d_logit = gamma0 * x * bend + 1
-            steep = (d > 2) & (d_logit > 2)
-            r, d = np.where(steep, -bend * z_change, r), np.where(steep, d_logit, d)
-        step = -r / d
-        new = u + step
-        # So close to the root Newton squares the error, and a bracket holds up to rounding only.
-        far = np.abs(step) * (gamma0 * x + 1) > 1e-4
-        halve = far & ((new < low) | (new > high) | (np.abs(step) > before / 2)) & (high > _FLAT)
-        new = np.where(halve, np.maximum((low + high) / 2, _FLAT), new)
-        new = np.clip(new, low, high)
-        moved = np.abs(new - u)
-        u, before = new, moved
-        largest = moved.max()
-        if largest * largest * (1 + gamma0 * np.exp(u.max())) <= 1e-17:
-            break
-    return u, slope
+def _settled(gaps: Floats, gamma0: float, level: Level) -> _solver.State:
+    pairs, _, extremes = _solver.survey(gaps, None, *np.array([gamma0, level.a]))
+    pairs = _solver.with_most(pairs, extremes[0])
+    u = first_guess(pairs, level.at, *side_of(level))
+    state = _solver.State(pairs, 0.0, u, level, False, math.inf, False)
+    return state._replace(u=_solver.settle(state))

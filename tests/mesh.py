@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-import gamma_loss._mesh
+from gamma_loss import _dispatch
 from gamma_loss import gamma_preference_loss
 
 try:
@@ -41,7 +41,7 @@ def loss(gaps, mask=None, context=None, context_mask=None, **settings):
 
 @functools.cache  # as compiling takes longer than anything else
 def compiled(gamma0, tau, limit):
-    gamma_loss._mesh.GATHER_LIMIT = limit
+    _dispatch.GATHER_LIMIT = limit
     outputs = (P(), P("data"), P("data"), P(), P())
     run = sharded(lambda *shards: loss(*shards, gamma0=gamma0, tau=tau), outputs)
 

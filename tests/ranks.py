@@ -51,7 +51,7 @@ def _serve(pipe, init_method, rank):
     import torch
     import torch.distributed as dist
 
-    from gamma_loss.torch import distributed
+    from gamma_loss import _dispatch
 
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -59,7 +59,7 @@ def _serve(pipe, init_method, rank):
     )
     groups = {ranks: dist.new_group(list(range(ranks)), timeout=PATIENCE) for ranks in RANKS}
     while True:
-        ranks, distributed.GATHER_LIMIT, task, arguments = pipe.recv()
+        ranks, _dispatch.GATHER_LIMIT, task, arguments = pipe.recv()
         try:
             pipe.send((False, task(groups[ranks], *arguments)))
         except Exception:

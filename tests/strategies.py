@@ -13,6 +13,7 @@ CORNERS = [  # (gaps, gamma0, tau): corners of the domain, κ up to 1e7
     ([1.70807319, 1e4], 16.89889605, 2.26420756),
     ([1e4] + 14 * [0.0], 1.0, 2.478752e-3),  # one pair has all the mass to rounding error
 ]
+MILD, HARD = {"gamma0": 4.0, "tau": 10.0}, {"gamma0": 4.0, "tau": 0.1}
 LIMIT = 1e4  # gaps are promised to work within ± this
 
 

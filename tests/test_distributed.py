@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ranks as work
+from strategies import HARD, MILD
 
 from gamma_loss import gamma_preference_loss, solve_margins
 
 pytest.importorskip("torch")
 
-MILD, HARD = {"gamma0": 4.0, "tau": 10.0}, {"gamma0": 20.0, "tau": 2.0}
 GATHER, REDUCE = 2**17, 0
 SIZES_OF_16 = {  # uneven, with an empty rank wherever there are three
     1: [(16,)],
@@ -197,7 +197,7 @@ def test_ranks_that_disagree_are_told(ranks):
         == errors[1]
         == (
             "all ranks of the group must have the same (bits of dtype, gamma0, tau), "
-            "got [(64.0, 4.0, 10.0), (64.0, 20.0, 2.0)]"
+            "got [(64.0, 4.0, 10.0), (64.0, 4.0, 0.1)]"
         )
     )
     errors = ranks.run(2, work.refused, [first, (MILD, "float32")])
@@ -275,7 +275,7 @@ def test_metrics_of_a_rank_without_pairs(ranks):
     logs, _ = ranks.run(2, work.logs_of_no_pairs)
     assert np.isnan(logs.pop("gamma/min"))
     assert np.isnan(logs.pop("gamma/max"))
-    assert logs.pop("gamma/residual") < 1e-6
+    assert logs.pop("gamma/residual") < 1e-5  # float32
     assert set(logs.values()) == {0.0}
 
 

@@ -7,11 +7,10 @@ import warnings
 
 import numpy as np
 import pytest
-from strategies import CORNERS
+from strategies import CORNERS, HARD, MILD
 
 from gamma_loss import gamma_dpo_loss, gamma_preference_loss, gamma_simpo_loss, solve_margins
-
-MILD, HARD = {"gamma0": 4.0, "tau": 10.0}, {"gamma0": 20.0, "tau": 2.0}
+from gamma_loss._pool import ALONE, Problem
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def triton(torch):
 @pytest.fixture
 def operators(torch, monkeypatch):
     """The module that chooses, as if nothing had failed yet."""
-    from gamma_loss import _operators
+    from gamma_loss._torch import operators as _operators
 
     monkeypatch.setattr(_operators, "_given_up", set())
     return _operators
@@ -39,7 +38,7 @@ def rows(shape, seed=0):
 
 @pytest.mark.parametrize(("gaps", "gamma0", "tau"), CORNERS)
 def test_corners_of_the_domain(solver, gaps, gamma0, tau):
-    for dtype, tolerance in ((np.float64, 1e-10), (np.float32, 2e-4)):
+    for dtype, tolerance in ((np.float64, 1e-13), (np.float32, 3e-6)):
         gaps = np.asarray(gaps, dtype=dtype)
         x = solver(gaps, gamma0=gamma0, tau=tau).margins / gamma0
         expected = solve_margins(gaps.astype(np.float64), gamma0=gamma0, tau=tau).margins / gamma0
@@ -73,18 +72,26 @@ def test_other_libraries_have_neither_compile_nor_triton(jax):
 
 
 def test_auto_by_device_and_setting(torch, operators, monkeypatch):
+    def choose(impl, gaps, setting, size=2):
+        return operators.choose(impl, gaps, Problem(**setting, beside=ALONE, size=size))
+
     few, many = torch.zeros(2), 10**6
-    for size in (2, many):
-        assert operators.choose("auto", few, size, 4.0, 10.0) == "eager"
-        assert operators.choose("auto", few, size, 20.0, 2.0) == "operator"
-    assert operators.choose("auto", few, 2, 0.0, 10.0) == "eager"
+    for setting in (MILD, HARD, {"gamma0": 0.0, "tau": 10.0}):
+        for size in (2, many):
+            assert choose("auto", few, setting, size) == "eager"
     fake = pytest.importorskip("torch._subclasses").FakeTensorMode()
     with fake:
         on_gpu = torch.empty(2, device="cuda")
     monkeypatch.setattr(operators, "_launcher", lambda device: object())
-    assert operators.choose("auto", on_gpu, many, 20.0, 2.0) == "triton"
+    assert choose("auto", on_gpu, HARD, many) == "triton"
     monkeypatch.setattr(operators, "_launcher", lambda device: None)
-    assert operators.choose("auto", on_gpu, 2, 20.0, 2.0) == "eager"
+    assert choose("auto", on_gpu, HARD) == "eager"
+
+
+def test_what_does_not_exist_is_refused(torch):
+    for impl in ("compile", "triton"):
+        with pytest.raises(ValueError, match=rf"impl must be 'auto' or 'eager' with .*'{impl}'"):
+            solve_margins(torch.zeros(2), **MILD, impl=impl, group=object())
 
 
 # --- compile ---
@@ -96,7 +103,7 @@ def graphs(torch):
 
 @pytest.fixture
 def compiled(torch):
-    from gamma_loss import _compiled
+    from gamma_loss._torch import compiled as _compiled
 
     _compiled._programs.clear()
     torch.compiler.reset()
@@ -112,13 +119,13 @@ def test_one_program_serves_all_sizes_and_hyperparameters(torch, compiled):
 
     solve(100, 4.0)
     before = graphs(torch)
-    for size in (2, 77, 2304, 4096):
+    for size in (2, 77, 1024):
         for gamma0 in (4.0, 3.9, 2.0):
             solve(size, gamma0)
     assert graphs(torch) == before
-    solve(5000, 4.0)  # on the CPU, Inductor makes another program of more than 4096
+    solve(1025, 4.0)  # on the CPU, Inductor makes another program of more than 1024
     middle = graphs(torch)
-    for size in (4097, 30_000):
+    for size in (2304, 5000, 30_000):
         solve(size, 3.0)
     assert graphs(torch) == middle <= before + 1
     assert len(compiled._programs) == 1
@@ -271,9 +278,8 @@ def test_a_bad_pair_shows_in_the_fused_loss_and_nowhere_else(torch, triton, devi
 def test_a_second_derivative_is_refused_not_wrong(torch, triton, device):
     gaps = torch.tensor(rows(5), device=device, requires_grad=True)
     loss, _ = gamma_preference_loss(gaps, **MILD, impl="triton")
-    (gradient,) = torch.autograd.grad(loss, gaps, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match=r"a fused loss has no second derivative: take impl="):
+        torch.autograd.grad(loss, gaps, create_graph=True)
 
 
 @pytest.mark.parametrize("setting", [MILD, HARD])
@@ -314,7 +320,7 @@ def test_a_large_pool_by_many_programs(torch, triton, device, monkeypatch, setti
     nothing = {name: array & False for name, array in pool.items() if name != "context"}
     empty = solve_margins(gaps, context=pool["context"], **nothing, **setting, impl="triton")
     assert (empty.margins == setting["gamma0"]).all()
-    assert empty.residual == 0
+    assert empty.residual <= 16 * torch.finfo(gaps.dtype).eps
     # A loss over more than one launch can take goes through the same margins.
     gaps = gaps.nan_to_num(0.0)
     _, aux = gamma_preference_loss(gaps, **setting, impl="triton")

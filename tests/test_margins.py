@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import CORNERS, gamma0s, pools, taus
 
-from gamma_loss import PUBLISHED_SETTINGS, solve_margins
+from gamma_loss import PUBLISHED_SETTINGS, _mild, _solver, solve_margins
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "published_margins.json").read_text())
 
@@ -29,7 +29,7 @@ def test_float64_accuracy_over_the_domain(solver):
     def check(gaps, gamma0, tau):
         solution = solver(gaps, gamma0=gamma0, tau=tau)
         assert solution.margins.dtype == np.float64
-        assert error(solution.margins, gaps, gamma0, tau) <= 1e-10
+        assert error(solution.margins, gaps, gamma0, tau) <= 1e-13
 
     check()
 
@@ -41,7 +41,7 @@ def test_float32_accuracy_over_the_domain(solver):
         gaps = gaps.astype(np.float32)
         solution = solver(gaps, gamma0=gamma0, tau=tau)
         assert solution.margins.dtype == np.float32
-        assert error(solution.margins, gaps.astype(np.float64), gamma0, tau) <= 2e-4
+        assert error(solution.margins, gaps.astype(np.float64), gamma0, tau) <= 3e-6
 
     check()
 
@@ -54,7 +54,7 @@ def test_float32_accuracy_in_the_published_settings(solver, name):
         gamma0, tau = PUBLISHED_SETTINGS[name]["gamma0"], PUBLISHED_SETTINGS[name]["tau"]
         gaps = gaps.astype(np.float32)
         solution = solver(gaps, gamma0=gamma0, tau=tau)
-        assert error(solution.margins, gaps.astype(np.float64), gamma0, tau) <= 1e-5
+        assert error(solution.margins, gaps.astype(np.float64), gamma0, tau) <= 3e-6
 
     check()
 
@@ -84,7 +84,7 @@ def test_a_million_gaps(gamma0, tau):
     distinct = np.clip(np.random.default_rng(9).normal(size=50) * 200, -1e4, 1e4)
     gaps = np.repeat(distinct, 20_000)
     solution = solve_margins(gaps, gamma0=gamma0, tau=tau)
-    assert error(solution.margins, gaps, gamma0, tau) <= 1e-10
+    assert error(solution.margins, gaps, gamma0, tau) <= 1e-13
     assert solution.residual <= 1e-9
 
 
@@ -176,8 +176,8 @@ def test_no_other_margins_have_a_lower_objective(gaps, gamma0, tau, seed):
 
 
 @given(pools(max_size=12), st.floats(0.01, 30), st.floats(0.05, 50), st.integers(0, 99))
-def test_certificate_bounds_the_error_of_any_candidate(gaps, gamma0, tau, seed):
-    # The theorem behind `residual`, for candidates that are far from solutions.
+def test_range_of_v_bounds_the_error_of_any_candidate(gaps, gamma0, tau, seed):
+    # The theorem behind a mild setting's `residual`, for candidates far from solutions.
     exact = oracles.margins(gaps, gamma0, tau)[0] / gamma0
     x = exact * np.exp(np.random.default_rng(seed).normal(size=gaps.size))
     x = x * gaps.size / x.sum()
@@ -192,27 +192,27 @@ def test_residual_is_the_certificate_and_small(solver):
     def check(gaps, gamma0, tau):
         margins, multiplier, residual = solver(gaps, gamma0=gamma0, tau=tau)
         expected, nu = oracles.margins(gaps, gamma0, tau)
-        a, eps = gamma0 / tau, np.finfo(np.float64).eps
         error = np.mean(np.abs(margins - expected)) / gamma0
-        assert error <= 2 * np.expm1(residual) + rounding(gamma0, tau, gaps.size)  # of x itself
-        # v inherits the rounding error of z = γ0 x - g, times at most a/4, and of u.
-        z = gamma0 * (margins / gamma0).max() + np.abs(gaps).max()
-        assert residual <= 16 * eps * (1 + a + a * z)
-        assert abs(multiplier - nu) <= 1e-10 * (1 + a)
+        assert error <= 2 * np.expm1(residual)
+        # The rounding of u, some 10 epsilons for each unit of it, and u is at most log N.
+        assert residual <= 32 * np.finfo(np.float64).eps * (2 + np.log(gaps.size))
+        assert abs(multiplier - nu) <= 1e-13 * (1 + gamma0 / tau)
 
     check()
 
 
-def test_residual_tells_of_an_unfinished_solve(monkeypatch):
-    from gamma_loss import _newton
-
-    monkeypatch.setattr(_newton, "mild_passes", lambda *_: 1)
+def test_residual_tells_of_an_unfinished_solve():
     gaps = np.array([-3.0, 0.0, 4.0])
-    margins, _, residual = solve_margins(gaps, gamma0=4.0, tau=10.0)
+    margins, _, residual = _mild.newton(gaps, None, np.array(4.0), np.array(0.4), passes=1)
     x, exact = margins / 4, oracles.margins(gaps, 4.0, 10.0)[0] / 4
     v = np.log(x) + 0.4 * oracles.sigmoid(4 * x - gaps)
     assert residual == pytest.approx(float(v.max() - v.min()) / 2, rel=1e-9)
     assert 1e-6 < np.mean(np.abs(x - exact)) <= 2 * np.expm1(residual)
+
+    state = _solver.begin(gaps, None, np.array(4.0), np.array(40.0))
+    margins, _, residual = _solver.finish(_solver.advance(state))
+    exact = oracles.margins(gaps, 4.0, 0.1)[0] / 4
+    assert 1e-6 < np.mean(np.abs(margins / 4 - exact)) <= 2 * np.expm1(residual)
 
 
 def test_context_joins_the_pool(solver):
@@ -255,7 +255,7 @@ def test_masked_entries_are_as_if_absent(solver):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize(("gamma0", "tau"), [(4.0, 10.0), (20.0, 0.1)])
+@pytest.mark.parametrize(("gamma0", "tau"), [(4.0, 10.0), (4.0, 0.1)])
 def test_a_gap_that_is_not_finite_touches_no_other_margin(library, bad, gamma0, tau):
     clean = [-2.0, 0.5, 3.0]
     expected = solve_margins(
@@ -272,7 +272,7 @@ def test_a_gap_that_is_not_finite_touches_no_other_margin(library, bad, gamma0, 
     assert math.isnan(margins[3])
 
 
-@pytest.mark.parametrize(("gamma0", "tau"), [(4.0, 10.0), (20.0, 0.1)])
+@pytest.mark.parametrize(("gamma0", "tau"), [(4.0, 10.0), (4.0, 0.1)])
 def test_an_empty_pool_gives_gamma0(library, gamma0, tau):
     gaps = library.array([1.0, math.nan])
     mask = library.array([False, False], "bool")
@@ -282,7 +282,7 @@ def test_an_empty_pool_gives_gamma0(library, gamma0, tau):
     assert abs(float(solution.residual)) < 1e-12
 
 
-@pytest.mark.parametrize(("gamma0", "tau"), [(4.0, 10.0), (3.0, 3.0), (20.0, 0.1), (100.0, 1e-3)])
+@pytest.mark.parametrize(("gamma0", "tau"), [(4.0, 10.0), (3.0, 3.0), (4.0, 0.1), (100.0, 1e-3)])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_every_library_gives_the_same_answer(library, dtype, gamma0, tau):
     gaps = np.random.default_rng(3).normal(size=33) * 4

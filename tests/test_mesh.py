@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ranks as work
+from strategies import HARD, MILD
 
 from gamma_loss import gamma_preference_loss, solve_margins
 
 jax = pytest.importorskip("jax")
 
-MILD, HARD = {"gamma0": 4.0, "tau": 10.0}, {"gamma0": 20.0, "tau": 2.0}
 SETTINGS, LIMITS = {"mild": MILD, "hard": HARD}, {"gather": 2**17, "reduce": 0}
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 WAYS = [f"{setting}, {way}" for setting in SETTINGS for way in LIMITS]

@@ -11,7 +11,7 @@ import numpy as np
 import oracles
 import pytest
 import ranks as work
-from strategies import CORNERS
+from strategies import CORNERS, HARD, MILD
 
 from gamma_loss import (
     gamma_dpo_loss,
@@ -22,7 +22,6 @@ from gamma_loss import (
     streaming,
 )
 
-MILD, HARD = {"gamma0": 4.0, "tau": 10.0}, {"gamma0": 20.0, "tau": 2.0}
 SETTINGS = [
     MILD,
     HARD,
@@ -64,14 +63,12 @@ def test_corners_of_the_domain(gaps, gamma0, tau):
 
 @pytest.mark.parametrize("setting", [MILD, {"gamma0": 3.0, "tau": 0.5}], ids=str)
 def test_residual_tells_of_an_unfinished_solve(setting, monkeypatch):
-    gaps = work.pool(50)
-    monkeypatch.setattr(streaming, "_OUTER", 1)
+    gaps, gamma0 = work.pool(50), setting["gamma0"]
+    monkeypatch.setattr(streaming, "_MOST", 1)
     rule = solve_margins_streaming([gaps], **setting)
-    margins, a = rule.margins(gaps), setting["gamma0"] / setting["tau"]
-    v = np.log(margins / setting["gamma0"]) + a / (1 + np.exp(gaps - margins))
-    assert margins.mean() == pytest.approx(setting["gamma0"], rel=1e-12)
-    assert rule.residual == pytest.approx(np.ptp(v) / 2, rel=1e-9)
-    assert rule.residual > 1e-4
+    margins, exact = rule.margins(gaps), oracles.margins(gaps, **setting)[0]
+    assert margins.mean() == pytest.approx(gamma0, rel=1e-12)
+    assert 1e-6 < np.mean(np.abs(margins - exact)) / gamma0 <= 2 * np.expm1(rule.residual)
 
 
 def test_many_blocks_and_float32_chunks():

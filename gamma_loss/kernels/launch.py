@@ -3,116 +3,113 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-from gamma_loss import _newton
-from gamma_loss.kernels import triton_kernels as kernels
+from gamma_loss._loss import Logps, LossSettings
+from gamma_loss._mild import mild_passes
+from gamma_loss.kernels import large, pool
+from gamma_loss.kernels.math import INTERPRETED as _INTERPRETED
+from gamma_loss.kernels.outputs import Outputs
+from gamma_loss.kernels.passes import Memory
 
+if TYPE_CHECKING:
+    from gamma_loss._pool import Beside
+
+INTERPRETED: bool = _INTERPRETED.value  # whether Triton runs its kernels on the CPU, in Python
 POOL_LIMIT = 16_384  # the largest pool that one program takes
-PROGRAMS = 1024  # at most, for a larger one
-# (entries at a time, warps) for pools that fit, and for others: they spill no registers on sm_90.
-SMALL, LARGE = {False: (256, 8), True: (512, 16)}, (1024, 8)
-# Levels that a large pool may try, in mild settings and in others; rounds left over return at once.
-ROUNDS = {True: 6, False: 48}
-
-# Whether Triton runs its kernels on the CPU, in Python.
-INTERPRETED = type(kernels.pool_kernel).__name__ == "InterpretedFunction"
+SINGLE_LIMIT = 4096  # the largest that it keeps in registers
+BLOCK, WARPS = 1024, 8  # of a larger one
+PROGRAMS = 256  # at most, for one beyond POOL_LIMIT
+ROUNDS = 24  # levels that such a pool may try; rounds left over return at once
 
 
-def _settings(T: torch.dtype, size: int, gamma0: float, tau: float) -> dict[str, Any]:
-    double = torch.float64 == T
-    block, warps = SMALL[double] if size <= SMALL[double][0] else LARGE
+def solve(gaps: Tensor, beside: Beside, gamma0: float, tau: float) -> tuple[Tensor, Tensor]:
+    """Return the margins, and ν with the certificate, of a pool of any size."""
+    margins, certificate = torch.empty_like(gaps), gaps.new_empty(2)
+    if _size(gaps, beside) <= POOL_LIMIT:
+        settings = LossSettings(1.0, gamma0, tau, 0.0, False, "none")
+        outputs: Any = Outputs(None, margins, certificate, None)  # type: ignore[arg-type]
+        loss(Logps(gaps), beside, settings, outputs)
+    else:
+        _solve_large(gaps.contiguous(), beside, margins, certificate, (gamma0, tau))
+    return margins, certificate
+
+
+def loss(logps: Logps, beside: Beside, settings: LossSettings, outputs: Outputs) -> None:
+    """Fill the outputs for a pool of at most `POOL_LIMIT`."""
+    size, n = _size(logps.chosen, beside), logps.chosen.shape[0]
+    block, warps = block_of(size, outputs.rows.dtype)
+    single = size <= block
+    memory = None if single else Memory(*outputs.rows.new_empty(3, size).unbind())
+    with _on_device_of(logps.chosen):
+        pool.pool_kernel[(1,)](
+            _contiguous(logps), _contiguous(beside), outputs, memory, n, size - n,
+            beta=settings.beta, tilt=settings.tilt, CENTERED=settings.centered,
+            REDUCTION=settings.reduction, SINGLE=single, BLOCK=block, num_warps=warps,
+            **_problem(outputs.rows.dtype, settings.gamma0, settings.tau),
+        )  # fmt: skip
+
+
+def block_of(size: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the entries that a pool's program takes at a time, and its warps."""
+    if size > SINGLE_LIMIT:
+        return BLOCK, WARPS
+    block = max(128, triton.next_power_of_2(size))
+    return block, min(max(block // 64, 4), 16)
+
+
+def _solve_large(
+    gaps: Tensor, beside: Beside, margins: Tensor, certificate: Tensor, of: tuple[float, float]
+) -> None:
+    n, size = gaps.shape[0], _size(gaps, beside)
+    programs = min(triton.cdiv(size, BLOCK), PROGRAMS)
+    settings = _problem(gaps.dtype, *of) | {"P": PROGRAMS, "BLOCK": BLOCK, "num_warps": WARPS}
+    passes, eps = settings.pop("PASSES"), settings.pop("EPS")
+    more = settings | {"EPS": eps, "MILD": passes > 0}
+    rounds = passes - 1 if passes else ROUNDS
+    memory = Memory(*gaps.new_empty(3, size).unbind())
+    # Each launch reads what the one before has left.
+    partials = gaps.new_empty(2, 6, PROGRAMS, dtype=torch.float64)
+    states = gaps.new_empty(rounds + 1, large.STATE.value, dtype=torch.float64)
+    inputs = Logps(gaps), _contiguous(beside)
+    with _on_device_of(gaps):
+        large.start_kernel[(programs,)](*inputs, memory, partials[0], n, size - n, **settings)
+        for turn in range(rounds + 1):
+            kernel = large.step_kernel if turn < rounds else large.weigh_kernel
+            old, new = partials[turn % 2], partials[(turn + 1) % 2]
+            kernel[(programs,)](memory, old, new, states, turn, size, **more)
+        large.finish_kernel[(programs,)](
+            gaps, inputs[1].mask, margins, certificate, memory, new, old, states, rounds, n,
+            size - n, **more,
+        )  # fmt: skip
+        large.certify_kernel[(1,)](old, certificate, programs, EPS=eps, P=PROGRAMS, MILD=passes > 0)
+
+
+def _problem(dtype: torch.dtype, gamma0: float, tau: float) -> dict[str, Any]:
+    double = dtype == torch.float64
     return {
         "gamma0": gamma0,
         "a": gamma0 / tau,
         "T": tl.float64 if double else tl.float32,
-        "EPS": torch.finfo(T).eps,
-        "BLOCK": block,
-        "PASSES": _newton.mild_passes(gamma0, tau, double),
-        "num_warps": warps,
+        "EPS": torch.finfo(dtype).eps,
+        "PASSES": mild_passes(gamma0, tau, double),
     }
+
+
+def _size(gaps: Tensor, beside: Beside) -> int:
+    return gaps.shape[0] + (0 if beside.context is None else beside.context.shape[0])
+
+
+def _contiguous(arrays: Any) -> Any:
+    return type(arrays)(*(None if array is None else array.contiguous() for array in arrays))
 
 
 def _on_device_of(array: Tensor) -> contextlib.AbstractContextManager[Any]:
     if array.device.type == "cuda" and array.device.index != torch.cuda.current_device():
         return torch.cuda.device(array.device)
     return contextlib.nullcontext()
-
-
-def _contiguous(*arrays: Tensor | None) -> list[Tensor | None]:
-    return [None if array is None else array.contiguous() for array in arrays]
-
-
-def solve(
-    gaps: Tensor,
-    mask: Tensor | None,
-    context: Tensor | None,
-    context_mask: Tensor | None,
-    gamma0: float,
-    tau: float,
-) -> tuple[Tensor, Tensor]:
-    """Return the margins, and ν with the certificate, of a pool of any size."""
-    pool = _contiguous(gaps, mask, context, context_mask)
-    n, m = gaps.shape[0], 0 if context is None else context.shape[0]
-    settings = _settings(gaps.dtype, n + m, gamma0, tau)
-    margins, certificate = torch.empty_like(gaps), gaps.new_empty(2)
-    with _on_device_of(gaps):
-        if n + m <= POOL_LIMIT:
-            kernels.pool_kernel[(1,)](
-                pool[0], None, None, None, *pool[1:],
-                margins, certificate, None, None, gaps.new_empty(3 * (n + m)), n, m,
-                beta=1.0, tilt=0.0, CENTERED=False, REDUCTION="none", **settings,
-            )  # fmt: skip
-            return margins, certificate
-
-        eps, passes = settings.pop("EPS"), settings.pop("PASSES")
-        P, programs = PROGRAMS, min(-(-(n + m) // LARGE[0]), PROGRAMS)
-        # Each launch reads what the one before has left.
-        partials = gaps.new_empty(2, 5, P)
-        rounds = ROUNDS[passes > 0]
-        state = gaps.new_empty(rounds, 8)
-        kernels.start_kernel[(programs,)](*pool, partials[0], n, m, P=P, **settings)
-        settings |= {"EPS": eps, "PASSES": passes}
-        for k in range(rounds):
-            old, new = partials[k % 2], partials[(k + 1) % 2]
-            kernels.step_kernel[(programs,)](*pool, old, new, state, k, n, m, P=P, **settings)
-        old, new = partials[rounds % 2], partials[(rounds + 1) % 2]
-        kernels.finish_kernel[(programs,)](
-            *pool, old, new, state, rounds, margins, certificate, n, m, P=P, **settings
-        )
-        kernels.certify_kernel[(1,)](new, certificate, programs, P=P)
-    return margins, certificate
-
-
-def loss(
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    chosen: Tensor,
-    rejected: Tensor | None,
-    reference_chosen: Tensor | None,
-    reference_rejected: Tensor | None,
-    mask: Tensor | None,
-    context: Tensor | None,
-    context_mask: Tensor | None,
-    beta: float,
-    gamma0: float,
-    tau: float,
-    tilt: float,
-    centered: bool,
-    reduction: str,
-) -> None:
-    """Fill loss, rows, certificate and mask of a pool of at most `POOL_LIMIT`."""
-    loss, rows, certificate, mask_out = outputs
-    n, m = chosen.shape[0], 0 if context is None else context.shape[0]
-    inputs = _contiguous(
-        chosen, rejected, reference_chosen, reference_rejected, mask, context, context_mask
-    )
-    with _on_device_of(chosen):
-        kernels.pool_kernel[(1,)](
-            *inputs, rows, certificate, loss, mask_out, rows.new_empty(3 * (n + m)), n, m,
-            beta=beta, tilt=tilt, CENTERED=centered, REDUCTION=reduction,
-            **_settings(rows.dtype, n + m, gamma0, tau),
-        )  # fmt: skip

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gamma_loss._torch.library import register
+
 # How many logits are in memory a second time at once: on a CPU as its caches hold, elsewhere enough
 # to keep the device busy.
 CPU_CHUNK, DEVICE_CHUNK = 2**19, 2**24
@@ -89,7 +91,7 @@ def sequence_logps(
         labels, unused = labels[:, 1:], unused[:, 1:]
     # A graph gets the operator with a gradient of its own, which torch.func does not take.
     compiling = torch.compiler.is_compiling()
-    apply: Any = torch.ops.gamma_loss.token_logps if compiling else _TokenLogps.apply
+    apply: Any = _operator if compiling else _TokenLogps.apply
     each = apply(logits, labels.masked_fill(unused, 0)).masked_fill(unused, 0)
     total: Tensor = each.sum(1)
     return total / (~unused).sum(1).clamp(min=1) if average else total
@@ -106,7 +108,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(logits: Tensor, targets: Tensor) -> Any:
-        return torch.ops.gamma_loss.token_logps(logits, targets)
+        return _operator(logits, targets)
 
     @staticmethod
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None]:
@@ -119,7 +121,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(slopes: Tensor, logits: Tensor, targets: Tensor) -> Any:
-        return torch.ops.gamma_loss.token_logps_gradient(slopes, logits, targets)
+        return _gradient_operator(slopes, logits, targets)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -131,7 +133,7 @@ class _Gradient(torch.autograd.Function):
 
 
 def _backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None]:
-    return torch.ops.gamma_loss.token_logps_gradient(slopes, *ctx.saved_tensors), None
+    return _gradient_operator(slopes, *ctx.saved_tensors), None
 
 
 def _token_logps(logits: Tensor, targets: Tensor) -> Tensor:
@@ -214,15 +216,15 @@ def _fake_gradient(slopes: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
     return torch.empty_like(logits)
 
 
-_library = torch.library.Library("gamma_loss", "FRAGMENT")
-_library.define("token_logps(Tensor logits, Tensor targets) -> Tensor")
-_library.define("token_logps_gradient(Tensor slopes, Tensor logits, Tensor targets) -> Tensor")
-for _name, _function, _fake in (
-    ("token_logps", _token_logps, _fake_logps),
-    ("token_logps_gradient", _token_logps_gradient, _fake_gradient),
-):
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gamma_loss::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "gamma_loss::token_logps", _backward, setup_context=_keep, lib=_library
+_operator = register(
+    "token_logps(Tensor logits, Tensor targets) -> Tensor",
+    _token_logps,
+    _fake_logps,
+    _backward,
+    _keep,
+)
+_gradient_operator = register(
+    "token_logps_gradient(Tensor slopes, Tensor logits, Tensor targets) -> Tensor",
+    _token_logps_gradient,
+    _fake_gradient,
 )

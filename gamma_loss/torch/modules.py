@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gamma_loss import _checks
+from gamma_loss._torch import distributed
 from gamma_loss.losses import (
     GammaLossAux,
     gamma_dpo_loss,
@@ -15,7 +16,6 @@ from gamma_loss.losses import (
     gamma_simpo_loss,
 )
 from gamma_loss.queue import QueueState
-from gamma_loss.torch import distributed
 from gamma_loss.torch.queue import GapQueue
 
 
@@ -51,7 +51,8 @@ class _QueuedLoss(torch.nn.Module):
         context = self._context if again and self._context is not None else self.queue.context()
         gaps, filled = context
         if self.group is not None:  # every rank holds the whole queue and contributes a part
-            gaps, filled = distributed.part(gaps, self.group), distributed.part(filled, self.group)
+            gaps = distributed.share(gaps, self.group)
+            filled = distributed.share(filled, self.group)
         loss, aux = self._function(
             *arguments,
             context=gaps,

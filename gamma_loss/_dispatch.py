@@ -1,0 +1,106 @@
+"""Which implementation solves a problem: one table, and the rules that choose from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gamma_loss import _checks, _solver
+from gamma_loss._arrays import Array, is_jax, is_torch, solver_namespace, total
+from gamma_loss._pool import Problem, as_part, assemble, deliver, weights_of
+from gamma_loss._spread import GATHER_LIMIT, WHOLE, Parts, Spread
+
+IMPLEMENTATIONS = ("auto", "eager", "compile", "triton")
+
+Solution = tuple[Array, Array, Array]  # margins, ν, certificate
+
+
+def choose(impl: str, gaps: Array, problem: Problem) -> str:
+    """Return the name in `TABLE` that an ``impl`` stands for.
+
+    The rule of "auto" is in `gamma_loss.solve_margins`; docs/benchmarks.md has the figures behind.
+    """
+    _checks.choice("impl", impl, IMPLEMENTATIONS)
+    if problem.group is not None:
+        if impl not in ("auto", "eager"):
+            raise ValueError(f"impl must be 'auto' or 'eager' with a group, got {impl!r}")
+        return "in parts"
+    if is_torch(gaps):
+        from gamma_loss._torch import operators
+
+        return operators.choose(impl, gaps, problem)
+    if impl in ("compile", "triton"):
+        raise ValueError(f"impl={impl!r} needs torch tensors, got {type(gaps).__module__} arrays")
+    return "eager"
+
+
+def solve(name: str, gaps: Array, problem: Problem) -> Solution:
+    """Solve by the implementation of that name."""
+    return TABLE[name](gaps, problem)
+
+
+def spread_over(gaps: Array, group: Any) -> Spread:
+    """Return what a pool adds that is spread over a group; of None, the pool in one piece."""
+    return WHOLE if group is None else _parts(gaps, group)
+
+
+def _parts(gaps: Array, group: Any) -> Parts:
+    if is_jax(gaps):
+        from gamma_loss._mesh import Devices
+
+        return Devices(group)
+    from gamma_loss._torch.distributed import Ranks
+
+    return Ranks(group, gaps)
+
+
+def _eager(gaps: Array, problem: Problem) -> Solution:
+    pool = assemble(gaps, problem.beside)
+    margins, *numbers = _solver.solve(pool.gaps, weights_of(pool), problem.gamma0, problem.tau)
+    return deliver(margins, gaps, problem.beside.mask, pool, problem.gamma0), *numbers
+
+
+def _in_parts(gaps: Array, problem: Problem) -> Solution:
+    """Gather the parts of a small pool; of a large one exchange sums only."""
+    xp, parts = solver_namespace(gaps), _parts(gaps, problem.group)
+    gamma0, tau = problem.gamma0, problem.tau
+    pool = as_part(assemble(gaps, problem.beside))
+    if parts.size(pool.gaps, gamma0, tau) <= GATHER_LIMIT:
+        # Those inside are finite, so NaN can say which are not.
+        whole = assemble(parts.gather(xp.where(pool.inside, pool.gaps, float("nan"))))
+        margins, *numbers = _solver.solve(whole.gaps, weights_of(whole), gamma0, tau)
+        margins = parts.own(margins)
+    else:
+        (inside,) = parts.sums(total(xp.where(pool.inside, 1.0, 0 * pool.gaps)))
+        weights = weights_of(pool, empty=inside == 0)
+        margins, *numbers = _solver.solve(pool.gaps, weights, gamma0, tau, parts)
+    return deliver(margins, gaps, problem.beside.mask, pool, problem.gamma0), *parts.agreed(
+        *numbers
+    )
+
+
+def _compile(gaps: Array, problem: Problem) -> Solution:
+    from gamma_loss._torch import compiled
+
+    return compiled.solve(gaps, problem)
+
+
+def _operator(gaps: Array, problem: Problem) -> Solution:
+    from gamma_loss._torch import operators
+
+    return operators.solve(gaps, problem, kernel=False)
+
+
+def _triton(gaps: Array, problem: Problem) -> Solution:
+    from gamma_loss._torch import operators
+
+    return operators.solve(gaps, problem, kernel=True)
+
+
+TABLE: dict[str, Callable[[Array, Problem], Solution]] = {
+    "eager": _eager,
+    "in parts": _in_parts,
+    "compile": _compile,  # torch
+    "operator": _operator,  # torch: an eager solve that a graph leaves whole
+    "triton": _triton,  # torch, on a device that Triton knows
+}

@@ -1,0 +1,130 @@
+"""The losses as arithmetic on arrays; how margins are found is passed in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+from gamma_loss import _checks
+from gamma_loss._arrays import Array, Namespace, detach, namespace, sigmoid, softplus
+from gamma_loss._spread import Spread
+
+REDUCTIONS = ("mean", "sum", "none")
+
+Solve: TypeAlias = Callable[[Array], tuple[Array, Array, Array]]  # gaps to margins, ν, certificate
+
+
+class Logps(NamedTuple):
+    """What a loss is about: log-probabilities or, with nothing rejected, reward gaps."""
+
+    chosen: Array
+    rejected: Array | None = None
+    reference_chosen: Array | None = None
+    reference_rejected: Array | None = None
+
+
+class LossSettings(NamedTuple):
+    """What a loss does with the margins, and the problem that they solve."""
+
+    beta: float
+    gamma0: float
+    tau: float
+    tilt: float  # c of the loss ℓ(s) + c s: what both kinds of label smoothing are
+    centered: bool
+    reduction: str
+
+
+class Rows(NamedTuple):
+    """One number for each pair: what a fused kernel writes, in this order."""
+
+    margins: Array
+    shifts: Array
+    reward_gaps: Array
+    pair_weights: Array
+    chosen_slopes: Array  # gradients of the loss with respect to the log-probabilities
+    rejected_slopes: Array
+    chosen_rewards: Array
+    rejected_rewards: Array
+
+
+class GammaLossAux(NamedTuple):
+    """What a γ-PO loss knows besides its value. All arrays are constants for autograd.
+
+    Attributes
+    ----------
+    margins : array, shape (pairs,)
+        γ_i in reward units; gamma0 for a masked pair, NaN where the gap is not finite.
+    shifts : array, shape (pairs,)
+        γ_i - gamma0: what the centred form subtracts, and what Theorem 3.1 is about.
+    reward_gaps, chosen_rewards, rejected_rewards : array, shape (pairs,)
+        In reward units, as given or computed from log-probabilities.
+    pair_weights : array, shape (pairs,)
+        Minus the derivative of a pair's loss with respect to its reward gap, 0 for a masked pair.
+        Without label smoothing σ(margin_i - g_i): how strongly the pair trains.
+    residual, multiplier : array, shape ()
+        The certificate and ν of the margin solve, see `MarginSolution`.
+    mask : boolean array, shape (pairs,)
+        Which pairs count.
+    """
+
+    margins: Array
+    shifts: Array
+    reward_gaps: Array
+    chosen_rewards: Array
+    rejected_rewards: Array
+    pair_weights: Array
+    residual: Array
+    multiplier: Array
+    mask: Array
+
+
+def tilt_of(label_smoothing: float, robust: bool) -> float:
+    """Return the c of ``ℓ(s) + c s``: what both kinds of smoothing are, as ℓ(-s) = ℓ(s) + s."""
+    epsilon = _checks.number("label_smoothing", label_smoothing, least=0, below=0.5)
+    return -epsilon / (1 - 2 * epsilon) if robust else epsilon
+
+
+def logistic(xp: Namespace, s: Array, tilt: float) -> Array:
+    """Return ``-log σ(s) + tilt s``."""
+    loss = softplus(xp, -s)
+    return loss + tilt * s if tilt else loss
+
+
+def array_loss(
+    logps: Logps, mask: Array | None, settings: LossSettings, solve: Solve, spread: Spread
+) -> tuple[Array, GammaLossAux]:
+    """Compute a loss in array operations. ``solve`` finds the margins of the gaps."""
+    beta, gamma0, _, tilt, centered, reduction = settings
+    chosen, rejected, *references = logps
+    xp = namespace(chosen)
+    if rejected is None:
+        chosen_rewards, rejected_rewards = chosen, xp.zeros_like(chosen)
+    else:
+        if references[0] is not None:
+            chosen, rejected = chosen - references[0], rejected - references[1]
+        chosen_rewards, rejected_rewards = beta * chosen, beta * rejected
+    gaps = chosen_rewards - rejected_rewards
+    margins, multiplier, residual = solve(gaps)
+    shifts = margins - gamma0
+    counted = xp.ones_like(gaps, dtype=xp.bool) if mask is None else mask
+
+    # Masked before the loss, so that a masked NaN leaves no NaN in the gradient either.
+    zero = xp.zeros_like(gaps)
+    s = xp.where(counted, gaps, zero) - (shifts if centered else margins)
+    losses = xp.where(counted, logistic(xp, s, tilt), zero)
+    pair_weights = xp.where(counted, sigmoid(-detach(s)) - tilt, zero)
+    loss = losses if reduction == "none" else xp.sum(losses)
+    if reduction == "mean":
+        (pairs,) = spread.sums(xp.sum(xp.astype(counted, losses.dtype)))
+        loss = spread.parts * loss / xp.maximum(pairs, xp.ones_like(pairs))
+    return loss, GammaLossAux(
+        margins=margins,
+        shifts=shifts,
+        reward_gaps=detach(gaps),
+        chosen_rewards=detach(chosen_rewards),
+        rejected_rewards=detach(rejected_rewards),
+        pair_weights=pair_weights,
+        residual=residual,
+        multiplier=multiplier,
+        mask=counted,
+    )

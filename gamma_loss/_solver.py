@@ -1,0 +1,218 @@
+"""The loops around the algebra of `gamma_loss._level`, for a pool in one piece or in parts."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from gamma_loss._arrays import (
+    Array,
+    bits,
+    epsilon,
+    inner,
+    numbers_namespace,
+    reader,
+    repeat,
+    sigmoid,
+    sigmoids,
+    solver_namespace,
+    total,
+)
+from gamma_loss._level import (
+    FAR,
+    Level,
+    Pairs,
+    Step,
+    at_rounding,
+    certify,
+    first_guess,
+    first_level,
+    level_step,
+    pair_step,
+    side_of,
+    what_is_left,
+    with_bend,
+)
+from gamma_loss._mild import mild_passes, newton
+from gamma_loss._spread import WHOLE, Spread, count_of, weighted
+
+_MOST = 96  # passes: the worst of a million random pools took 70
+
+Run = Callable[..., Any]  # how a function of arrays is run: as it is, or compiled
+
+
+def directly(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a function as it is."""
+    return function(*arguments)
+
+
+class State(NamedTuple):
+    """What one pass hands to the next."""
+
+    pairs: Pairs
+    budget: Array  # N γ0
+    u: Array
+    level: Level
+    far: Array  # whether a pair may be far from its root
+    left: Array  # bound on what is left of |x - x*| / (1 + x*), inf where there is none
+    done: Array
+
+
+def solve(
+    gaps: Array, weights: Array | None, gamma0: float, tau: float, spread: Spread = WHOLE
+) -> tuple[Array, Array, Array]:
+    """Return margins, ν and the certificate of a pool, the last two of shape ().
+
+    ``weights`` is 1 for a gap of the pool and 0 for one left out, which is finite as well.
+    """
+    xp, zero = solver_namespace(gaps), gaps[0] * 0
+    if gamma0 == 0:  # nothing to share out, and no scale to measure x by
+        return xp.zeros_like(gaps), zero, zero
+    g0, a = zero + gamma0, zero + gamma0 / tau
+    if passes := mild_passes(gamma0, tau, bits(gaps) >= 64):
+        return newton(gaps, weights, g0, a, passes, spread)
+    return finish(iterate(begin(gaps, weights, g0, a, spread), spread), spread)
+
+
+def iterate(state: State, spread: Spread = WHOLE, run: Run = directly) -> State:
+    """Advance until done."""
+    plain = spread is WHOLE and run is directly  # for JAX the same function each time
+    step = advance if plain else functools.partial(advance, spread=spread, run=run)
+    return repeat(_MOST, step, state, is_done)
+
+
+def begin(
+    gaps: Array,
+    weights: Array | None,
+    gamma0: Array,
+    a: Array,
+    spread: Spread = WHOLE,
+    run: Run = directly,
+) -> State:
+    """Take the first level from Newton's step at equal margins, and the pairs in closed form."""
+    read = reader(gaps, spread.parts > 1)
+    pairs, sums, extremes = run(survey, gaps, weights, gamma0, a)
+    sums, extremes = spread.sums(*sums), spread.extremes(*extremes)
+    level = first_level(*map(read, (gamma0, a, *sums, *extremes)))
+    pairs = with_most(pairs, extremes[0])
+    u = run(first_guess, pairs, level.at, *side_of(level))
+    false, infinity = read(a) < 0, 0 * level.a + math.inf
+    if false is not False:  # a tracer, which takes both ways
+        pairs = with_bend(pairs)
+    return State(pairs, read(sums[0]) * read(gamma0), u, level, false, infinity, false)
+
+
+def survey(
+    gaps: Array, weights: Array | None, gamma0: Array, a: Array
+) -> tuple[Pairs, tuple[Array, Array, Array], tuple[Array, Array]]:
+    """Return the pairs, and the sums and extremes that the first level needs."""
+    xp, start = solver_namespace(gaps), gamma0 - gaps
+    p, q = sigmoid(start), sigmoid(-start)
+    w = weighted(weights, 1 / (1 + a * gamma0 * p * q))
+    sums = count_of(gaps, weights), inner(w, p), inner(w, q)
+    least = largest = start
+    if weights is not None:
+        outside = xp.where(weights > 0, 0 * start, 0 * start + math.inf)
+        least, largest = start + outside, start - outside
+
+    return Pairs(weights, start, gamma0, a, a), sums, (xp.min(least), xp.max(largest))
+
+
+def with_most(pairs: Pairs, least_start: Array) -> Pairs:
+    """Fill in what is above every root: where x > 1, z is below λ, and λ below log(1 + a) + 50."""
+    xp = solver_namespace(pairs.start)
+    room = (xp.log1p(pairs.a) + 50 - least_start) / pairs.gamma0
+    return pairs._replace(most=xp.log1p(xp.maximum(room, 0 * room)))
+
+
+def advance(state: State, spread: Spread = WHOLE, run: Run = directly) -> State:
+    """Take a step of the pairs, and one of the level if its side is proven."""
+    pairs, budget, u, level, far, before, _ = state
+    in_parts = spread.parts > 1
+    read, eps = reader(u, in_parts), epsilon(u)
+    if in_parts:
+        u = settle(state)
+    if far is True and pairs.bend is None:
+        pairs = run(with_bend, pairs)
+    step, (mass, rate, off, reach) = run(look, pairs, u, *side_of(level), far)
+    mass, rate = spread.sums(mass, rate)
+    mass, rate, off = (read(number) / budget for number in (mass, rate, off))
+    reach = read(reach)
+    if in_parts:  # settled; and all have to decide alike
+        off, reach = 0 * level.a, 0 * level.a
+    level, d_nu, near = level_step(level, mass, rate, off, reach, eps)
+
+    u, left = run(follow, pairs, u, step, d_nu, near)
+    if near is not False:
+        left = spread.extremes(-left, left)[1]
+    left = read(left) + 0 * level.a
+    done = near & at_rounding(left, before, eps)
+    return State(pairs, budget, u, level, reach > FAR, left, done)
+
+
+def look(
+    pairs: Pairs, u: Array, s: Array, k: Array, far: Array
+) -> tuple[Step, tuple[Array, Array, Array, Array]]:
+    """Take a step of the pairs; return also Σ y after it, Σ y / D, how far off, and the reach."""
+    step = pair_step(pairs, u, s, k, far)
+    y, d, du = step
+    grown, xp = y * du, solver_namespace(u)
+    mass, rate = total(weighted(pairs.weights, y + grown)), total(weighted(pairs.weights, y / d))
+    reach = du + grown
+    return step, (mass, rate, total(grown * reach), xp.max(xp.abs(reach)))
+
+
+def follow(pairs: Pairs, u: Array, step: Step, d_nu: Array, near: Array) -> tuple[Array, Array]:
+    """Add the step and what follows a change of ν; bound what is left if that may be the end."""
+    xp, move = solver_namespace(u), step.du + d_nu / step.d
+    left = math.inf * pairs.a if near is False else what_is_left(pairs, step.y, move)
+    return xp.minimum(u + move, pairs.most), left
+
+
+def settle(state: State) -> Array:
+    """Return u after steps of the pairs alone, as many as it takes to reach their roots."""
+    start = state._replace(left=0 * state.level.a + math.inf)
+    return repeat(_MOST, _settle_pass, start, is_done).u
+
+
+def _settle_pass(state: State) -> State:
+    pairs, _, u, level, far, before, _ = state
+    if far is True and pairs.bend is None:
+        pairs = with_bend(pairs)
+    step = pair_step(pairs, u, *side_of(level), far)
+    xp, left = solver_namespace(u), what_is_left(pairs, step.y, step.du)
+    left = reader(u, isinstance(level.at, float))(left) + 0 * level.a
+    done = at_rounding(left, before, epsilon(u))
+    return state._replace(
+        pairs=pairs,
+        u=xp.minimum(u + step.du, pairs.most),
+        far=left == math.inf,
+        left=left,
+        done=done,
+    )
+
+
+def is_done(state: State) -> Array:
+    """Whether a loop may end."""
+    return state.done
+
+
+def finish(state: State, spread: Spread = WHOLE, run: Run = directly) -> tuple[Array, Array, Array]:
+    """Return margins that meet the budget, ν, and the certificate."""
+    pairs, budget, u, level = state[:4]
+    xp = solver_namespace(u)
+    (mass,) = spread.sums(total(weighted(pairs.weights, xp.exp(u))))
+    log_mass = xp.log(mass * pairs.gamma0 / budget)
+    margins, error = run(deliver, pairs, u, *side_of(level), log_mass)
+    _, error = spread.extremes(-error, error)
+    nu = level.a * sigmoids(numbers_namespace(level.at), level.at)[0]
+    return margins, nu + 0 * log_mass, xp.log1p(2 * error)
+
+
+def deliver(pairs: Pairs, u: Array, s: Array, k: Array, log_mass: Array) -> tuple[Array, Array]:
+    """Return the margins, and what the certificate says of the pair that is worst off."""
+    xp = solver_namespace(u)
+    error = xp.max(weighted(pairs.weights, certify(pairs, u, s, k, log_mass)))
+    return pairs.gamma0 * xp.exp(u - log_mass), error

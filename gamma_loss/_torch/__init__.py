@@ -1,0 +1,1 @@
+"""What torch adds inside: operators, compiled programs, ranks. Nothing here is public."""
