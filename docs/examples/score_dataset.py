@@ -31,7 +31,7 @@ import tokenize
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -49,10 +49,15 @@ class WrongInput(Exception):
     """What is wrong with the input, and what to do, in one line."""
 
 
-def complain(problem: Any) -> int:
-    """Say what is wrong, and return the exit code."""
+def complain(problem: object) -> None:
+    """Say in one line what is wrong."""
     print("score_dataset.py:", " ".join(str(problem).split()), file=sys.stderr)
-    return 2
+
+
+def stop(problem: object) -> NoReturn:
+    """End with one line that says what is wrong."""
+    complain(problem)
+    sys.exit(2)
 
 
 class Ranks:
@@ -265,29 +270,29 @@ def arguments() -> argparse.Namespace:
     add("--kind", choices=("robust", "conservative"), default="robust", help="of label smoothing")
     args = parser.parse_args()
     if not args.input.is_file():
-        parser.error(f"no such file: {args.input}")
+        stop(f"no such file: {args.input}")
     if args.input.suffix not in (".npy", ".jsonl"):
-        parser.error(f"INPUT must be a .npy or .jsonl file, got {args.input}")
+        stop(f"INPUT must be a .npy or .jsonl file, got {args.input}")
     if args.input.suffix == ".jsonl" and args.beta is None:
-        parser.error("--beta is needed for a .jsonl file")
+        stop("--beta is needed for a .jsonl file")
     if args.input.suffix == ".npy" and args.beta is not None:
-        parser.error("--beta is for a .jsonl file: gaps in a .npy file are in reward units already")
+        stop("--beta is for a .jsonl file: gaps in a .npy file are in reward units already")
     if args.out.suffix not in (".npy", ".parquet"):
-        parser.error(f"--out must name a .npy or .parquet file, got {args.out}")
+        stop(f"--out must name a .npy or .parquet file, got {args.out}")
     if not args.out.resolve().parent.is_dir():
-        parser.error(f"argument --out: no such folder: {args.out.resolve().parent}")
+        stop(f"argument --out: no such folder: {args.out.resolve().parent}")
     args.out = args.out.resolve()  # a link stays one
     if args.out.is_dir():
-        parser.error(f"argument --out: is a folder: {args.out}")
+        stop(f"argument --out: is a folder: {args.out}")
     if not os.access(args.out.parent, os.W_OK):
-        parser.error(f"argument --out: no permission to write in {args.out.parent}")
+        stop(f"argument --out: no permission to write in {args.out.parent}")
     if args.out == args.input.resolve():
-        parser.error("--out must not be INPUT")
+        stop("--out must not be INPUT")
     if args.out.suffix == ".parquet":
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError:
-            parser.error("a .parquet output needs pyarrow: pip install pyarrow, or write .npy")
+            stop("a .parquet output needs pyarrow: pip install pyarrow, or write .npy")
     return args
 
 
@@ -316,7 +321,7 @@ def main() -> None:
                     "log-probabilities were made"
                 ) from None
             except OSError as error:  # the others are in a sum, which ends with this process
-                sys.exit(complain(error))
+                stop(error)
         with ranks.together():
             if ranks.rank == 0 or not npy:
                 at_end.callback(part_of(out).unlink, missing_ok=True)
