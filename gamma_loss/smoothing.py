@@ -25,8 +25,11 @@ the conservative kind and the bounds are derived here.
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 from gamma_loss import _checks
-from gamma_loss._arrays import Array, Namespace, sigmoid, softplus
+from gamma_loss._arrays import Array, Namespace, isfinite, sigmoid, softplus
 
 KINDS = ("robust", "conservative")
 MATCHES = ("value", "slope")
@@ -60,7 +63,8 @@ def label_smoothing_from_shift(
     -------
     array
         ε for each pair (dimensionless). Positive where the pair is smoothed, negative where it is
-        sharpened. Not confined to [0, 0.5): a large shift may need more than any flip rate.
+        sharpened. Not confined to [0, 0.5): a large shift may need more than any flip rate. NaN
+        where the gap or the shift is not finite.
 
     Raises
     ------
@@ -71,8 +75,8 @@ def label_smoothing_from_shift(
     -----
     As m → 0 the robust value match tends to 1/2, and is 0 at δ = 0. The conservative value match
     and the first-order value match grow like 1/m: at m = 0 no smoothing changes the value, and the
-    result is NaN unless δ = 0. A robust match has no finite ε where k = -1/2 exactly: NaN too. The
-    conservative slope match is finite everywhere.
+    result is NaN unless δ = 0. A robust match has no finite ε where k = -1/2 exactly: NaN too, as
+    is an ε beyond the dtype's range. The conservative slope match is finite everywhere.
 
     Examples
     --------
@@ -82,8 +86,8 @@ def label_smoothing_from_shift(
     >>> label_smoothing_from_shift(np.array([2.0, 2.0]), np.array([-0.5, 0.5])).round(4)
     array([ 0.0229, -0.0402])
     """
-    m, delta, xp = _arguments(reward_gaps, shift, "shift", kind, match)
-    _checks.choice("order", order, ORDERS)
+    _option("order", order, ORDERS)
+    m, delta, finite, xp = _arguments(reward_gaps, shift, "shift", kind, match)
     exact = order == "exact"
     p, p_other = sigmoid(-m), sigmoid(m)
     if match == "slope":
@@ -93,8 +97,10 @@ def label_smoothing_from_shift(
         numerator = _value_change(xp, m, delta) if exact else -delta * p
         denominator = m
     if kind == "conservative":
-        return _ratio(xp, -numerator, denominator)
-    return _ratio(xp, numerator, denominator + 2 * numerator if exact else denominator)
+        numerator = -numerator
+    elif exact:
+        denominator = denominator + 2 * numerator
+    return _nan_unless(xp, finite, _ratio(xp, numerator, denominator))
 
 
 def shift_from_label_smoothing(
@@ -121,12 +127,19 @@ def shift_from_label_smoothing(
     -------
     array
         δ in reward units. NaN where there is none: the value match asks for a loss ℓ(m - δ) <= 0,
-        or the slope match for a slope outside (-1, 0).
+        or the slope match for a slope outside (-1, 0), or ε is 1/2 and the kind robust; and where
+        the gap or ε is not finite.
 
     Raises
     ------
     TypeError, ValueError
         As `label_smoothing_from_shift` does.
+
+    Notes
+    -----
+    Exact to the rounding of m and k: in value from ``e^δ = e^t (1 + e^m (1 - e^-t))`` with
+    ``t = -k m``, in slope from ``δ = log(1 + k / p) - log(1 - k / (1 - p))``. In both, the two
+    logarithms add up without cancelling.
 
     Examples
     --------
@@ -138,36 +151,58 @@ def shift_from_label_smoothing(
     >>> shift_from_label_smoothing(gaps, 0.05, match="slope").round(3)
     array([0.448, 0.448, 0.305])
     """
-    m, epsilon, xp = _arguments(reward_gaps, epsilon, "epsilon", kind, match)
-    k = -epsilon if kind == "conservative" else epsilon / (1 - 2 * epsilon)
-    p, p_other = sigmoid(-m), sigmoid(m)
-    if match == "slope":  # logit(p + k) - logit(p)
-        return _log1p(xp, k / p) - _log1p(xp, -k / p_other)
-    return _log1p(xp, xp.expm1(-k * m) / p)
+    m, epsilon, finite, xp = _arguments(reward_gaps, epsilon, "epsilon", kind, match)
+    k = -epsilon
+    if kind == "robust":
+        k = _ratio(xp, epsilon / 2, 0.5 - epsilon)
+        finite = finite & (epsilon != 0.5)
+        k = xp.where(finite, k, xp.zeros_like(k))
+    if match == "slope":
+        # logit(p + k) - logit(p), in two terms of one sign; there is none beyond |k| = 1.
+        k = xp.minimum(xp.maximum(k, xp.full_like(k, -2.0)), xp.full_like(k, 2.0))
+        shift = _log1p_exp(xp, k, softplus(xp, m)) - _log1p_exp(xp, -k, softplus(xp, -m))
+        return _nan_unless(xp, finite, shift)
+    # ℓ(m - δ) = ℓ(m) + t says e^δ = 1 + (e^t - 1) / p, where digits are lost for small e^δ. As
+    # e^t (1 + e^m (1 - e^-t)) it has none to lose: both logarithms have the sign of t.
+    t = -k * m
+    share = xp.sign(t) * -xp.expm1(-xp.abs(t))
+    shift = t + _log1p_exp(xp, share, m - xp.minimum(t, xp.zeros_like(t)))
+    return _nan_unless(xp, finite, shift)
 
 
 def _arguments(
     reward_gaps: Array, other: Array | float, name: str, kind: str, match: str
-) -> tuple[Array, Array, Namespace]:
-    _checks.choice("kind", kind, KINDS)
-    _checks.choice("match", match, MATCHES)
+) -> tuple[Array, Array, Array, Namespace]:
+    """Return both in one dtype, with 0 for what is not finite, and where both are finite."""
+    _option("kind", kind, KINDS)
+    _option("match", match, MATCHES)
     xp, (m,) = _checks.floats(reward_gaps=reward_gaps)
-    if isinstance(other, float | int):
-        return m, xp.full_like(m, other), xp
-    _, (_, other) = _checks.floats(reward_gaps=m, **{name: other})
+    if isinstance(other, Real):
+        other = xp.full_like(m, float(other))
+    else:
+        _, (_, other) = _checks.floats(reward_gaps=m, **{name: other})
     if other.shape != m.shape:
         raise ValueError(
             f"{name} must have the shape of reward_gaps, {tuple(m.shape)}, got {tuple(other.shape)}"
         )
-    return m, other, xp
+    dtype = xp.result_type(m.dtype, other.dtype)
+    finite, zero = isfinite(m) & isfinite(other), xp.zeros_like(m, dtype=dtype)
+    m, other = (xp.where(finite, xp.astype(x, dtype), zero) for x in (m, other))
+    return m, other, finite, xp
+
+
+def _option(name: str, value: str, options: tuple[str, ...]) -> None:
+    if not isinstance(value, str):  # an array would not even compare to one truth value
+        raise TypeError(f"{name} must be one of {options}, got {type(value).__name__}")
+    _checks.choice(name, value, options)
 
 
 def _value_change(xp: Namespace, m: Array, delta: Array) -> Array:
-    """ℓ(m) - ℓ(m - δ), without cancellation for small δ nor overflow for large δ."""
+    """ℓ(m) - ℓ(m - δ) = -log(1 - p + p e^δ), without cancellation nor overflow."""
     one = xp.ones_like(delta)
     small = xp.minimum(xp.maximum(delta, -one), one)
     near = -xp.log1p(sigmoid(-m) * xp.expm1(small))
-    far = softplus(xp, -m) - softplus(xp, delta - m)
+    far = -xp.logaddexp(-softplus(xp, -m), delta - softplus(xp, m))
     return xp.where(xp.abs(delta) <= 1, near, far)
 
 
@@ -179,15 +214,23 @@ def _slope_change(xp: Namespace, m: Array, delta: Array) -> Array:
 
 
 def _ratio(xp: Namespace, numerator: Array, denominator: Array) -> Array:
-    """Divide, with 0 / 0 = 0 and x / 0 = NaN."""
-    zero = denominator == 0
-    quotient = numerator / xp.where(zero, xp.ones_like(denominator), denominator)
-    nan = xp.full_like(quotient, float("nan"))
-    return xp.where(zero & (numerator != 0), nan, quotient)
+    """Divide, with 0 / 0 = 0, and NaN where the quotient is beyond the dtype's range."""
+    least = xp.finfo(numerator.dtype).smallest_normal
+    none = xp.abs(denominator) <= xp.abs(numerator) * least
+    quotient = numerator / xp.where(none, xp.ones_like(denominator), denominator)
+    return _nan_unless(xp, ~none | (numerator == 0), quotient)
 
 
-def _log1p(xp: Namespace, x: Array) -> Array:
-    """log(1 + x), NaN where 1 + x <= 0."""
-    defined = x > -1
-    result = xp.log1p(xp.where(defined, x, xp.zeros_like(x)))
-    return xp.where(defined, result, xp.full_like(result, float("nan")))
+def _log1p_exp(xp: Namespace, s: Array, x: Array) -> Array:
+    """log(1 + s e^x) for |s| <= 2, without overflow; NaN where there is no such logarithm."""
+    one = xp.ones_like(x)
+    largest = math.log(xp.finfo(x.dtype).max) - 1  # twice e^largest is still finite
+    product = s * xp.exp(xp.minimum(x, largest * one))
+    defined = product > -1
+    near = xp.log1p(xp.where(defined, product, 0 * one))
+    far = softplus(xp, x + xp.log(xp.where(s > 0, s, one)))
+    return _nan_unless(xp, defined, xp.where((x > largest) & (s > 0), far, near))
+
+
+def _nan_unless(xp: Namespace, condition: Array, values: Array) -> Array:
+    return xp.where(condition, values, xp.full_like(values, float("nan")))

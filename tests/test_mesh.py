@@ -1,5 +1,6 @@
 """One problem over the devices of a JAX mesh against one device that holds all gaps."""
 
+import json
 import os
 import subprocess
 import sys
@@ -33,15 +34,16 @@ DATA, WEIGHTS = np.random.default_rng(2).normal(size=(40, 3)), np.array([1.0, -0
 def found(tmp_path_factory):
     """What four devices find in each case."""
     folder = tmp_path_factory.mktemp("mesh")
-    given = {"parameters": (DATA, WEIGHTS)}
+    given = {"parameters": [DATA.tolist(), WEIGHTS.tolist()]}
     for way in WAYS:
         setting, limit = way.split(", ")
         for kind, (mask, kept) in MASKS.items():
-            given[kind + way] = (SETTINGS[setting], LIMITS[limit], GAPS, mask, CONTEXT, kept)
-    np.savez(folder / "given.npz", given=np.array(given, dtype=object))
+            arrays = [array.tolist() for array in (GAPS, mask, CONTEXT, kept)]
+            given[kind + way] = [SETTINGS[setting], LIMITS[limit], *arrays]
+    (folder / "given.json").write_text(json.dumps(given))
     program = Path(__file__).with_name("mesh.py")
     done = subprocess.run(
-        [sys.executable, program, folder / "given.npz", folder / "found.npz"],
+        [sys.executable, program, folder / "given.json", folder / "found.npz"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(program.parents[1])},

@@ -67,7 +67,11 @@ def test_one_method_and_own_pairs(tmp_path, run):
     pairs = [{**GOOD, "prompt": f"{i} + é =", "rejected": " no" * i} for i in range(1, 13)]
     file.write_text("\n".join(map(json.dumps, pairs)) + "\n\n")
     done = run("--quick", "--method", "gamma-dpo", "--pairs", file)
-    assert set(table(done)) == {"γ-DPO"}
+    (row,) = table(done).values()
+    assert (row[2], row[4]) == ("-", "-")  # own labels stay as they are, so none is flipped ...
+    done = run("--quick", "--method", "gamma-dpo", "--pairs", file, "--flip", "0.3")
+    (row,) = table(done).values()
+    assert float(row[2]) > 0  # ... unless it is asked for
 
 
 @pytest.mark.parametrize(
@@ -78,13 +82,15 @@ def test_one_method_and_own_pairs(tmp_path, run):
         ('{"prompt": "a", "chosen": "b"}', "'rejected' must be a string, got None"),
         ('{"prompt": "a", "chosen": 3, "rejected": "b"}', "'chosen' must be a string, got 3"),
         ('{"prompt": "a", "chosen": "b", "rejected": ""}', "'rejected' is empty"),
+        ('{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}', "surrogates not allowed"),
+        ("[" * 100_000, "maximum recursion depth exceeded"),
     ],
 )
 def test_a_malformed_line_is_named_with_its_number(tmp_path, run, line, complaint):
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps(GOOD) + "\n\n" + line + "\n")
     done = run("--quick", "--pairs", file)
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert done.stderr.startswith(f"{file}:3: ")
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr
@@ -102,15 +108,27 @@ def test_bytes_that_are_not_utf8(tmp_path, run):
     [
         (["--pairs", "missing.jsonl"], "no such file: missing.jsonl"),
         (["--out", "missing/picture.png"], "no such folder"),
+        (["--out", "picture.xyz"], "must end in one of .jpg, .pdf, .png, .svg, got picture.xyz"),
+        (["--out", "picture"], "must end in one of .jpg, .pdf, .png, .svg, got picture"),
+        (["--out", "folder.png"], "cannot write folder.png: Is a directory"),
+        (["--out", "/proc/picture.png"], "cannot write /proc/picture.png: "),
         (["--flip", "0.7"], "must be between 0 and 0.5, got 0.7"),
         (["--tau", "0"], "must be positive and finite, got 0"),
         (["--steps", "x"], "invalid int value: 'x'"),
     ],
 )
-def test_bad_arguments(run, arguments, complaint):
+def test_bad_arguments(tmp_path, run, arguments, complaint):
+    (tmp_path / "folder.png").mkdir()
     done = run(*arguments)
     assert done.returncode == 2
-    assert complaint in done.stderr
+    assert complaint in done.stderr.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_a_picture_of_before_stays_until_there_is_another(tmp_path, run):
+    (tmp_path / "old.png").write_text("of yesterday")
+    assert run("--out", "old.png", "--pairs", "missing.jsonl").returncode == 2
+    assert (tmp_path / "old.png").read_text() == "of yesterday"
 
 
 def test_too_few_pairs(tmp_path, run):

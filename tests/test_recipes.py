@@ -475,7 +475,7 @@ def test_nemo_rl(stand_in, saved_page):
     valid = mask.sum()
     total, expected, context = 0, 0, None
     for rows, kept in zip(rewards, mask, strict=True):
-        sent = pickle.loads(pickle.dumps(loss_fn))  # what a worker gets
+        sent = pickle.loads(pickle.dumps(loss_fn))  # noqa: S301  what a worker gets
         with torch.no_grad():
             evaluated, accuracy = sent(rows, kept, valid)
         loss, _ = sent(rows, kept, valid)

@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath
 import numpy as np
 import oracles
 import pytest
@@ -139,10 +140,215 @@ def test_large_shifts_do_not_overflow(delta):
     assert -epsilon_of(2.0, delta, kind="conservative") == pytest.approx(target, rel=1e-14)
 
 
-@pytest.mark.parametrize("options", [{"kind": "x"}, {"match": "x"}, {"order": "x"}])
-def test_unknown_options(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        epsilon_of(1.0, 1.0, **options)
+# --- against mpmath, in both dtypes, far beyond the gaps of any training ---
+
+# Of half a unit in the last place each; an elementary function counts as a few.
+ROUNDINGS = 16
+COMBINATIONS = pytest.mark.parametrize(
+    ("kind", "match"), [(kind, match) for kind in KINDS for match in MATCHES]
+)
+DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+LIMIT = 2e3  # of gaps and shifts: float64's exponentials overflow at 710, float32's at 89
+numbers = st.one_of(
+    st.just(0.0),
+    st.floats(-40, 40),
+    st.tuples(st.sampled_from([-1, 1]), st.floats(-9, math.log10(LIMIT))).map(
+        lambda x: x[0] * 10 ** x[1]
+    ),
+)
+
+
+def precise(*values):
+    """Digits for the exponentials of these beside 1, and 300 bits more."""
+    return mpmath.workprec(300 + int(3 * sum(map(abs, values))))
+
+
+def exact_tilt(m, delta, match):
+    """k of the module's docstring, and its change with the rounding of k, m and δ."""
+    with precise(m, delta):
+        m, delta = mpmath.mpf(m), mpmath.mpf(delta)
+        p, shifted = 1 / (1 + mpmath.exp(m)), 1 / (1 + mpmath.exp(m - delta))
+        if match == "slope":
+            k, steep = shifted - p, shifted * (1 - shifted)
+            return k, abs(k) + abs(delta) * steep + abs(m * (steep - p * (1 - p)))
+        n = -mpmath.log1p(p * mpmath.expm1(delta))
+        return n / m, (abs(n) + abs(delta) * shifted + abs(m * (shifted - p))) / abs(m)
+
+
+def exact_shift(m, k, match):
+    """δ or NaN, its change with the rounding of δ, m and k, and how near it is to the other."""
+    with precise(m, k * m):
+        p, t = 1 / (1 + mpmath.exp(m)), -k * m
+        if match == "slope":
+            room, moved, own = min(p + k, 1 - p - k), abs(k), p * (1 - p)
+        else:
+            room, moved, own = mpmath.log1p(mpmath.exp(-m)) + t, abs(t), p
+        near = (moved + abs(m) * own) / abs(room) if room else mpmath.inf
+        if room <= 0:
+            return mpmath.nan, 0, near
+        shifted = p + k if match == "slope" else -mpmath.expm1(-room)
+        steep = shifted * (1 - shifted) if match == "slope" else shifted
+        delta = m + mpmath.log(shifted / (1 - shifted))
+        return delta, abs(delta) + moved / steep + abs(m * (1 - own / steep)), near
+
+
+def tilt_of(epsilon, kind):
+    with mpmath.workprec(300):
+        epsilon = mpmath.mpf(float(epsilon))
+        return -epsilon if kind == "conservative" else epsilon / (1 - 2 * epsilon)
+
+
+def tiny(dtype):
+    """Below it digits are lost to underflow, in the dtype or in these 300 bits."""
+    return max(float(np.finfo(dtype).smallest_normal), 1e-80)
+
+
+def check_smoothing(m, delta, epsilon, kind, match, dtype):
+    """Compare ε of floats with the exact one."""
+    rounding = ROUNDINGS / 2 * float(np.finfo(dtype).eps)
+    k, moved = exact_tilt(m, delta, match)
+    moved += tiny(dtype) * (1 / abs(m) if match == "value" else 1) / rounding
+    expected, error = -k, rounding * moved
+    if kind == "robust":
+        rest = 1 + 2 * k
+        if abs(rest) <= 4 * rounding * (moved + abs(k)):
+            return  # as good as none
+        expected = k / rest
+        error = 2 * rounding * (moved / rest**2 + abs(expected))
+    if abs(expected) < float(np.finfo(dtype).max) / 8:
+        assert abs(float(epsilon) - expected) <= error
+
+
+def check_shift(m, epsilon, delta, kind, match, dtype):
+    """Compare δ of floats with the exact one."""
+    rounding = ROUNDINGS / 2 * float(np.finfo(dtype).eps)
+    k = tilt_of(epsilon, kind)
+    if 0 < min(abs(k), abs(k * m)) < tiny(dtype):
+        return
+    expected, moved, near = exact_shift(mpmath.mpf(m), k, match)
+    if near * rounding < 0.5:
+        assert math.isfinite(delta) == mpmath.isfinite(expected)
+        if math.isfinite(delta):
+            error = rounding * moved / (1 - near * rounding)  # of all orders
+            assert abs(float(delta) - expected) <= error + tiny(dtype)
+
+
+@DTYPES
+@COMBINATIONS
+@given(m=numbers, delta=numbers)
+def test_smoothing_is_exact(kind, match, dtype, m, delta):
+    m, delta = dtype(m), dtype(delta)
+    assume(m != 0 or match == "slope")
+    epsilon = epsilon_of(m, delta, kind=kind, match=match)
+    assert epsilon.dtype == dtype
+    check_smoothing(float(m), float(delta), epsilon, kind, match, dtype)
+
+
+@DTYPES
+@COMBINATIONS
+@given(m=numbers, epsilon=st.floats(-2, 2) | numbers)
+def test_shift_is_exact(kind, match, dtype, m, epsilon):
+    m, epsilon = dtype(m), dtype(epsilon)
+    assume((kind == "conservative" or epsilon != 0.5) and abs(tilt_of(epsilon, kind) * m) < LIMIT)
+    shift = shift_of(m, epsilon, kind=kind, match=match)
+    assert shift.dtype == dtype
+    check_shift(float(m), float(epsilon), shift, kind, match, dtype)
+
+
+@DTYPES
+@COMBINATIONS
+@given(m=numbers, delta=numbers)
+def test_there_and_back(kind, match, dtype, m, delta):
+    """As far as ε, rounded, still says what δ was: then it says so to the same accuracy."""
+    m, delta = dtype(m), dtype(delta)
+    epsilon = epsilon_of(m, delta, kind=kind, match=match)
+    assume(math.isfinite(epsilon) and (kind == "conservative" or epsilon != 0.5))
+    assume(abs(tilt_of(epsilon, kind) * m) < LIMIT)
+    shift = shift_of(m, epsilon, kind=kind, match=match)
+    check_shift(float(m), float(epsilon), shift, kind, match, dtype)
+    if m == 0 and match == "value":
+        return  # no smoothing changes the loss
+    m, delta = float(m), float(delta)
+    k, moved = exact_tilt(m, delta, match)
+    rest = 1 if kind == "conservative" else 1 + 2 * k
+    # the rounding of ε in units of k, and what that does to δ
+    rounding = ROUNDINGS * float(np.finfo(dtype).eps)
+    k_error = rounding * (moved + abs(k) + abs(k * rest)) + tiny(dtype)
+    with precise(m, delta):
+        shifted = 1 / (1 + mpmath.exp(mpmath.mpf(m) - delta))
+        error = k_error * (abs(m) / shifted if match == "value" else 1 / shifted / (1 - shifted))
+    if error < 0.25:  # so small that the first order tells
+        assert abs(float(shift) - delta) <= 2 * error + tiny(dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("m", "epsilon", "kind", "match", "delta"),
+    [
+        (-30.0, 0.6, "conservative", "value", -18.000006144231136),
+        (-100.0, 0.4, "conservative", "value", -40.0),
+        (800.0, 0.0, "robust", "value", 0.0),
+        (800.0, 0.0, "conservative", "slope", 0.0),
+        (-800.0, -1.5, "conservative", "value", 1200.0),
+        (800.0, -0.5, "conservative", "slope", 800.0),
+        (800.0, 0.5, "conservative", "value", 1200.0),
+        (2.0, 0.5, "robust", "value", math.nan),
+        (2.0, 0.5, "robust", "slope", math.nan),
+        (800.0, 0.5, "conservative", "slope", math.nan),
+        (math.inf, 0.1, "robust", "value", math.nan),
+        (2.0, math.nan, "conservative", "slope", math.nan),
+    ],
+)
+def test_shifts_that_are_known(library, dtype, m, epsilon, kind, match, delta):
+    name = np.dtype(dtype).name
+    arrays = library.array([m], name), library.array([epsilon], name)
+    shift = library.numpy(shift_from_label_smoothing(*arrays, kind=kind, match=match))
+    assert shift.dtype == dtype
+    # ε is rounded as well, here at most 1e3 of it
+    np.testing.assert_allclose(shift, [delta], rtol=1e-15 if dtype == np.float64 else 1e-6)
+
+
+@DTYPES
+@COMBINATIONS
+def test_exact_in_every_library(library, kind, match, dtype):
+    m, other = (
+        x.reshape(-1).astype(dtype)
+        for x in np.meshgrid(
+            [-900.0, -30, -1e-3, 0.7, 100, 900],
+            [-900.0, -100, -0.4, -1e-6, 0, 0.6, 1.5, 100],
+        )
+    )
+    name, options = np.dtype(dtype).name, {"kind": kind, "match": match}
+    arrays = library.array(m, name), library.array(other, name)
+    epsilon = library.numpy(label_smoothing_from_shift(*arrays, **options))
+    shift = library.numpy(shift_from_label_smoothing(*arrays, **options))
+    for i in range(m.size):
+        check_smoothing(float(m[i]), float(other[i]), epsilon[i], kind, match, dtype)
+        if abs(tilt_of(other[i], kind) * m[i]) < LIMIT:
+            check_shift(float(m[i]), float(other[i]), shift[i], kind, match, dtype)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_nan_without_a_warning(value):
+    for function in (epsilon_of, shift_of):
+        for kind in KINDS:
+            for match in MATCHES:
+                for arguments in ((value, 1.0), (1.0, value), (value, value)):
+                    assert math.isnan(function(*arguments, kind=kind, match=match))
+
+
+def test_smoothing_beyond_the_range_of_the_dtype_is_nan():
+    assert math.isnan(epsilon_of(5e-324, 1.0, kind="conservative"))
+
+
+@pytest.mark.parametrize("name", ["kind", "match", "order"])
+def test_unknown_options(name):
+    for function in (epsilon_of, shift_of) if name != "order" else (epsilon_of,):
+        with pytest.raises(ValueError, match=rf"{name} must be one of \('.*, got 'x'"):
+            function(1.0, 1.0, **{name: "x"})
+        for value, kind in [(3, "int"), (None, "NoneType"), (np.array(["robust", "x"]), "ndarray")]:
+            with pytest.raises(TypeError, match=rf"{name} must be one of \('.*, got {kind}"):
+                function(1.0, 1.0, **{name: value})
 
 
 def test_every_library(library):
@@ -157,8 +363,30 @@ def test_every_library(library):
             np.testing.assert_allclose(library.numpy(shift), delta, rtol=1e-11)
 
 
-def test_bad_input():
-    with pytest.raises(TypeError, match="shift must be an array"):
-        label_smoothing_from_shift(np.array([1.0]), "x")
-    with pytest.raises(ValueError, match=r"epsilon must have the shape of reward_gaps, \(1,\)"):
-        shift_from_label_smoothing(np.array([1.0]), np.array([0.1, 0.2]))
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(label_smoothing_from_shift, "shift"), (shift_from_label_smoothing, "epsilon")],
+)
+def test_bad_input(function, name):
+    one = np.array([1.0])
+    for value, kind in [("x", "str"), (None, "NoneType"), ([0.1], "list")]:
+        with pytest.raises(TypeError, match=f"{name} must be an array .*got {kind}"):
+            function(one, value)
+        with pytest.raises(TypeError, match=f"reward_gaps must be an array .*got {kind}"):
+            function(value, one)
+    with pytest.raises(TypeError, match=f"{name} must have a real floating dtype, got int64"):
+        function(one, np.array([1]))
+    with pytest.raises(ValueError, match=rf"{name} must have the shape of reward_gaps, \(1,\)"):
+        function(one, np.array([0.1, 0.2]))
+
+
+def test_numbers_and_mixed_dtypes():
+    m = np.array([2.0, -1.0], dtype=np.float32)
+    expected = shift_of(2.0, -0.25)
+    for number in (-0.25, np.float32(-0.25), np.float64(-0.25)):
+        shift = shift_from_label_smoothing(m, number)
+        assert shift.dtype == np.float32
+        assert shift[0] == pytest.approx(expected, rel=1e-6)
+    wide = shift_from_label_smoothing(m, np.array([-0.25, -0.25]))
+    assert wide.dtype == np.float64
+    assert wide[0] == expected

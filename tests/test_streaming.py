@@ -105,7 +105,7 @@ def test_bad_chunks():
 # --- the program ---
 
 
-def run(*arguments, ranks=1):
+def run(*arguments, ranks=1, **settings):
     """Start the program, for several ranks with the environment that torchrun makes."""
     root = str(PROGRAM.parents[2])  # of what is tested here, whatever is installed
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": root}
@@ -122,11 +122,25 @@ def run(*arguments, ranks=1):
             stderr=subprocess.PIPE,
             text=True,
             env={**environment, "RANK": str(rank)},
+            **settings,
         )
         for rank in range(ranks)
     ]
     texts = [process.communicate(timeout=120) for process in processes]
-    return subprocess.CompletedProcess([], max(p.returncode for p in processes), *texts[0])
+    out, errors = ("".join(parts) for parts in zip(*texts, strict=True))
+    return subprocess.CompletedProcess([], max(p.returncode for p in processes), out, errors)
+
+
+def complaint(done):
+    """The one line in which a run of the program says what is wrong."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = [part for part in done.stderr.splitlines() if "score_dataset.py: " in part]
+    return line.partition("score_dataset.py: ")[2]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def options(setting, out):
@@ -195,15 +209,130 @@ def test_parquet(gaps_file, tmp_path):
     np.testing.assert_allclose(columns["margin"], solve_margins(gaps, **MILD).margins, rtol=1e-6)
 
 
-def test_a_malformed_line_is_named_with_its_number(tmp_path):
+GOOD = {"policy_chosen_logps": -1, "policy_rejected_logps": -2.0}
+REFERENCE = {"reference_chosen_logps": -1.5, "reference_rejected_logps": -1.0}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"policy_chosen_logps": -1}', ":3: 'policy_rejected_logps' must be a number, got None"),
+        ('{"policy_chosen_logps": "-1"}', ":3: 'policy_chosen_logps' must be a number, got '-1'"),
+        (json.dumps({**GOOD, "policy_chosen_logps": 10**400}), ":3: int too large"),
+        ("[1]", ":3: must be a JSON object, got list"),
+        ("{", ":3: Expecting property name"),
+        ("[" * 100_000, ":3: maximum recursion depth"),
+        (json.dumps({**GOOD, **REFERENCE}), ":3: has them, unlike the first line: gaps with"),
+    ],
+)
+def test_a_malformed_line_is_named_with_its_number(tmp_path, line, words):
     pytest.importorskip("tqdm")
     file = tmp_path / "logps.jsonl"
-    good = '{"policy_chosen_logps": -1, "policy_rejected_logps": -2.0}\n'
-    file.write_text(good + '{"policy_chosen_logps": -1}\n')
+    file.write_text(f"{json.dumps(GOOD)}\n\n{line}\n")
     done = run(file, "--beta", 1, *options(MILD, tmp_path / "out.npy"))
-    assert f"{file}:2: 'policy_rejected_logps' must be a number, got None" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.returncode == 1
+    assert complaint(done).startswith(f"{file}{words}")
+    assert names(tmp_path) == ["logps.jsonl"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_lines_without_the_reference_among_lines_with_it(tmp_path, ranks):
+    pytest.importorskip("tqdm")
+    file = tmp_path / "logps.jsonl"
+    file.write_text(json.dumps({**GOOD, **REFERENCE}) + "\n" + json.dumps(GOOD))
+    done = run(file, "--beta", 1, *options(MILD, tmp_path / "out.npy"), ranks=ranks)
+    assert complaint(done) == (
+        f"{file}:2: has no reference log-probabilities, unlike the first line: gaps with and "
+        "without are not comparable, so give reference_*_logps on all lines or on none"
+    )
+    assert names(tmp_path) == ["logps.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (np.zeros(0), "must hold gaps in a 1-D array of floats, got float64 (0,)"),
+        (np.zeros((2, 2)), "must hold gaps in a 1-D array of floats, got float64 (2, 2)"),
+        (np.arange(3), "must hold gaps in a 1-D array of floats, got int64 (3,)"),
+        (np.full(3, np.nan), "none of its 3 gaps is finite: look at how"),
+        (np.array([None, 1.0]), "no .npy file of numbers (Array can't be memory-mapped"),
+        (b"", "no .npy file of numbers (EOF"),
+        (b"PK\3\4 a zip file, as .npz is", "no .npy file of numbers (the magic string"),
+        ("cut short", "no .npy file of numbers (mmap length is greater than file size)"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_arrays_that_hold_no_gaps(tmp_path, content, words, ranks):
+    pytest.importorskip("tqdm")
+    file, out = tmp_path / "gaps.npy", tmp_path / "out.npy"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        np.save(file, work.pool(100) if isinstance(content, str) else content)
+        os.truncate(file, file.stat().st_size - 8 * isinstance(content, str))
+    out.write_text("of yesterday")
+    assert complaint(run(file, *options(MILD, out), ranks=ranks)).startswith(f"{file}: {words}")
+    assert out.read_text() == "of yesterday"
+    assert names(tmp_path) == ["gaps.npy", "out.npy"]
+
+
+@pytest.mark.parametrize("suffix", ["npy", "parquet"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_loses_nothing(gaps_file, tmp_path, suffix, ranks):
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+    resource = pytest.importorskip("resource")
+    file, _ = gaps_file
+    out = tmp_path / f"out.{suffix}"
+    out.write_text("of yesterday")
+
+    def small_files():  # the system refuses to let a file grow, as it does on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    done = run(file, *options(MILD, out), ranks=ranks, preexec_fn=small_files)
+    assert "File too large" in complaint(done)
+    assert out.read_text() == "of yesterday"
+    assert names(tmp_path) == ["gaps.npy", out.name]
+
+
+KILLED = """
+import os, runpy, signal, sys
+program = runpy.run_path(sys.argv[1])
+scores, count = program["scores"], 0
+def die_in_the_second_chunk(*arguments):
+    global count
+    count += 1
+    if count == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return scores(*arguments)
+names = program["main"].__globals__
+names["scores"], names["CHUNK"] = die_in_the_second_chunk, 1000
+del sys.argv[0]
+program["main"]()
+"""
+
+
+@pytest.mark.parametrize("suffix", ["npy", "parquet"])
+def test_a_killed_run_leaves_no_half_of_an_output(gaps_file, tmp_path, suffix):
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+    file, _ = gaps_file
+    out = tmp_path / f"out.{suffix}"
+    arguments = [str(argument) for argument in (PROGRAM, file, *options(MILD, out))]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(PROGRAM.parents[2])},
+    )
+    assert done.returncode == -9, done.stderr
+    assert names(tmp_path) == ["gaps.npy", out.name + ".part"]
+    Path(f"{out}.part").write_bytes(b"x" * 100_000)  # longer than what is to come
+    assert run(file, *options(MILD, out)).returncode == 0
+    assert names(tmp_path) == ["gaps.npy", out.name]
+    if suffix == "npy":
+        assert len(np.load(out)) == 2001
+        assert out.stat().st_size < 100_000
 
 
 def test_bad_arguments(gaps_file, tmp_path):
@@ -211,3 +340,10 @@ def test_bad_arguments(gaps_file, tmp_path):
     done = run(file, "--beta", 1, *options(MILD, tmp_path / "out.npy"))
     assert done.returncode == 2
     assert "--beta is for a .jsonl file" in done.stderr
+    done = run(file, *options(MILD, tmp_path))
+    assert done.returncode == 2
+    assert "--out must name a .npy or .parquet file" in done.stderr
+    (tmp_path / "folder.npy").mkdir()
+    done = run(file, *options(MILD, tmp_path / "folder.npy"))
+    assert done.returncode == 2
+    assert "argument --out: is a folder" in done.stderr

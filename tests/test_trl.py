@@ -388,13 +388,64 @@ def test_the_readme_s_code_runs(model, data, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def program(tmp_path, monkeypatch):
+def load(tmp_path, monkeypatch):
+    """Load a program under docs/examples as a module, somewhere to write."""
     monkeypatch.chdir(tmp_path)
-    spec = importlib.util.spec_from_file_location("trl_dpo", DOCS / "examples" / "trl_dpo.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "trl_dpo", module)  # where its dataclass looks names up
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def load(path):
+        name = Path(path).stem
+        spec = importlib.util.spec_from_file_location(name, DOCS / "examples" / path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)  # where its dataclass looks names up
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def program(load):
+    return load("trl_dpo.py")
+
+
+@pytest.fixture
+def complaint(capsys):
+    """The line with which a program ends instead of training."""
+
+    def complaint(main, *arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(*arguments)
+        assert ended.value.code == 2
+        errors = capsys.readouterr().err
+        assert "Traceback" not in errors
+        return errors.splitlines()[-1]  # after the progress of reading the data
+
+    return complaint
+
+
+def write(file, rows):
+    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def seen(program, monkeypatch):
+    """Replace the training: return the configuration that it would have had."""
+
+    class Seen(Exception):
+        pass
+
+    def trainer(model, args, **kwargs):
+        raise Seen(model, args)
+
+    monkeypatch.setattr(program, "GammaDPOTrainer", trainer)
+
+    def run(argv):
+        with pytest.raises(Seen) as found:
+            program.main(argv)
+        return found.value.args
+
+    return run
 
 
 QUICK = ["--max_steps", "2", "--use_cpu", "true", "--dataloader_pin_memory", "false"]
@@ -415,6 +466,127 @@ def test_program_without_arguments(program, capsys):
     trainer = program.main(QUICK)
     assert trainer.state.global_step == 2
     assert "held-out pairs: accuracy" in capsys.readouterr().out
+
+
+def test_a_model_is_never_trained_with_the_settings_of_the_tiny_one(program, model, monkeypatch):
+    write("pairs.jsonl", tiny_lm.pairs(40))
+    Path("job.yaml").write_text(f"model: {model}\ndataset: pairs.jsonl\nbf16: false\n")
+    run = seen(program, monkeypatch)
+    for argv in (
+        ["--model", model, "--dataset", "pairs.jsonl"],
+        [f"--model={model}", "--dataset=pairs.jsonl"],
+        ["--config", "job.yaml"],
+        ["--config=job.yaml"],
+    ):
+        name, config = run([*argv, "--bf16", "false"])
+        assert name == model
+        assert config.learning_rate < 1e-4
+        assert config.save_strategy != "no"
+    assert run([])[1].learning_rate == 3e-3
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--mod", "x"], "not used by the HfArgumentParser: ['--mod', 'x']"),
+        (["--conf=job.yaml"], "not used by the HfArgumentParser: ['--conf=job.yaml']"),
+        (["./my-model"], "not used by the HfArgumentParser: ['./my-model']"),
+        (["--config"], "--config needs the name of a YAML file"),
+        (["--config=missing.yaml"], "No such file or directory: 'missing.yaml'"),
+        (["--config", "list.yaml"], "must contain a YAML mapping"),
+        (["--config", "broken.yaml"], "while parsing"),
+        (["--config", "half.yaml"], "--model is needed as well"),
+        (["--model", "x", "--bf16", "false"], "--dataset is needed as well"),
+        (["--model=", "--dataset=x", "--bf16", "false"], "--model is needed as well"),
+        (["--dataset", "x", "--bf16", "false"], "--model is needed as well"),
+    ],
+)
+def test_command_lines_that_say_too_little(program, complaint, argv, words):
+    Path("list.yaml").write_text("- model\n")
+    Path("broken.yaml").write_text("model: [\n")
+    Path("half.yaml").write_text("dataset: pairs.jsonl\nbf16: false\n")
+    assert words in complaint(program.main, argv)
+
+
+CHAT = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+WRONG = [
+    ([{"question": "a", "yes": "b", "no": "c"}], "needs the columns prompt, chosen and rejected, "
+     "has question, yes, no: rename its columns"),
+    ([{"question": "a", "chosen": "b", "rejected": "c"}], "row 1 has no prompt: chosen and rejected"
+     " begin differently, and 'prompt' is not one of the columns or not in their form. It has "
+     "question, chosen, rejected: rename its columns"),
+    ([{"prompt": "a", "chosen": CHAT[1:], "rejected": CHAT[:1]}], "row 1 has no prompt"),
+    ([{"prompt": "a", "chosen": "b", "rejected": 3}],
+     "row 1: 'rejected' must be text or messages, got 3"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "words"), WRONG)
+def test_data_of_another_form(program, complaint, model, rows, words):
+    write("pairs.jsonl", rows * 40)
+    argv = ["--model", model, "--dataset", "pairs.jsonl", "--bf16", "false"]
+    assert f"pairs.jsonl, split train: {words}" in complaint(program.main, argv)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("{", "cannot be loaded as a dataset"), ("", "cannot be loaded"),
+                           ('{"chosen": "a", "rejected": "b"}', "cannot be loaded as a dataset")]
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_files_that_are_no_dataset(program, complaint, model, content, words):
+    Path("pairs.jsonl").write_text(content)
+    argv = ["--model", model, "--dataset", "pairs.jsonl", "--bf16", "false"]
+    assert words in complaint(program.main, argv)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"chosen": "a b", "rejected": "a c", "score": 1.0},
+        {"chosen": CHAT, "rejected": CHAT[:1]},
+        {"prompt": "?", "chosen": CHAT, "rejected": CHAT[:1]},
+        {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:]},
+    ],
+)  # fmt: skip
+def test_data_in_the_forms_that_trl_takes(program, row):
+    write("pairs.jsonl", [row] * 40)
+    assert set(program.load_pairs("pairs.jsonl")) == {"train", "test"}
+
+
+def test_a_folder_without_a_model(program, complaint):
+    write("pairs.jsonl", tiny_lm.pairs(40))
+    argv = ["--model", "./nothing", "--dataset", "pairs.jsonl", "--bf16", "false"]
+    assert "./nothing: cannot be loaded as a model" in complaint(program.main, argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "--model_name_or_path is needed as well"),
+        (["--model_name_or_path", "x"], "--dataset_name is needed as well"),
+        (["--model_name", "x"], "not used by the HfArgumentParser: ['--model_name', 'x']"),
+        (["--use_peft", "true"], "not used by the HfArgumentParser: ['--use_peft', 'true']"),
+        (["--config=missing.yaml"], "No such file or directory: 'missing.yaml'"),
+    ],
+)
+def test_command_lines_of_the_published_settings(load, complaint, monkeypatch, argv, words):
+    load("trl_dpo.py")
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv, "--bf16", "false"])
+    line = complaint(load("published/train.py").main)
+    assert line.startswith("train.py: ")
+    assert words in line
+
+
+@pytest.mark.parametrize(("rows", "words"), WRONG)
+def test_data_of_another_form_for_the_published_settings(
+    load, complaint, monkeypatch, model, rows, words
+):
+    load("trl_dpo.py")
+    write("pairs.jsonl", rows * 40)
+    argv = ["--model_name_or_path", model, "--dataset_name", "pairs.jsonl", "--bf16", "false"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    assert f"pairs.jsonl, split train: {words}" in complaint(load("published/train.py").main)
 
 
 @pytest.mark.parametrize("name", PUBLISHED_SETTINGS)

@@ -7,7 +7,8 @@ from the same model and see the same pairs in the same order. Nothing is downloa
 
     python noisy_preferences.py                       # about two minutes on two CPU cores
     python noisy_preferences.py --quick               # a smoke test
-    python noisy_preferences.py --pairs mine.jsonl    # own data: prompt, chosen, rejected
+    python noisy_preferences.py --pairs mine.jsonl    # own data: prompt, chosen, rejected,
+                                                      # and no label flipped without --flip
 
 One run with one seed and one learning rate for both methods is a demonstration and no evidence.
 """
@@ -21,7 +22,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ CORRUPTION = 0.03, 0.6  # the share of replaced bytes, drawn uniformly for each 
 BATCH_SIZE = 32  # pairs in an alignment step
 RECENT_GAPS = 256  # how many gaps of earlier batches join the margin solve
 EVALUATIONS = 12  # on held-out pairs, in the course of a run
+FORMATS = ".jpg", ".pdf", ".png", ".svg"  # of matplotlib's those that need nothing else
 METHODS = {"dpo": "DPO", "gamma-dpo": "γ-DPO"}
 
 
@@ -141,10 +143,20 @@ def make_pairs(text: Tensor, count: int, generator: torch.Generator) -> Pairs:
     )
 
 
+def stop(problem: str) -> NoReturn:
+    """End the program with one line that says what is wrong."""
+    print(problem, file=sys.stderr)
+    sys.exit(2)
+
+
 def read_pairs(path: Path) -> Pairs:
     """Pairs from a JSONL file; ends the program with a line's number where it is malformed."""
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        stop(f"{path}: {error.strerror}")
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -156,13 +168,13 @@ def read_pairs(path: Path) -> Pairs:
                     raise ValueError(f"{name!r} must be a string, got {record.get(name)!r}")
                 if name != "prompt" and not record[name]:
                     raise ValueError(f"{name!r} is empty")
-        except ValueError as error:
-            sys.exit(f"{path}:{number}: {error}")
-        prompt = b"\0" + record["prompt"].encode()[-LONGEST_BYTES:]
-        responses = (record[name].encode()[:LONGEST_BYTES] for name in ("chosen", "rejected"))
+            prompt = b"\0" + record["prompt"].encode()[-LONGEST_BYTES:]
+            responses = [record[name].encode()[:LONGEST_BYTES] for name in ("chosen", "rejected")]
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, half a surrogate pair
+            stop(f"{path}:{number}: {error}")
         rows += [(prompt, response) for response in responses]
     if len(rows) < 20:
-        sys.exit(f"{path}: need at least 10 pairs, got {len(rows) // 2}")
+        stop(f"{path}: need at least 10 pairs, got {len(rows) // 2}")
     length = max(len(prompt) + len(response) for prompt, response in rows)
     tokens = torch.zeros((len(rows), length), dtype=torch.long)
     in_response = torch.zeros((len(rows), length), dtype=torch.bool)
@@ -276,9 +288,12 @@ def report(runs: dict[str, Run], flipped: Tensor) -> str:
     ]
     for method, run in runs.items():
         wrong, right = run.pair_weights[flipped].mean(), run.pair_weights[~flipped].mean()
+        of_flipped = f"{wrong:8.3f}", f"{wrong / right:10.2f}"
+        if not flipped.any():
+            of_flipped = f"{'-':>8}", f"{'-':>10}"
         lines.append(
-            f"{METHODS[method]:8}  {run.accuracies[-1]:9.3f}  {run.heldout_loss:9.3f}  {wrong:8.3f}"
-            f"  {right:8.3f}  {wrong / right:10.2f}  {run.seconds:7.1f}"
+            f"{METHODS[method]:8}  {run.accuracies[-1]:9.3f}  {run.heldout_loss:9.3f}  "
+            f"{of_flipped[0]}  {right:8.3f}  {of_flipped[1]}  {run.seconds:7.1f}"
         )
     if len(runs) == 2:
         dpo, gamma = (runs[method].accuracies[-1] for method in METHODS)
@@ -312,14 +327,37 @@ def draw(runs: dict[str, Run], flipped: Tensor, args: argparse.Namespace) -> Non
     if "gamma-dpo" in runs:
         run, right, flips = runs["gamma-dpo"], axes[0, 1], flipped.cpu()
         gaps, margins = run.gaps.cpu(), run.margins.cpu()
-        plot_margins(gaps[~flips], margins[~flips], label="clean", ax=right)
-        plot_margins(gaps[flips], margins[flips], gamma0=args.gamma0, label="flipped", ax=right)
+        level = None if flips.any() else args.gamma0  # the last dots' call draws it
+        plot_margins(gaps[~flips], margins[~flips], gamma0=level, label="clean", ax=right)
+        if flips.any():
+            plot_margins(gaps[flips], margins[flips], gamma0=args.gamma0, label="flipped", ax=right)
         right.set_title(f"γ-DPO's margins at the end (τ = {args.tau:g})")
         right.legend(frameon=False, title="training pairs", loc="upper left")
     left.grid(alpha=0.25)
     left.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(args.out, dpi=150)
+
+
+def why_not_drawn(out: Path) -> str | None:
+    """Say why a picture cannot get this name, before the training that it shows."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return "drawing needs matplotlib: pip install matplotlib"
+    if not out.resolve().parent.is_dir():
+        return f"no such folder: {out.resolve().parent}"
+    if out.suffix.lower() not in FORMATS:
+        return f"must end in one of {', '.join(FORMATS)}, got {out}"
+    new = not out.exists()
+    try:
+        with out.open("ab"):  # which leaves a picture of before as it is
+            pass
+        if new:
+            out.unlink()
+    except OSError as error:
+        return f"cannot write {out}: {error.strerror}"
+    return None
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -345,7 +383,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--flip", type=share, default=0.2, help="share of training pairs with a wrong label")
+    add(
+        "--flip",
+        type=share,
+        default=argparse.SUPPRESS,
+        help="share of training pairs whose label is made wrong (default: 0.2, or 0 with --pairs)",
+    )
     add("--method", choices=("both", *METHODS), default="both", help="which loss to train with")
     add(
         "--steps",
@@ -362,10 +405,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("noisy_preferences.png"), help="where the picture goes")
     add("--quick", action="store_true", help="few steps and a small model: shows nothing but work")
     args = parser.parse_args(argv)
-    if not args.out.resolve().parent.is_dir():
-        parser.error(f"argument --out: no such folder: {args.out.resolve().parent}")
+    if problem := why_not_drawn(args.out):
+        stop(f"{parser.prog}: error: argument --out: {problem}")
     if args.pairs and not args.pairs.is_file():
-        parser.error(f"argument --pairs: no such file: {args.pairs}")
+        stop(f"{parser.prog}: error: argument --pairs: no such file: {args.pairs}")
+    args.flip = getattr(args, "flip", 0.0 if args.pairs else 0.2)
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.width, args.pretrain_steps, args.train_pairs, steps = 192, 500, 4096, 300
     if args.quick:

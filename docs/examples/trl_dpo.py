@@ -7,19 +7,23 @@
 The dataset is a name on the hub, or a JSONL file with prompt, chosen and rejected (the prompt may
 also be inside the two, or be chat messages: TRL's formats). Every option of GammaDPOConfig, so of
 TRL's DPOConfig and of transformers' TrainingArguments, is an option here; --config FILE.yaml reads
-them from a file.
+them from a file. The tiny model, with settings that would wreck a real one, is only for a command
+line without --model, --dataset and --config.
 """
 
 import random
 import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NoReturn
 
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import AutoTokenizer
 from trl import TrlParser
+from yaml import YAMLError
 
 from gamma_loss.integrations.trl import GammaDPOConfig, GammaDPOTrainer
 
@@ -42,10 +46,76 @@ class Arguments:
     lora: bool = field(default=False, metadata={"help": "Train LoRA adapters only (needs peft)."})
 
 
+def stop(problem: object) -> NoReturn:
+    """End with one line that says what is wrong."""
+    print(f"{Path(sys.argv[0]).name}:", " ".join(str(problem).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def parse(argv: Sequence[str], kinds: tuple[type, ...], needed: Sequence[str]) -> tuple[Any, ...]:
+    """Read options and a --config file; ``needed`` are options of the first kind."""
+    # Without abbreviations, which a look for an option in argv would not see. TRL knows no
+    # --config=FILE.
+    parser = TrlParser(kinds, allow_abbrev=False, usage="%(prog)s [options], which --help lists")
+    argv = [part for text in argv for part in
+            (text.split("=", 1) if text.startswith("--config=") else [text])]  # fmt: skip
+    if argv[-1:] == ["--config"]:
+        stop("--config needs the name of a YAML file")
+    try:
+        parsed: tuple[Any, ...] = parser.parse_args_and_config(argv)
+    except (ValueError, TypeError, OSError, YAMLError) as error:
+        stop(error)
+    for name in needed:
+        if not getattr(parsed[0], name):
+            stop(f"--{name} is needed as well, on the command line or in the --config file")
+    return parsed
+
+
 def load_pairs(name: str) -> DatasetDict:
     """Load preference data with a training and a test split."""
-    data = load_dataset("json", data_files=name) if Path(name).is_file() else load_dataset(name)
-    return data if "test" in data else data["train"].train_test_split(test_size=0.05, seed=0)
+    try:
+        data = load_dataset("json", data_files=name) if Path(name).is_file() else load_dataset(name)
+        if "train" in data and "test" not in data:
+            data = data["train"].train_test_split(test_size=0.05, seed=0)
+    except Exception as error:  # of the network, of the file's format, of too few rows
+        stop(f"{name}: cannot be loaded as a dataset: {error.__cause__ or error}")
+    if not {"train", "test"} <= set(data):
+        stop(f"{name}: needs a split 'train', has {', '.join(data)}")
+    for split in ("train", "test"):
+        if problem := wrong(data[split]):
+            stop(f"{name}, split {split}: {problem}")
+    return data
+
+
+def load_tokenizer(model: str) -> Any:
+    """Load the tokenizer of a model, before anything that takes long."""
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        stop(f"{model}: cannot be loaded as a model: {error}")
+
+
+def wrong(rows: Dataset) -> str | None:
+    """Say why rows are no preference data: TRL itself would train on some of them, promptless."""
+    names = {"prompt", "chosen", "rejected"} & set(rows.column_names)
+    if not {"chosen", "rejected"} <= names:
+        return (
+            "needs the columns prompt, chosen and rejected, has "
+            f"{', '.join(rows.column_names)}: rename its columns"
+        )
+    for number, row in enumerate(rows.select_columns(sorted(names)), 1):
+        for name in names:
+            if not isinstance(row[name], str | list):
+                return f"row {number}: {name!r} must be text or messages, got {row[name]!r:.80}"
+        # Where it is not given in the form of the responses, TRL looks for it inside them.
+        inside = type(row.get("prompt")) is not type(row["chosen"])
+        if inside and not (row["chosen"] and row["chosen"][:1] == row["rejected"][:1]):
+            return (
+                f"row {number} has no prompt: chosen and rejected begin differently, and "
+                "'prompt' is not one of the columns or not in their form. It has "
+                f"{', '.join(rows.column_names)}: rename its columns"
+            )
+    return None
 
 
 def local_pairs(count: int = 3000) -> DatasetDict:
@@ -87,10 +157,13 @@ def local_model(folder: str, texts: list[str]) -> str:
 
 def main(argv: list[str]) -> GammaDPOTrainer:
     """Train as the command line says, and print how the held-out pairs came out."""
-    demo = not {"--model", "--config"} & set(argv)
-    parser = TrlParser((Arguments, GammaDPOConfig))
-    arguments, config = parser.parse_args_and_config([*DEMO, *argv] if demo else argv)
-    data = load_pairs(arguments.dataset) if arguments.dataset else local_pairs()
+    asked = any(text.partition("=")[0] in ("--model", "--dataset", "--config") for text in argv)
+    arguments, config = parse(
+        argv if asked else [*DEMO, *argv],
+        (Arguments, GammaDPOConfig),
+        needed=("model", "dataset") if asked else (),
+    )
+    data = load_pairs(arguments.dataset) if asked else local_pairs()
     peft_config = None
     if arguments.lora:
         from peft import LoraConfig
@@ -103,7 +176,7 @@ def main(argv: list[str]) -> GammaDPOTrainer:
             args=config,
             train_dataset=data["train"],
             eval_dataset=data["test"],
-            processing_class=AutoTokenizer.from_pretrained(model),
+            processing_class=load_tokenizer(model),
             peft_config=peft_config,
         )
         trainer.train()
