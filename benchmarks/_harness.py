@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, timing in turns, counting launches, tables and files."""
+"""What the benchmarks share: the skeleton of a run, timing in turns, counting, tables and files."""
 
 from __future__ import annotations
 
@@ -15,40 +15,122 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from gamma_loss import __version__, solve_margins
+from gamma_loss import PUBLISHED_SETTINGS, __version__, solve_margins
 
 Call = Callable[[], Any]
+Result = dict[str, Any]
 
-IMPLEMENTATIONS = ("eager", "auto", "compile", "triton")
 QUANTILES = (0.1, 0.5, 0.9)
 BLOCK = 10  # calls of one solver in a row, before the next one has its turn
 LEAST = 5  # turns, however little time there is
 
 
-# --- the command line and the machine ---
+# --- the problems ---
+
+LLAMA = "llama-3-8b-instruct"
+MILD = {
+    name: {key: setting[key] for key in ("gamma0", "tau")}
+    for name, setting in PUBLISHED_SETTINGS.items()
+}
+HARD = {
+    f"γ0 = {gamma0:g}, τ = {tau:g}": {"gamma0": float(gamma0), "tau": tau}
+    for gamma0, tau in ((3, 0.5), (4, 0.1), (8, 0.05), (50, 1.0))
+}
+SETTINGS = MILD | HARD
 
 
-def arguments(doc: str, seconds: float) -> argparse.Namespace:
+def pool(setting: dict[str, float], size: int, seed: int | None = None) -> np.ndarray:
+    """Return gaps around 0, or for a hard setting around γ0, where its margins differ most."""
+    values = np.random.default_rng(size if seed is None else seed).normal(size=size)
+    gamma0 = setting["gamma0"]
+    return gamma0 + max(gamma0 / 3, 1) * values if setting in HARD.values() else 2 * values
+
+
+# --- the skeleton of a run ---
+
+
+class Section(NamedTuple):
+    """A list in a results file: what is measured, how, and how it is shown."""
+
+    cases: Callable[[argparse.Namespace], Iterable[tuple[Any, ...]]]
+    measure: Callable[..., Iterable[Result]]  # of the arguments, some seconds, and a case
+    columns: Sequence[str]
+    rows: Callable[[list[Result]], Iterable[Sequence[Any]]]
+    share: float = 1.0  # of the time, beside those of other sections
+
+
+def run(
+    doc: str,
+    seconds: float,
+    sections: dict[str, Section],
+    draw: Callable[[Result, list[Any]], None] | None = None,
+    panels: int = 1,
+    packages: Sequence[str] = (),
+    **facts: Any,
+) -> None:
+    """Read the command line, measure all cases, write the results, show tables, draw.
+
+    ``facts`` and the versions of ``packages`` go into the record as well.
+    """
+    args = arguments(doc, seconds)
+    plan, shares = [], []
+    for name, section in sections.items():
+        cases = list(section.cases(args))
+        plan += [(name, case) for case in cases]
+        shares += [section.share / len(cases) for _ in cases]
+    record = machine(args.device, packages) | facts | {"left_out": args.left_out}
+    record |= {name: [] for name in sections}
+    budget = Budget(args.seconds, shares)
+    for name, case in tqdm(plan, disable=None):  # a bar on terminals only
+        record[name] += sections[name].measure(args, budget.share(), *case)
+        write(args.out, record)  # each time, so that an interrupted run leaves something
+    for call in args.later:
+        call()
+    write(args.out, record)
+    for name, why in args.left_out.items():
+        print(f"Left out: {name} ({why})")
+    for name, section in sections.items():
+        if record[name]:
+            print(f"\n{name.replace('_', ' ')}")
+            table(section.columns, section.rows(record[name]))
+    if draw and args.out:
+        picture(args.out, record, draw, panels)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        """Say in one line what is wrong."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def arguments(doc: str, seconds: float, folder: Path | None = None) -> argparse.Namespace:
     """Read the command line that all benchmarks have, and set up torch for it.
 
     ``seconds`` is the default of ``--seconds``, which buys repetitions; sizes are never dropped.
+    With a ``folder`` results go there by default, and the device is a GPU.
     """
-    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few sizes and repetitions")
-    parser.add_argument(
-        "--out", type=Path, help="write the results to this .json file, and a .png beside it"
+    has_cuda = torch.cuda.is_available()
+    parser = Parser(
+        prog=f"python -m benchmarks.{Path(sys.argv[0]).stem}", description=doc.split("\n")[0]
     )
+    parser.add_argument("--quick", action="store_true", help="few sizes and repetitions")
+    if folder:
+        parser.add_argument("--out-dir", type=Path, default=folder, help="write all results here")
+    else:
+        parser.add_argument(
+            "--out", type=Path, help="write to this .json file, and a .png beside it"
+        )
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: cuda where there is one",
+        default="cuda" if has_cuda or folder else "cpu",
+        help="default: cuda" + " where there is one" * (not folder),
     )
     parser.add_argument(
         "--seconds",
@@ -56,12 +138,22 @@ def arguments(doc: str, seconds: float) -> argparse.Namespace:
         help=f"aim to take this long in all, by more or fewer repetitions (default {seconds:g})",
     )
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not has_cuda:
         parser.error("--device cuda, but torch finds no CUDA device")
-    if args.out and args.out.suffix != ".json":
-        parser.error(f"--out must name a .json file, got {args.out}")
     if args.seconds is None:
-        args.seconds = 5.0 if args.quick else seconds
+        args.seconds = 5.0 if args.quick and not folder else seconds
+    if not 0 < args.seconds < math.inf:
+        parser.error(f"--seconds must be positive and finite, got {args.seconds:g}")
+    out = args.out_dir / "gpu_tests.txt" if folder else args.out
+    if out:
+        if not folder and out.suffix != ".json":
+            parser.error(f"--out must name a .json file, got {out}")
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.open("a").close()
+        except OSError as error:
+            parser.error(f"can't write results: {error}")
+    args.left_out, args.later = {}, []  # what does not run here, and what may wait until the end
     torch.set_num_threads(1)
     torch.manual_seed(0)
     return args
@@ -76,14 +168,13 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def machine(device: str) -> dict[str, Any]:
+def machine(device: str, packages: Sequence[str] = ()) -> Result:
     """Return what a reader needs to know of where a result comes from."""
     host = f"{processor()}, one thread"
     versions = {"gamma_loss": __version__, "torch": torch.__version__}
-    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", *packages):
         try:
-            versions["triton"] = version(name)
-            break
+            versions["triton" if "triton" in name else name] = version(name)
         except PackageNotFoundError:
             continue
     versions |= {"numpy": np.__version__, "python": platform.python_version()}
@@ -97,39 +188,32 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def implementations(device: str, interpret: bool = False) -> tuple[list[str], dict[str, str]]:
-    """Return the implementations that run here, and the others with the reason why they do not.
+def implementations(args: argparse.Namespace, interpret: bool = False) -> list[str]:
+    """Return the implementations that run here, but for "auto", which is one of them.
 
     ``interpret`` takes Triton's interpreter on the CPU as running (if it is on): its numbers tell
     something, its times do not.
     """
-    usable, skipped = [], {}
-    gaps = torch.tensor([-1.0, 0.5, 2.0], device=device)
-    for impl in IMPLEMENTATIONS:
-        if impl == "auto" and device == "cuda":
-            continue  # it is "triton" there, which would be timed twice
+    usable = []
+    gaps = torch.tensor([-1.0, 0.5, 2.0], device=args.device)
+    for impl in ("eager", "compile", "triton"):
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        if impl == "triton" and device == "cpu" and not (interpret and interpreted):
-            skipped[impl] = "needs a CUDA device" + (
-                "; its interpreter is not timed" if interpreted else ""
-            )
-            continue
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                solve_margins(gaps, gamma0=1.0, tau=1.0, impl=impl)
-        except Exception as error:
-            skipped[impl] = reason(error)
-            continue
-        # Without a working Triton the library warns and runs eager: that is not to be timed as it.
-        about = [str(w.message) for w in caught if "eager" in str(w.message)]
-        if about:
-            skipped[impl] = about[0]
+        if impl == "triton" and args.device == "cpu" and not (interpret and interpreted):
+            reasons = ["needs a CUDA device" + "; its interpreter is not timed" * interpreted]
+        else:
+            try:
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    solve_margins(gaps, gamma0=1.0, tau=1.0, impl=impl)
+                # Without a working Triton it warns and runs eager: not to be timed as Triton.
+                reasons = [str(w.message) for w in caught if "eager" in str(w.message)]
+            except Exception as error:
+                reasons = [reason(error)]
+        if reasons:
+            args.left_out[impl] = reasons[0]
         else:
             usable.append(impl)
-    for impl, why in skipped.items():
-        print(f"Left out: {impl} ({why})")
-    return usable, skipped
+    return usable
 
 
 def reason(error: BaseException) -> str:
@@ -165,16 +249,41 @@ def synchronise(device: str) -> None:
 class Budget:
     """Shares out the time of a benchmark: what one item does not use is there for the next."""
 
-    def __init__(self, seconds: float, items: int) -> None:
-        self.end, self.items = time.perf_counter() + seconds, items
-
-    def left(self) -> float:
-        return max(self.end - time.perf_counter(), 0.0)
+    def __init__(self, seconds: float, shares: Sequence[float]) -> None:
+        self.end, self.shares = time.perf_counter() + seconds, list(shares)
 
     def share(self) -> float:
         """Return the seconds that the next item may take."""
-        self.items -= 1
-        return self.left() / (self.items + 1)
+        left, total = max(self.end - time.perf_counter(), 0.0), sum(self.shares)
+        return left * self.shares.pop(0) / total
+
+
+def compare(
+    args: argparse.Namespace,
+    calls: dict[str, Call],
+    seconds: float,
+    peers: Sequence[str] = (),
+    warm: int = 3,
+    least: int = LEAST,
+) -> tuple[dict[str, Result], dict[str, Any]]:
+    """Time calls in turns; return times and speeds against peers, and the first results."""
+    started = time.perf_counter()
+    results = warm_up(calls, args.device, args.left_out, warm)
+    left = max(seconds - (time.perf_counter() - started), 0.2)
+    times = in_turns(calls, left, args.device, least)
+    rows: dict[str, Result] = {}
+    for name, t in times.items():
+        rows[name] = {"microseconds": quantiles(t["wall"]), "turns": len(t["wall"])}
+        if args.device == "cuda":
+            rows[name]["host_microseconds"] = quantiles(t["host"])
+        for peer in set(peers) & set(times):
+            ratio = times_as_fast(t["wall"], times[peer]["wall"])
+            rows[name][speed_key(peer)] = ratio
+    return rows, results
+
+
+def speed_key(peer: str) -> str:
+    return "times_as_fast_as_" + peer.lower().replace(",", "").replace(" ", "_")
 
 
 def warm_up(
@@ -190,7 +299,6 @@ def warm_up(
             synchronise(device)
         except Exception as error:
             skipped[name] = reason(error)
-            print(f"Left out: {name} ({skipped[name]})")
             del calls[name]
             results.pop(name, None)
     return results
@@ -245,26 +353,19 @@ def times_as_fast(seconds: Sequence[float], peer: Sequence[float]) -> float:
     return float(np.median(peer) / np.median(seconds))
 
 
-def launches(call: Call, device: str, calls: int = 10) -> dict[str, Any]:
-    """Count what one call hands out, by torch's profiler (which may slow down what runs after it).
+def launches(call: Call, calls: int = 10) -> Result:
+    """Count what one call hands to the GPU, by torch's profiler, which may slow down what follows.
 
-    On CUDA ``kernels``, ``copies`` (memory copies and fills) and ``device_microseconds``: the time
-    that both together keep the device busy, without the gaps between them. On the CPU
-    ``operators``: dispatched by torch, those that another operator dispatches not counted; a kernel
-    that Inductor made is no operator.
+    ``kernels``, ``copies`` (memory copies and fills) and ``device_microseconds``: the time that
+    both together keep the device busy, without the gaps between them.
     """
     from torch.profiler import ProfilerActivity, profile
 
-    activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
-    synchronise(device)
-    with profile(activities=[activity]) as profiler:
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(calls):
             call()
-        synchronise(device)
-    if device == "cpu":
-        aten = [e for e in profiler.events() if e.name.startswith("aten::")]
-        outer = [e for e in aten if not (e.cpu_parent and e.cpu_parent.name.startswith("aten::"))]
-        return {"operators": round(len(outer) / calls, 2)}
+        torch.cuda.synchronize()
     events = [
         event
         for event in profiler.events()
@@ -280,6 +381,23 @@ def launches(call: Call, device: str, calls: int = 10) -> dict[str, Any]:
         "copies": round(len(copies) / calls, 2),
         "device_microseconds": round(busy / calls, 3),
     }
+
+
+@contextmanager
+def watched(place: Any, name: str, see: Callable[[tuple[Any, ...], Any], None]) -> Iterator[None]:
+    """Have ``see(arguments, result)`` told of each call of a function of a module."""
+    function = getattr(place, name)
+
+    def told(*arguments: Any, **keywords: Any) -> Any:
+        result = function(*arguments, **keywords)
+        see(arguments, result)
+        return result
+
+    setattr(place, name, told)
+    try:
+        yield
+    finally:
+        setattr(place, name, function)
 
 
 def graph_replay(call: Call) -> Call:
@@ -304,16 +422,10 @@ def graph_replay(call: Call) -> Call:
 # --- results ---
 
 
-def progress(items: Iterable[Any], name: str) -> Iterator[Any]:
-    """Show a progress bar over the items."""
-    return iter(tqdm(items, desc=name))
-
-
 def write(out: Path | None, record: dict[str, Any]) -> None:
     """Write a record as JSON, numbers that are not finite as null."""
     if out is None:
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_finite(record), indent=1, ensure_ascii=False, allow_nan=False)
     out.write_text(text + "\n", encoding="utf-8")
 
@@ -344,23 +456,29 @@ def _text(value: Any) -> str:
     return f"{value:.1e}"
 
 
-@contextmanager
-def picture(out: Path | None, panels: int = 1) -> Iterator[list[Any] | None]:
-    """Yield the axes of a figure that is saved beside the JSON file, or None if there is none."""
-    if out is None:
-        yield None
-        return
+def picture(out: Path, record: Result, draw: Callable[..., None], panels: int) -> None:
+    """Draw a figure and save it beside the JSON file."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, panels, figsize=(2 + 4.5 * panels, 4.5), squeeze=False)
-    yield list(axes[0])
+    draw(record, list(axes[0]))
     figure.tight_layout()
     figure.savefig(out.with_suffix(".png"), dpi=150)
     plt.close(figure)
     print(f"Results: {out}, {out.with_suffix('.png')}")
+
+
+def bars(axis: Any, labels: Sequence[str], heights: dict[str, Sequence[float | None]]) -> None:
+    """Draw a group of bars for each label, one bar for each name."""
+    for i, (name, values) in enumerate(heights.items()):
+        width = 1 / (len(heights) + 1)
+        places = np.arange(len(labels)) + (i - (len(heights) - 1) / 2) * width
+        axis.bar(places, [value or 0 for value in values], width, label=name)
+    axis.set_xticks(range(len(labels)), labels, fontsize=7)
+    axis.legend(fontsize=7)
 
 
 # One colour for each name in every picture.
@@ -370,6 +488,7 @@ COLOURS = {
     "compile": "tab:green",
     "triton": "tab:red",
     "numpy": "tab:cyan",
+    "jax": "tab:olive",
     "published": "tab:orange",
     "published, compiled": "tab:brown",
 }

@@ -15,10 +15,11 @@ With TRITON_INTERPRET=1 Triton's interpreter takes part on the CPU.
 
 from __future__ import annotations
 
+import argparse
+import functools
 import importlib.util
-from collections.abc import Callable
-from functools import partial
-from itertools import zip_longest
+from collections.abc import Callable, Iterator
+from itertools import product, zip_longest
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 
 from benchmarks import _harness as harness
+from benchmarks._harness import Result
 from benchmarks.published import published_margins
 from gamma_loss import solve_margins
 
@@ -35,10 +37,12 @@ SCALES = (0.1, 1.0, 10.0, 100.0)
 KAPPAS = 10 ** np.linspace(-3, 7, 21)
 GAMMA0_RANGE, TAU_RANGE = (1e-3, 1e2), (1e-3, 1e3)
 PUBLISHED_STEPS = (20, 2000)
+EDGES = (2.9, 99.0)  # between ranges of κ
 
 Solver = Callable[[torch.Tensor, float, float], torch.Tensor]  # (pools, gaps) -> margins
 
 
+@functools.cache
 def oracle() -> ModuleType:
     """Load tests/oracles.py, which is not a package's."""
     path = Path(__file__).parents[1] / "tests" / "oracles.py"
@@ -68,10 +72,13 @@ def solvers(usable: list[str], device: str) -> dict[str, Solver]:
         return torch.stack(solved).cpu()
 
     def published(steps: int, pools: torch.Tensor, gamma0: float, tau: float) -> torch.Tensor:
-        return torch.vmap(partial(published_margins, gamma0=gamma0, tau=tau, steps=steps))(pools)
+        return torch.vmap(
+            functools.partial(published_margins, gamma0=gamma0, tau=tau, steps=steps)
+        )(pools)
 
-    return {impl: partial(ours, impl) for impl in usable} | {
-        f"published, {steps} steps": partial(published, steps) for steps in PUBLISHED_STEPS
+    return {impl: functools.partial(ours, impl) for impl in usable} | {
+        f"published, {steps} steps": functools.partial(published, steps)
+        for steps in PUBLISHED_STEPS
     }
 
 
@@ -90,8 +97,9 @@ def summary(
     }
 
 
-def draw(problems: list[dict[str, Any]], axes: list[Any]) -> None:
+def draw(record: Result, axes: list[Any]) -> None:
     """Draw the error over κ: the median pool, a band up to the worst, and the peer by τ."""
+    problems = record["results"]
     published = [f"published, {steps} steps" for steps in PUBLISHED_STEPS]
     colours = harness.COLOURS | dict(zip(published, ("tab:orange", "tab:brown"), strict=True))
 
@@ -128,77 +136,67 @@ def draw(problems: list[dict[str, Any]], axes: list[Any]) -> None:
     axes[2].legend(fontsize=8, loc="lower left")
 
 
-def main() -> None:
-    """Solve every pool by every solver, print a table, write the results."""
-    args = harness.arguments(__doc__, seconds=300)
-    usable, skipped = harness.implementations(args.device, interpret=True)
-    kappas, count = (KAPPAS, 4) if not args.quick else (10.0 ** np.array([-3, 0, 3, 7]), 1)
-    # Every κ once, then every κ with its second setting, and so on as long as there is time.
+def cases(args: argparse.Namespace) -> list[tuple[Any, ...]]:
+    """Every κ once, then every κ with its second setting, and so on."""
+    kappas, count = (KAPPAS[::7], 1) if args.quick else (KAPPAS, 4)
+    compared = solvers(harness.implementations(args, interpret=True), args.device)
     rounds = zip_longest(*(settings(kappa, count) for kappa in kappas))
-    plan = [
-        (turn, float(kappa), *setting)
+    return [
+        (turn, float(kappa), *setting, compared)
         for turn, row in enumerate(rounds)
         for kappa, setting in zip(kappas, row, strict=True)
         if setting
     ]
-    exact_margins = oracle().margins
-    compared = solvers(usable, args.device)
-    budget = harness.Budget(args.seconds, len(plan))
-    problems: list[dict[str, Any]] = []
-    record = harness.machine(args.device) | {
-        "pools": {"gaps": SIZE, "scales": SCALES},
-        "left_out": skipped,
-        "results": problems,  # each with one error for each scale
-    }
-    for turn, kappa, gamma0, tau in harness.progress(plan, "accuracy"):
-        if turn and not budget.left():
-            continue
-        generator = np.random.default_rng(len(problems))
-        pools = generator.normal(size=(len(SCALES), SIZE)) * np.array(SCALES)[:, None]
-        pools = pools.astype(np.float32).astype(np.float64)
-        exact = np.stack([exact_margins(pool, gamma0, tau)[0] for pool in pools]) / gamma0
-        for dtype in (torch.float32, torch.float64):
-            for name, solve in list(compared.items()):
-                try:
-                    margins = solve(torch.tensor(pools, dtype=dtype), gamma0, tau)
-                except Exception as error:
-                    skipped[name] = f"γ0 = {gamma0:g}, τ = {tau:g}: {harness.reason(error)}"
-                    print(f"Left out: {name} ({skipped[name]})")
-                    del compared[name]
-                    continue
-                x = margins.numpy().astype(np.longdouble) / gamma0
-                worst = np.max(np.abs(x - exact) / (1 + exact), axis=1)
-                problems.append(
-                    {
-                        "kappa": kappa,
-                        "gamma0": gamma0,
-                        "tau": tau,
-                        "solver": name,
-                        "dtype": str(dtype).split(".")[1],
-                        "errors": [float(value) for value in worst],
-                    }
-                )
-        harness.write(args.out, record)  # each time, so that an interrupted run leaves something
 
-    print("Error |x - x*| / (1 + x*) of x = γ / γ0: of the median pool, and of the worst")
-    cells = summary(
-        problems, lambda problem: (problem["kappa"], problem["solver"], problem["dtype"])
+
+def measure(
+    args: argparse.Namespace, seconds: float, turn: int, kappa: float, gamma0: float, tau: float,
+    compared: dict[str, Solver],
+) -> Iterator[Result]:  # fmt: skip
+    """Yield the errors of each solver in each dtype: one for each scale of the pool."""
+    if turn and not seconds:
+        return
+    pools = np.random.default_rng(turn).normal(size=(len(SCALES), SIZE)) * np.array(SCALES)[:, None]
+    pools = pools.astype(np.float32).astype(np.float64)
+    exact = np.stack([oracle().margins(pool, gamma0, tau)[0] for pool in pools]) / gamma0
+    for dtype, name in product(("float32", "float64"), list(compared)):
+        try:
+            solved = compared[name](torch.tensor(pools, dtype=getattr(torch, dtype)), gamma0, tau)
+        except Exception as error:
+            args.left_out[name] = f"γ0 = {gamma0:g}, τ = {tau:g}: {harness.reason(error)}"
+            continue
+        x = solved.numpy().astype(np.longdouble) / gamma0
+        errors = np.max(np.abs(x - exact) / (1 + exact), axis=1)
+        yield {
+            "kappa": kappa,
+            "gamma0": gamma0,
+            "tau": tau,
+            "solver": name,
+            "dtype": dtype,
+            "errors": [float(value) for value in errors],
+        }
+
+
+def rows(problems: list[Result]) -> Iterator[list[Any]]:
+    """Yield the error of the worst pool in three ranges of κ."""
+    found = summary(
+        problems, lambda p: (p["solver"], p["dtype"], sum(p["kappa"] > edge for edge in EDGES))
     )
-    columns = list(dict.fromkeys((name, dtype) for _, name, dtype in cells))
-    harness.table(
-        ["κ", *(f"{name}, {dtype}" for name, dtype in columns)],
-        [
-            [f"{kappa:.2g}"]
-            + [
-                f"{cell['median']:.0e} {cell['worst']:.0e}" if cell else None
-                for cell in (cells.get((float(kappa), *column)) for column in columns)
-            ]
-            for kappa in kappas
-        ],
+    for solver, dtype in dict.fromkeys(key[:2] for key in found):
+        worst = [found.get((solver, dtype, part), {}).get("worst") for part in range(3)]
+        yield [solver, dtype, *worst]
+
+
+SECTIONS = {
+    "results": harness.Section(
+        cases, measure, ("largest error", "dtype", "κ < 3", "κ < 100", "κ ≤ 10⁷"), rows
     )
-    with harness.picture(args.out, panels=3) as axes:
-        if axes:
-            draw(problems, axes)
+}
+
+
+def main() -> None:
+    """Solve every pool by every solver."""
+    harness.run(__doc__, 300, SECTIONS, draw, panels=3, pools={"gaps": SIZE, "scales": SCALES})
 
 
 if __name__ == "__main__":

@@ -17,15 +17,13 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from benchmarks import _harness as harness
 
 SECONDS = 470.0
-# Each step's share of the time. What one leaves, the next ones have.
+# Each step's share of the time.
 STEPS = {
     "gpu_tests": 150.0,
-    "margin_kernel": 150.0,
+    "solver": 150.0,
     "loss_overhead": 70.0,
     "accuracy": 50.0,
     "sequence_logps": 50.0,
@@ -68,28 +66,13 @@ def run(name: str, args: argparse.Namespace, seconds: float) -> str:
 
 def main() -> int:
     """Run all steps; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few sizes and repetitions")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out-dir", type=Path, default=Path("benchmarks/results"))
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print(
-            "torch finds no CUDA device here, so there is nothing to measure. A rehearsal on the "
-            "CPU: python -m benchmarks.gpu --device cpu --quick --out-dir DIRECTORY",
-            file=sys.stderr,
-        )
-        return 1
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    rows = []
-    later = sum(STEPS.values())
-    for name, share in STEPS.items():
+    args = harness.arguments(__doc__, SECONDS, folder=Path("benchmarks/results"))
+    budget, rows = harness.Budget(args.seconds, STEPS.values()), []
+    for name in STEPS:
         begin = time.perf_counter()
-        later -= share
-        outcome = run(name, args, SECONDS - (begin - start) - later)
+        outcome = run(name, args, budget.share())
         rows.append((name, time.perf_counter() - begin, outcome))
-    print(f"\n== {harness.machine(args.device)['device']}, {time.perf_counter() - start:.0f} s")
+    print(f"\n== {harness.machine(args.device)['device']}")
     harness.table(["step", "seconds", "outcome"], rows)
     return 0 if all(outcome.startswith("passed") for _, _, outcome in rows) else 1
 

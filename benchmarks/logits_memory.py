@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import _harness as harness
+from benchmarks._harness import Result
 from gamma_loss import GapQueue, gamma_simpo_loss
 
 SETTING = {"beta": 10.0, "gamma0": 4.0, "tau": 10.0}
@@ -86,7 +86,7 @@ def status(name: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
-def measure(way: str, sizes: tuple[int, int, int, int]) -> float:
+def peak(way: str, sizes: tuple[int, int, int, int]) -> float:
     """Return the MiB that one forward and backward pass adds at its peak."""
     torch.set_num_threads(1)
     WAYS[way](*inputs(2, 4, 8, 16)).backward()  # imports and first calls
@@ -97,29 +97,30 @@ def measure(way: str, sizes: tuple[int, int, int, int]) -> float:
     return (status("VmHWM") - before) / 2**20
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a small vocabulary")
-    parser.add_argument("--out", type=Path, help="write the results to this .json file")
-    args = parser.parse_args()
+def measure(args: argparse.Namespace, seconds: float, way: str) -> list[Result]:
+    """Run one way in a process of its own."""
+    if way.startswith("Liger") and not find_spec("liger_kernel"):
+        args.left_out[way] = "liger_kernel is not installed"
+        return []
     sizes = (4, 512, 256, 2_048 if args.quick else 32_768)
-    peaks = {}
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as process:
-        for way in WAYS:
-            if way.startswith("Liger") and not find_spec("liger_kernel"):
-                print(f"Left out: {way} (liger_kernel is not installed)")
-                continue
-            peaks[way] = process.apply(measure, (way, sizes))
-    harness.table(
-        ("way", "peak MiB", "ratio"),
-        [(way, peak, peaks["all logits"] / peak) for way, peak in peaks.items()],
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        mib = process.apply(peak, (way, sizes))
+    result = dict(zip(("pairs", "tokens", "width", "vocabulary"), sizes, strict=True))
+    logits = 2 * sizes[0] * sizes[1] * sizes[3] * 4 / 2**20
+    return [{"way": way, "peak_mib": mib, "logits_mib": logits, **result}]
+
+
+SECTIONS = {
+    "results": harness.Section(
+        lambda args: [(way,) for way in WAYS], measure,
+        ("way", "peak MiB", "/ logits"),
+        lambda found: [[r["way"], r["peak_mib"], r["peak_mib"] / r["logits_mib"]] for r in found],
     )
-    record = harness.machine("cpu")
-    if find_spec("liger_kernel"):
-        record["versions"]["liger_kernel"] = version("liger_kernel")
-    record["sizes"] = dict(zip(("pairs", "tokens", "width", "vocabulary"), sizes, strict=True))
-    record["logits_mib"] = 2 * sizes[0] * sizes[1] * sizes[3] * 4 / 2**20
-    harness.write(args.out, {**record, "peak_mib": peaks})
+}  # fmt: skip
+
+
+def main() -> None:
+    harness.run(__doc__, 60, SECTIONS, packages=("liger_kernel",))
 
 
 if __name__ == "__main__":

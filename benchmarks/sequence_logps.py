@@ -15,9 +15,10 @@ by torch.compile. Each scores responses whose first half is prompt, from logits 
 
 from __future__ import annotations
 
+import argparse
+import math
 import time
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import _harness as harness
+from benchmarks._harness import Result
 from gamma_loss import sequence_logps
 
 SHAPES = {  # responses, tokens of each, vocabulary
@@ -104,17 +106,20 @@ def errors(found: Tensor, gradient: Tensor, case: tuple[Tensor, Tensor, Tensor])
     return dict(zip(("nats", "gradient"), np.max(rows, 0).tolist(), strict=True))
 
 
+def cases(args: argparse.Namespace) -> list[tuple[Any, ...]]:
+    return list(product(QUICK if args.quick else SHAPES[args.device], DTYPES))
+
+
 def measure(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: str, seconds: float, compiled: bool
-) -> dict[str, Any]:
+    args: argparse.Namespace, seconds: float, shape: tuple[int, int, int], dtype: torch.dtype
+) -> list[Result]:
     """Compare on one batch."""
     started = time.perf_counter()
     torch.manual_seed(0)
-    logits = (3 * torch.randn(shape, device=device)).to(dtype).requires_grad_()
-    labels = torch.randint(shape[2], shape[:2], device=device)
-    mask = (torch.arange(shape[1], device=device) >= shape[1] // 2).expand(shape[:2])
+    logits = (3 * torch.randn(shape, device=args.device)).to(dtype).requires_grad_()
+    labels = torch.randint(shape[2], shape[:2], device=args.device)
+    mask = (torch.arange(shape[1], device=args.device) >= shape[1] // 2).expand(shape[:2])
     case = (logits, labels, mask)
-    skipped: dict[str, str] = {}
 
     def forward(score: Score) -> Tensor:
         with torch.no_grad():
@@ -124,102 +129,63 @@ def measure(
         logps = score(*case)
         return logps, torch.autograd.grad(logps.sum(), logits)[0]
 
-    compared = scores(compiled, skipped)
+    compared = scores(not args.quick, args.left_out)
     calls = {n: (lambda score=score: errors(*both(score), case)) for n, score in compared.items()}
-    found = harness.warm_up(calls, device, skipped, times=1)
-    rows: dict[str, dict[str, Any]] = {name: {"error": error} for name, error in found.items()}
+    found = harness.warm_up(calls, args.device, args.left_out, times=1)
+    ways: dict[str, Result] = {name: {"error": error} for name, error in found.items()}
     size = logits.numel() * logits.element_size()
     for i, (part, run) in enumerate(zip(PARTS, (forward, both), strict=True)):
-        calls = {name: (lambda run=run, name=name: run(compared[name])) for name in rows}
-        harness.warm_up(calls, device, skipped, times=1)
-        left = seconds - (time.perf_counter() - started)
-        times = harness.in_turns(calls, max(left / (len(PARTS) - i), 0.1), device, least=3)
-        for name, call in calls.items():
-            wall = times[name]["wall"]
-            rows[name][part] = {
-                "microseconds": harness.quantiles(wall),
-                "turns": len(wall),
-                "memory": peak_memory(call, device) / size,
-            }
-            if TRL in times:
-                ratio = 1 / harness.times_as_fast(wall, times[TRL]["wall"])
-                rows[name][part]["times_the_time_of_trl"] = ratio
-    return {
-        **dict(zip(("responses", "tokens", "vocabulary"), shape, strict=True)),
-        "dtype": str(dtype).removeprefix("torch."),
-        "megabytes_of_logits": size / 1e6,
-        "ways": rows,
-        "left_out": skipped,
-    }
+        calls = {name: (lambda run=run, name=name: run(compared[name])) for name in ways}
+        left = (seconds - (time.perf_counter() - started)) / (len(PARTS) - i)
+        rows, _ = harness.compare(args, calls, left, (TRL,), warm=1, least=3)
+        for name, row in rows.items():
+            ways[name][part] = row | {"memory": peak_memory(calls[name], args.device) / size}
+    return [
+        dict(zip(("responses", "tokens", "vocabulary"), shape, strict=True))
+        | {"dtype": str(dtype).removeprefix("torch."), "ways": ways}
+    ]
 
 
-def label(result: dict[str, Any]) -> str:
+def label(result: Result) -> str:
     shape = f"{result['responses']} × {result['tokens']} × {result['vocabulary']:,}"
     return f"{shape} {result['dtype']}"
 
 
-def show(record: dict[str, Any]) -> None:
-    """Print the table."""
-    rows = []
-    for result in record["results"]:
-        for name, way in result["ways"].items():
-            cells = [label(result), name, *way["error"].values()]
-            for part in PARTS:
-                one = way.get(part)
-                if one:
-                    cells += [one["microseconds"]["0.5"] / 1e3, one.get("times_the_time_of_trl")]
-                    cells += [one["memory"]]
-                else:
-                    cells += [None] * 3
-            rows.append(cells)
-    columns = ["logits", "", "error, nats", "of gradient"]
-    for part in PARTS:
-        columns += [f"{part}: ms", "/ TRL's time", "memory / logits"]
-    harness.table(columns, rows)
+def rows(results: list[Result]) -> Iterator[list[Any]]:
+    for shape, name, way in ((label(r), *item) for r in results for item in r["ways"].items()):
+        cells = [shape, name, *way["error"].values()]
+        for part in PARTS:
+            one = way.get(part, {"microseconds": {"0.5": math.nan}})
+            ratio = one.get(harness.speed_key(TRL))
+            cells += [one["microseconds"]["0.5"] / 1e3, ratio, one.get("memory")]
+        yield cells
 
 
-def draw(record: dict[str, Any], axes: list[Any]) -> None:
+COLUMNS = ["logits", "", "error, nats", "of gradient"]
+COLUMNS += [f"{part}: {name}" for part in PARTS for name in ("ms", "× TRL", "memory / logits")]
+SECTIONS = {"results": harness.Section(cases, measure, COLUMNS, rows)}
+
+
+def draw(record: Result, axes: list[Any]) -> None:
     """Draw bars: time and memory of forward and backward."""
-    names = list(dict.fromkeys(name for r in record["results"] for name in r["ways"]))
-    ticks = range(len(record["results"]))
-    for i, name in enumerate(names):
-        offset = (i - (len(names) - 1) / 2) / (len(names) + 1)
-        for ax, value in zip(
-            axes, (lambda p: p["microseconds"]["0.5"] / 1e3, lambda p: p["memory"]), strict=True
-        ):
-            ways = [result["ways"].get(name, {}).get("both") for result in record["results"]]
-            heights = [value(way) if way else 0 for way in ways]
-            places = [x + offset for x in ticks]
-            ax.bar(places, heights, 1 / (len(names) + 1), label=name)
-    for ax, name in zip(axes, ("milliseconds", "memory / size of the logits"), strict=True):
-        ax.set_xticks(ticks, ["\n".join(label(r).rsplit(" ", 2)) for r in record["results"]])
-        ax.tick_params(axis="x", labelsize=6)
-        ax.set_ylabel(f"{name}, forward and backward")
-        ax.set_title(record["device"], fontsize=8)
+    found = record["results"]
+    names = dict.fromkeys(name for result in found for name in result["ways"])
+    ways = {name: [result["ways"].get(name, {}).get("both") for result in found] for name in names}
+    labels = ["\n".join(label(result).rsplit(" ", 2)) for result in found]
+    heights = ({n: [way and way["microseconds"]["0.5"] / 1e3 for way in ways[n]] for n in names},
+               {n: [way and way["memory"] for way in ways[n]] for n in names})  # fmt: skip
+    for axis, height, name in zip(
+        axes, heights, ("milliseconds", "memory / size of the logits"), strict=True
+    ):
+        harness.bars(axis, labels, height)
+        axis.set_ylabel(f"{name}, forward and backward")
+        axis.set_title(record["device"], fontsize=8)
     axes[0].set_yscale("log")
     axes[0].set_ylim(top=10 * axes[0].get_ylim()[1])  # room for the legend
-    axes[0].legend(fontsize=7)
 
 
 def main() -> None:
-    """Measure all cases, print the table, write the results."""
-    args = harness.arguments(__doc__, seconds=240)
-    cases = list(product(QUICK if args.quick else SHAPES[args.device], DTYPES))
-    record: dict[str, Any] = harness.machine(args.device)
-    try:
-        record["versions"]["trl"] = version("trl")
-    except ImportError:
-        print("Left out: TRL (trl is not installed)")
-    record["results"] = []
-    budget = harness.Budget(args.seconds, len(cases))
-    for shape, dtype in harness.progress(cases, "sequence_logps"):
-        result = measure(shape, dtype, args.device, budget.share(), compiled=not args.quick)
-        record["results"].append(result)
-        harness.write(args.out, record)  # each time, so that an interrupted run leaves something
-    show(record)
-    with harness.picture(args.out, panels=2) as axes:
-        if axes:
-            draw(record, axes)
+    harness.run(__doc__, 240, SECTIONS, draw, panels=2, packages=("trl",))
 
 
 if __name__ == "__main__":

@@ -47,47 +47,65 @@ def measured_on(name: str) -> str:
 
 # --- a margin solve ---
 
-SOLVERS = ("published", "published, compiled", "eager", "auto", "numpy", "compile", "triton")
+OURS = ("auto", "eager", "compile", "triton", "numpy", "jax")
+SHOWN = ("eager", "compile", "triton", "numpy", "jax", "published, compiled", "published", "copy")
+ALSO = "published, compiled"
+LLAMA = "llama-3-8b-instruct"
+
+
+def solves(name: str, gaps: int, dtype: str = "float32", setting: str = LLAMA) -> Any:
+    """Return one row's solvers, by name."""
+    return _solves(name)[setting, gaps, dtype]
+
+
+def _solves(name: str) -> dict[tuple[str, int, str], Any]:
+    found = results(name)["results"]
+    return {(row["setting"], row["gaps"], row["dtype"]): row["solvers"] for row in found}
 
 
 def margin_solve(name: str) -> str:
     """Median microseconds of a solve, and how many times as fast as the published algorithm."""
-    found = results(name)["results"]
-    solvers = [s for s in SOLVERS if any(s in row["solvers"] for row in found)]
+    found = _solves(name)
+    shown = [solver for solver in SHOWN if any(solver in row for row in found.values())]
 
-    def cell(measured: dict[str, Any] | None, ratio: bool) -> str | None:
-        if measured is None:
+    def cell(row: dict[str, Any], solver: str) -> str | None:
+        if solver not in row:
             return None
-        speed = measured["times_as_fast_as_published"]
-        shown = f" ({speed:.{1 if speed > 0.5 else 2}f})" if ratio else ""
-        return f"{median(measured):,.0f}{shown}"
+        speed = row[solver]["times_as_fast_as_published"]
+        ratio = f" ({speed:.{1 if speed > 0.5 else 2}f})"
+        return f"{median(row[solver]):,.0f}" + ratio * (solver not in ("published", "copy"))
 
     return table(
-        ["setting", "gaps", "dtype", *solvers, "one copy", "compile, ns a gap"],
+        ["setting", "gaps", "dtype", *shown],
         (
-            [
-                f"`{row['setting']}`",
-                f"{row['gaps']:,}",
-                row["dtype"],
-                *(cell(row["solvers"].get(s), s != "published") for s in solvers),
-                cell(row["solvers"]["copy"], False),
-                f"{row['solvers']['compile']['nanoseconds_per_gap']:,.0f}",
-            ]
-            for row in found
+            [f"`{setting}`", f"{gaps:,}", dtype, *(cell(row, solver) for solver in shown)]
+            for (setting, gaps, dtype), row in found.items()
+            if dtype == "float32" or gaps == 256
         ),
     )
 
 
-def solves(
-    name: str, gaps: int, dtype: str = "float32", setting: str = "llama-3-8b-instruct"
-) -> Any:
-    """Return one row's solvers, by name."""
-    wanted = (gaps, dtype, setting)
-    return next(
-        row["solvers"]
-        for row in results(name)["results"]
-        if (row["gaps"], row["dtype"], row["setting"]) == wanted
-    )
+def published_errors(name: str) -> str:
+    """From what to what the published algorithm errs in hard settings."""
+    errors = [row["published"]["error"] for key, row in _solves(name).items() if "γ0" in key[0]]
+    return f"{min(errors):.1g} to {max(errors):.1g}"
+
+
+def where_the_published_loop_wins(name: str, solver: str) -> str:
+    """On which mild pools the published loop, compiled, is faster than a solver, and how much."""
+    wins = [
+        f"{gaps:,} gaps in {dtype} ({median(row[solver]) / median(row[ALSO]):.1f} times as fast)"
+        for (setting, gaps, dtype), row in _solves(name).items()
+        if setting == LLAMA and ALSO in row and median(row[ALSO]) < median(row[solver])
+    ]
+    return ", ".join(wins) or "no pool measured"
+
+
+def compile_pays_off(name: str) -> str:
+    """After how many calls impl="compile" has saved what its first call took."""
+    calls = next(row for row in results(name)["first_calls"] if row["solver"] == "compile")
+    saved = median(solves(name, 256)["eager"]) - median(solves(name, 256)["compile"])
+    return f"{1e6 * calls['cold'] / saved:,.0f}" if saved > 0 else "no number of"
 
 
 def margin_solve_targets(name: str) -> str:
@@ -97,44 +115,79 @@ def margin_solve_targets(name: str) -> str:
         ratio = solves(name, gaps, **which)[solver][f"times_as_fast_as_{peer.replace(', ', '_')}"]
         return float(ratio)
 
-    compiled = "published, compiled"
-    gap_times = [
-        solves(name, gaps)["compile"]["nanoseconds_per_gap"]
-        for gaps in (16_384, 65_536, 1_000_000, 10_000_000)
-    ]
     targets = [
         ("compile, 256 gaps, over the published algorithm", 8, [speed(256)]),
         ("compile, 65,536 gaps, over the same", 8, [speed(65_536)]),
-        (
-            "compile, 2,048 gaps and more, over the published algorithm compiled",
-            2,
-            [speed(n, peer=compiled) for n in (2_048, 2_304, 16_384, 65_536, 1_000_000)],
-        ),
-        (
-            "compile, 8, 64 and 256 gaps, over the published algorithm compiled",
-            1,
-            [speed(n, peer=compiled) for n in (8, 64, 256)],
-        ),
+        ("compile, 2,304, 65,536 and 1,000,000 gaps, over the published algorithm compiled", 2,
+         [speed(n, peer=ALSO) for n in (2_304, 65_536, 1_000_000)]),
+        ("compile, 8 and 256 gaps, over the same", 1, [speed(n, peer=ALSO) for n in (8, 256)]),
         ("eager, 256 gaps, over the published algorithm", 3, [speed(256, "eager")]),
         ("the same in float64", 3, [speed(256, "eager", dtype="float64")]),
-        (
-            "compile, equal time a gap at 16,384 to 10,000,000 gaps (least over most)",
-            0.8,
-            [min(gap_times) / max(gap_times)],
-        ),
-    ]
+    ]  # fmt: skip
     return table(
-        ["times as fast", "target", "measured", "reached"],
+        ["times as fast", "reached", "measured", "target"],
         (
             [
                 what,
-                f"{target:g}",
-                ", ".join(f"{value:.2g}" for value in found),
                 "yes" if min(found) >= target else "**no**",
+                ", ".join(f"{value:.2g}" for value in found),
+                f"{target:g}",
             ]
             for what, target, found in targets
         ),
     )
+
+
+def before_after(before: str, after: str, dtype: str = "float32") -> str:
+    """How many times as fast a solve has become, in units of the published algorithm's time."""
+    old, new = _solves(before), _solves(after)
+    shown = [
+        s for s in OURS if any(s in old[case] and s in new[case] for case in old if case in new)
+    ]
+    key = "times_as_fast_as_published"
+
+    def cell(case: tuple[str, int, str], solver: str) -> str | None:
+        if solver not in old[case] or solver not in new[case]:
+            return None
+        ratio = new[case][solver][key] / old[case][solver][key]
+        return f"{ratio:.1f} ({median(old[case][solver]):,.0f} → {median(new[case][solver]):,.0f})"
+
+    return table(
+        ["setting", "gaps", *shown],
+        (
+            [f"`{case[0]}`", f"{case[1]:,}", *(cell(case, solver) for solver in shown)]
+            for case in new
+            if case[2] == dtype and case in old
+        ),
+    )
+
+
+def passes(name: str) -> str:
+    """Passes over a pool of 256 gaps, and how many of them moved the level, over κ."""
+    cells: dict[float, list[object]] = {}
+    for row in results(name)["passes"]:
+        of_kappa = cells.setdefault(row["kappa"], [])
+        of_kappa += [f"{row[k]['median']:g}, {row[k]['most']}" for k in ("passes", "moves")]
+    columns = [
+        f"{what}, {dtype}" for dtype in ("float32", "float64") for what in ("passes", "moves")
+    ]
+    return table(
+        ["κ", *columns], ([f"{kappa:.1e}", *row] for kappa, row in list(cells.items())[::2])
+    )
+
+
+def streaming(before: str, after: str) -> str:
+    """Seconds for a million gaps, and readings of them, before and after."""
+    rows = []
+    for old, new in zip(*(results(name)["streaming"] for name in (before, after)), strict=True):
+        seconds = [median(row["solvers"]["streaming"]) / row["gaps"] for row in (new, old)]
+        of_numpy = new["solvers"]["streaming"]["times_as_fast_as_numpy"]
+        rows.append(
+            [f"`{new['setting']}`", *(f"{value:.2f}" for value in seconds), new["readings"],
+             old["readings"], f"{1 / of_numpy:.1f}"]
+        )  # fmt: skip
+    columns = ["setting", "s / million gaps", "before", "readings", "before", "of NumPy's time"]
+    return table(columns, rows)
 
 
 def first_calls(name: str) -> str:
@@ -142,13 +195,13 @@ def first_calls(name: str) -> str:
     return table(
         ["first call in a new process", "seconds, caches empty", "caches filled"],
         (
-            [solver, *(f"{calls[state]['first_call']:.2f}" for state in ("cold", "warm"))]
-            for solver, calls in results(name)["first_calls"].items()
+            [row["solver"], *(row[s] and f"{row[s]:.2f}" for s in ("cold", "warm"))]
+            for row in results(name)["first_calls"]
         ),
     )
 
 
-# --- a loss, a training step ---
+# --- a loss ---
 
 
 def loss_overhead(name: str) -> str:
@@ -160,7 +213,7 @@ def loss_overhead(name: str) -> str:
             [
                 f"{row['pairs']:,}",
                 *(
-                    f"{median(loss):,.0f} ({loss['times_the_time_of_dpo']:.1f})"
+                    f"{1 / loss['times_as_fast_as_dpo']:.1f} ({median(loss):,.0f})"
                     for loss in row["losses"].values()
                 ),
             ]
@@ -169,26 +222,13 @@ def loss_overhead(name: str) -> str:
     )
 
 
-def training_step(name: str) -> str:
-    """Milliseconds of a whole training step, by loss."""
+def loss_parts(name: str) -> str:
+    """Where the time of eager γ-DPO goes."""
+    (row,) = results(name)["parts"]
+    parts = {**row["parts"], "all of γ-DPO": row["whole"], "all of plain DPO": row["dpo"]}
     return table(
-        [
-            "loss",
-            "step, ms",
-            "of it the loss, %",
-            "longer than with DPO, % (quantiles)",
-        ],
-        (
-            [
-                loss,
-                f"{median(step) / 1e3:,.0f}",
-                f"{step['loss_alone_percent_of_step']:.2f}",
-                ", ".join(
-                    f"{value:.0f}" for value in step["longer_than_with_dpo_percent"].values()
-                ),
-            ]
-            for loss, step in results(name)["step"]["losses"].items()
-        ),
+        ["part", "multiple of plain DPO", "µs"],
+        ([part, f"{us / row['dpo']:.2f}", f"{us:,.0f}"] for part, us in parts.items()),
     )
 
 
@@ -211,44 +251,68 @@ def accuracy(name: str) -> str:
 
 
 def many_ranks(name: str) -> str:
-    """Milliseconds of processor time that a solve takes on each rank, either way."""
+    """How many times as fast reducing is as gathering, and a rank's milliseconds of both."""
     rows = []
     for row in results(name)["over_ranks"]:
-        ways = row["ways"]
+        ways = [row["ways"][way] for way in ("gather", "reduce")]
+        cpu, wall = ([median(way, f"{of}_microseconds") for way in ways] for of in ("cpu", "wall"))
         rows.append(
-            [
-                f"`{row['setting']}`",
-                row["ranks"],
-                f"{row['pool']:,}",
-                *(
-                    f"{median(ways[w], 'cpu_microseconds') / 1e3:,.1f}"
-                    for w in ("gather", "reduce")
-                ),
-                ", ".join(str(ways[w]["collectives"]) for w in ("gather", "reduce")),
-                ", ".join(f"{ways[w]['bytes_sent_by_a_rank']:,}" for w in ("gather", "reduce")),
-            ]
+            [f"`{row['setting']}`", f"{row['pool']:,}"]
+            + [f"{gather / reduce:.2f}" for gather, reduce in (cpu, wall)]
+            + [f"{microseconds / 1e3:,.1f}" for microseconds in cpu]
         )
+    columns = ["reduce, times as fast", "by the clock", "gather, ms", "reduce, ms"]
+    return table(["setting", "pool", *columns], rows)
+
+
+def collectives(before: str, after: str) -> str:
+    """Collectives of one solve over two ranks, and bytes that a rank sends."""
+    rows = []
+    for old, new in zip(*(results(name)["ranks"] for name in (before, after)), strict=True):
+        for way, row in new["ways"].items():
+            counts = [row["collectives"], old["ways"][way]["collectives"]]
+            rows.append([f"`{new['setting']}`", way, *counts, row["bytes_sent_by_a_rank"]])
+    return table(["setting", "way", "collectives", "before", "bytes sent"], rows)
+
+
+def trillion(name: str) -> str:
+    """What 10¹² gaps on 1,000 ranks take on paper, from the measured streaming of a mild pool."""
+    row = next(row for row in results(name)["streaming"] if row["setting"] == LLAMA)
+    minutes = 1e9 * median(row["solvers"]["streaming"]) / row["gaps"] / 6e7
+    readings = row["readings"]
     return table(
-        ["setting", "ranks", "pool", "gather, ms", "reduce, ms", "collectives", "bytes sent"], rows
+        ["a rank", "", ""],
+        [
+            [
+                "reads",
+                f"{readings + 1} × 4 GB",
+                "10⁹ float32 numbers in each pass, the last to write",
+            ],
+            ["writes", "12 GB", "three float32 numbers a pair"],
+            [
+                "sends",
+                f"{48 * readings:,} bytes",
+                "four float64 sums and two extremes in each pass",
+            ],
+            [
+                "computes",
+                f"{minutes:,.0f} minutes",
+                "on one core, without what the last pass takes",
+            ],
+        ],
     )
 
 
 def queue(name: str) -> str:
     """Microseconds of pushing a batch and reading the pool, and the multiple of `GapQueue`'s."""
-    found = results(name)["queue"]
-    return table(
-        ["batch", *found[0]["calls"]],
-        (
-            [
-                row["batch"],
-                *(
-                    f"{median(call):,.0f} ({call['times_the_time_of_gap_queue']:.2f})"
-                    for call in row["calls"].values()
-                ),
-            ]
-            for row in found
-        ),
-    )
+    rows = []
+    for row in results(name)["queue"]:
+        ours = median(row["calls"]["GapQueue"])
+        cells = (
+            f"{median(call):,.0f} ({median(call) / ours:.2f})" for call in row["calls"].values()
+        )
+        rows.append([row["batch"], *cells])
+    return table(["batch", *results(name)["queue"][0]["calls"]], rows)
 
 
 # --- what the library itself computes ---

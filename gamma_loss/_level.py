@@ -1,4 +1,4 @@
-"""The margin problem and its two solvers, as algebra on arrays.
+"""The margin problem, and the two steps that solve it for any setting, as algebra on arrays.
 
 **The problem.** N gaps g share a mean margin γ0. Of the ratios ``x = γ / γ0`` (positive, mean 1),
 with ``u = log x``, ``z = γ0 x - g`` and ``a = γ0 / τ``, the solution makes one number ν of all
@@ -9,29 +9,23 @@ Difficulty grows with ``κ = a γ0``. Everything follows from the function of on
 
     f(u) = u + a σ(γ0 e^u - g) - ν,        D = f'(u) = 1 + a y σ(z) σ(-z) >= 1,    y = γ0 x.
 
-**Mild settings** (`newton`; all published ones are): Newton's matrix of the whole is an arrowhead,
-a diagonal bordered by the mean, so that a step takes one pass and three sums. With ``w = x / D``::
+**The pairs** (`pair_step`). f bends once: it is convex in u below ``log(y* / γ0)`` and concave
+above, where ``y* tanh((y* - g) / 2) = 1`` has one root y* > max(g, 0), which depends on the gap
+alone. On the convex side a Newton step lands above the root or on it, on the concave side below. So
+kept on the side that the sign of f at the bend tells, Newton's iteration is monotone from its
+second point on and converges from any start, for any a, γ0 and g. That is needed only where a pair
+is far from its root. There log(a σ(z)) may be nearer to a line, and a step on it that falls short
+of the root may yet go farther.
 
-    dν = (1 - mean x + mean(w f)) / mean w,        du = (dν - f) / D.
+**The level that they share** (`level_step`). ``ν = a σ(λ)``; λ is what z is for a pair with x = 1,
+and what all z tend to as κ grows. Once the pairs are so close that ``|du| (1 + y) <= 0.3``, each is
+within ``du² (1 + y)`` of its root after the step. That bounds the mean of x at this level, and
+proves on which side of λ the solution lies as soon as the mean is farther from 1. Then λ takes its
+Newton step, ``dν = (1 - mean x) / mean(x / D)``, inside the bracket proven so far, and all pairs
+follow by ``dν / D``. With the pairs' own steps this makes up Newton's for the whole problem.
 
-**All others** (`by_level`): two steps in turn, one of the pairs and one of the level they share.
-
-*Pairs.* f bends once: it is convex in u below the bend ``log(y* / γ0)`` and concave above it, where
-``y* tanh((y* - g) / 2) = 1`` has one root y* > max(g, 0), which depends on the gap alone. On the
-convex side a Newton step lands above the root or on it, on the concave side below. So clipped to
-the side that the sign of f at the bend tells, Newton's iteration is monotone from its second point
-on and converges from any start, for any a, γ0 and g. Where a σ(z) is far too large, log(a σ(z))
-is nearer to a line, and a step on it that can't pass the root may go farther.
-
-*Level.* ``ν = a σ(λ)``; λ is what z is for a pair with x = 1, and what all z tend to as κ grows.
-Once the pairs are so close that ``|du| (1 + y) <= 0.3``, each is within ``du² (1 + y)`` of its root
-after the step. That bounds the mean of x at this level, and proves on which side of λ the solution
-lies as soon as the mean is farther from 1. Then λ takes its Newton step on ``log mean x = 0``,
-whose slope in ν is ``mean w / mean x``, inside the bracket proven so far, and all pairs follow by
-``dν / D``. Near the end this is the arrowhead step, and squares the error.
-
-docs/theory.md has the proofs. σ(λ) and σ(z) enter as their smaller side, σ or 1 - σ, by a sign s
-that is 1 for λ <= 0 and -1 otherwise: ``f = u + s a (σ(s z) - σ(s λ))`` does not cancel.
+σ(z) and σ(λ) enter as their smaller side, σ or 1 - σ, by a sign s that is 1 for λ <= 0, else -1:
+``f = u + s a σ(s z) - k`` with ``k = s a σ(s λ)`` does not cancel. docs/theory.md has the proofs.
 """
 
 from __future__ import annotations
@@ -53,7 +47,7 @@ from gamma_loss._arrays import (
 )
 
 CLOSE = 0.3  # |du| (1 + y) up to which du² (1 + y) bounds the distance to the root
-FAR = 2.0  # |du| (1 + y) from which a careful step is worth its operations
+FAR = 2.0  # |du| (1 + y) from which the next step is a careful one at once
 NEAR = 0.05  # |log mean x| from which on a step may be the last
 _TINY = 1e-30  # of which float32 still knows the reciprocal times 1e5
 
@@ -73,6 +67,7 @@ class Pairs(NamedTuple):
 class Step(NamedTuple):
     """A step of the pairs, and what it was taken with."""
 
+    change: Array  # y - γ0, which is accurate where x is close to 1
     y: Array
     d: Array
     du: Array
@@ -148,13 +143,13 @@ def first_guess(pairs: Pairs, at: Array, s: Array, k: Array) -> Array:
 
 
 def pair_step(pairs: Pairs, u: Array, s: Array, k: Array, far: Array) -> Step:
-    """Take a Newton step of every pair; a careful one if a pair may be ``far`` from its root."""
+    """Take a Newton step of every pair; a careful one where a pair may be ``far`` from its root."""
     change = pairs.gamma0 * solver_namespace(u).expm1(u)
     y = change + pairs.gamma0
     t = sigmoid(signed(s, change + pairs.start))
     at = pairs.a * t
     d = 1 + y * (at - at * t)
-    step = Step(y, d, (k - u - signed(s, at)) / d)
+    step = Step(change, y, d, (k - u - signed(s, at)) / d)
     return step if far is False else careful(pairs, u, s, k, at, step)
 
 
@@ -164,7 +159,7 @@ def careful(pairs: Pairs, u: Array, s: Array, k: Array, at: Array, step: Step) -
     The same root: log(a σ(s z)) = log(s (k - u)). In z the first changes by at most 1, the second
     by at most what it does here, so that a step from where it is larger falls short of the root.
     """
-    xp, (y, d, du) = solver_namespace(u), step
+    xp, (change, y, d, du) = solver_namespace(u), step
     zero = xp.zeros_like(u)
     rest = xp.maximum(signed(s, k - u), zero + _TINY)
     fall = xp.log(xp.maximum(at / rest, zero + _TINY)) * (rest / (1 + y * rest))  # of z, by y
@@ -174,21 +169,22 @@ def careful(pairs: Pairs, u: Array, s: Array, k: Array, at: Array, step: Step) -
     new = xp.minimum(u + du, pairs.most)
     side = xp.sign(choose(s > 0, lambda: pairs.at_bend[0], lambda: pairs.at_bend[1]) - k)
     beyond = side * (new - pairs.bend)  # side is 1 where the root is below the bend
-    return Step(y, d, new - side * xp.maximum(beyond, zero) - u)
+    return Step(change, y, d, new - side * xp.maximum(beyond, zero) - u)
 
 
 def level_step(
-    level: Level, mass: Array, rate: Array, off: Array, reach: Array, eps: float
+    level: Level, excess: Array, rate: Array, off: Array, reach: Array, eps: float
 ) -> tuple[Level, Array, Array]:
     """Return the next level, the change of ν, and whether it is Newton's, near the solution.
 
-    ``mass`` is mean x at the roots of the pairs, up to ``off`` if ``reach`` is small, and ``rate``
-    mean x / D.
+    ``excess`` is mean x - 1 at the roots of the pairs, up to ``off`` if ``reach`` is small, and
+    ``rate`` mean x / D.
     """
     xp = numbers_namespace(level.at)
     a, at, low, high, before = level
-    proven = (reach <= CLOSE) & (off <= 0.5 * abs(mass - 1) + eps)
-    log_mass = _log(xp, mass)
+    proven = (reach <= CLOSE) & (off <= 0.5 * abs(excess) + eps)
+    mass = xp.maximum(1 + excess, 0 * a + _TINY)
+    log_mass = xp.log1p(xp.maximum(excess, 0 * a - (1 - 1e-7)))
     error = abs(log_mass)
     low = xp.where(proven & (log_mass <= 0), at, low)
     high = xp.where(proven & (log_mass >= 0), at, high)
@@ -197,7 +193,7 @@ def level_step(
     # pairs' steps make up the arrowhead's. A step in ν, turned into one in λ; or one in λ itself
     # where that is shorter and the pairs are steep, as their mean is nearer to a line in λ then.
     p, q = sigmoids(xp, at)
-    missing = xp.where(error < NEAR, 1 - mass, -log_mass * mass)
+    missing = xp.where(error < NEAR, -excess, -log_mass * mass)
     rise = missing / (a * (rate + _TINY))
     direct = rise / (p * q + _TINY)
     rise = clip(xp, rise, -0.999 * p, 0.999 * q)

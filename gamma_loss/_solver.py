@@ -21,6 +21,7 @@ from gamma_loss._arrays import (
     total,
 )
 from gamma_loss._level import (
+    CLOSE,
     FAR,
     Level,
     Pairs,
@@ -55,7 +56,8 @@ class State(NamedTuple):
     budget: Array  # N γ0
     u: Array
     level: Level
-    far: Array  # whether a pair may be far from its root
+    reach: Array  # the largest |du| (1 + y) of the step before
+    far: Array  # whether steps are to be careful
     left: Array  # bound on what is left of |x - x*| / (1 + x*), inf where there is none
     done: Array
 
@@ -101,7 +103,8 @@ def begin(
     false, infinity = read(a) < 0, 0 * level.a + math.inf
     if false is not False:  # a tracer, which takes both ways
         pairs = with_bend(pairs)
-    return State(pairs, read(sums[0]) * read(gamma0), u, level, false, infinity, false)
+    budget = read(sums[0]) * read(gamma0)
+    return State(pairs, budget, u, level, 0 * level.a, false, infinity, false)
 
 
 def survey(
@@ -129,39 +132,41 @@ def with_most(pairs: Pairs, least_start: Array) -> Pairs:
 
 def advance(state: State, spread: Spread = WHOLE, run: Run = directly) -> State:
     """Take a step of the pairs, and one of the level if its side is proven."""
-    pairs, budget, u, level, far, before, _ = state
+    pairs, budget, u, level, reach_before, far, before, _ = state
     in_parts = spread.parts > 1
     read, eps = reader(u, in_parts), epsilon(u)
     if in_parts:
         u = settle(state)
     if far is True and pairs.bend is None:
         pairs = run(with_bend, pairs)
-    step, (mass, rate, off, reach) = run(look, pairs, u, *side_of(level), far)
-    mass, rate = spread.sums(mass, rate)
-    mass, rate, off = (read(number) / budget for number in (mass, rate, off))
+    step, (excess, rate, off, reach) = run(look, pairs, u, *side_of(level), far)
+    excess, rate = spread.sums(excess, rate)
+    excess, rate, off = (read(number) / budget for number in (excess, rate, off))
     reach = read(reach)
     if in_parts:  # settled; and all have to decide alike
         off, reach = 0 * level.a, 0 * level.a
-    level, d_nu, near = level_step(level, mass, rate, off, reach, eps)
+    level, d_nu, near = level_step(level, excess, rate, off, reach, eps)
 
     u, left = run(follow, pairs, u, step, d_nu, near)
     if near is not False:
         left = spread.extremes(-left, left)[1]
     left = read(left) + 0 * level.a
     done = near & at_rounding(left, before, eps)
-    return State(pairs, budget, u, level, reach > FAR, left, done)
+    # A plain step may be tried once where one was too far; after it they converge monotonically.
+    far = (reach > FAR) | ((reach > CLOSE) & (reach_before > CLOSE))
+    return State(pairs, budget, u, level, reach, far, left, done)
 
 
 def look(
     pairs: Pairs, u: Array, s: Array, k: Array, far: Array
 ) -> tuple[Step, tuple[Array, Array, Array, Array]]:
-    """Take a step of the pairs; return also Σ y after it, Σ y / D, how far off, and the reach."""
+    """Take a step of the pairs; return also Σ (y - γ0) after it, Σ y / D, the error, its reach."""
     step = pair_step(pairs, u, s, k, far)
-    y, d, du = step
+    change, y, d, du = step
     grown, xp = y * du, solver_namespace(u)
-    mass, rate = total(weighted(pairs.weights, y + grown)), total(weighted(pairs.weights, y / d))
-    reach = du + grown
-    return step, (mass, rate, total(grown * reach), xp.max(xp.abs(reach)))
+    excess = total(weighted(pairs.weights, change + grown))
+    rate, reach = total(weighted(pairs.weights, y / d)), du + grown
+    return step, (excess, rate, total(grown * reach), xp.max(xp.abs(reach)))
 
 
 def follow(pairs: Pairs, u: Array, step: Step, d_nu: Array, near: Array) -> tuple[Array, Array]:
@@ -178,7 +183,7 @@ def settle(state: State) -> Array:
 
 
 def _settle_pass(state: State) -> State:
-    pairs, _, u, level, far, before, _ = state
+    pairs, u, level, far, before = state.pairs, state.u, state.level, state.far, state.left
     if far is True and pairs.bend is None:
         pairs = with_bend(pairs)
     step = pair_step(pairs, u, *side_of(level), far)
@@ -203,8 +208,8 @@ def finish(state: State, spread: Spread = WHOLE, run: Run = directly) -> tuple[A
     """Return margins that meet the budget, ν, and the certificate."""
     pairs, budget, u, level = state[:4]
     xp = solver_namespace(u)
-    (mass,) = spread.sums(total(weighted(pairs.weights, xp.exp(u))))
-    log_mass = xp.log(mass * pairs.gamma0 / budget)
+    (excess,) = spread.sums(total(weighted(pairs.weights, xp.expm1(u))))
+    log_mass = xp.log1p(excess * pairs.gamma0 / budget)
     margins, error = run(deliver, pairs, u, *side_of(level), log_mass)
     _, error = spread.extremes(-error, error)
     nu = level.a * sigmoids(numbers_namespace(level.at), level.at)[0]

@@ -152,20 +152,19 @@ def solve_margins_streaming(
         seen = read_all(lambda gaps: _look(gaps, gamma0, here))  # noqa: B023
         if seen[:2] != (pairs, total):
             raise ValueError("chunks must give the same gaps at each reading, got others")
-        mass, rate = (each / (pairs * gamma0) for each in seen[2:4])
-        error = abs(math.log(mass)) if mass > 0 else math.inf
+        excess, rate = (each / (pairs * gamma0) for each in seen[2:4])
+        error = abs(math.log1p(excess)) if excess > -1 else math.inf
         if error < before:
             # Of x with mean m: mean |x / m - x*| <= 2 |m - 1| + 2 B (1 + m), with bounds up to B.
-            wrong = abs(mass - 1) + seen[5] * (1 + mass)
+            wrong = abs(excess) + seen[5] * (2 + excess)
             nu = a / (1 + math.exp(-here.at))
-            rule = MarginRule(
-                gamma0, tau, nu, math.log1p(wrong), int(pairs), here.at, math.log(mass)
-            )
+            log_mass = math.log1p(excess)
+            rule = MarginRule(gamma0, tau, nu, math.log1p(wrong), int(pairs), here.at, log_mass)
         # Once close, Newton squares the error each time: where it does not, it is rounding error.
         if error <= _EPS or (before < 1e-9 and error >= before / 4):
             break
         before = error
-        level, _, _ = level_step(here, mass, rate, 0.0, 0.0, _EPS)
+        level, _, _ = level_step(here, excess, rate, 0.0, 0.0, _EPS)
     return rule
 
 
@@ -194,14 +193,14 @@ def _survey(gaps: Floats, gamma0: float, a: float) -> tuple[float, ...]:
 def _look(gaps: Floats, gamma0: float, level: Level) -> tuple[float, ...]:
     """Settle the pairs of a block, and return what the level and the certificate need of them."""
     state, (s, k) = _settled(gaps, gamma0, level), side_of(level)
-    _, (mass, rate, _, _) = _solver.look(state.pairs, state.u, s, k, False)
+    _, (excess, rate, _, _) = _solver.look(state.pairs, state.u, s, k, False)
     wrong = certify(state.pairs, state.u, s, k, np.float64(0.0)).max()
-    return gaps.size, gaps.sum(), mass, rate, 0.0, wrong
+    return gaps.size, gaps.sum(), excess, rate, 0.0, wrong
 
 
 def _settled(gaps: Floats, gamma0: float, level: Level) -> _solver.State:
     pairs, _, extremes = _solver.survey(gaps, None, *np.array([gamma0, level.a]))
     pairs = _solver.with_most(pairs, extremes[0])
     u = first_guess(pairs, level.at, *side_of(level))
-    state = _solver.State(pairs, 0.0, u, level, False, math.inf, False)
+    state = _solver.State(pairs, 0.0, u, level, 0.0, False, math.inf, False)
     return state._replace(u=_solver.settle(state))

@@ -74,7 +74,9 @@ class Solver:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        if name != "numpy":
+        if name == "jax":
+            self.jax = Library("jax").xp
+        elif name != "numpy":
             self.torch = pytest.importorskip("torch")
         if name == "triton":
             pytest.importorskip("triton")
@@ -83,6 +85,16 @@ class Solver:
         arrays = {"context": context, "context_mask": context_mask, "mask": mask}
         if self.name == "numpy":
             return solve_margins(np.asarray(gaps), **arrays, **settings)
+        if self.name == "jax":  # in arrays of few sizes, as it compiles a loop for each
+            size = len(gaps)
+            gaps, mask = self.padded(gaps, mask)
+            if context is not None:
+                context, context_mask = self.padded(context, context_mask)
+            solution = solve_margins(
+                gaps, mask=mask, context=context, context_mask=context_mask, **settings
+            )
+            margins, *numbers = map(np.asarray, solution)
+            return MarginSolution(margins[:size], *(number[()] for number in numbers))
         device = "cuda" if self.torch.cuda.is_available() else "cpu"
         arrays = {
             name: None if array is None else self.torch.tensor(np.asarray(array), device=device)
@@ -91,9 +103,16 @@ class Solver:
         solution = solve_margins(**arrays, **settings, impl=self.name)
         return MarginSolution(*(np.asarray(array.cpu())[()] for array in solution))
 
+    def padded(self, gaps, mask):
+        rest = -len(gaps) % 64
+        mask = np.ones(len(gaps), dtype=bool) if mask is None else mask
+        return tuple(self.jax.asarray(np.pad(array, (0, rest))) for array in (gaps, mask))
+
     def settings(self, max_examples: int = 100):
         """As many random examples as a slow implementation can bear."""
-        share = {"numpy": 1, "compile": 1 / 4, "triton": 1 / 25}[self.name]
+        share = {"numpy": 1, "eager": 1, "jax": 1 / 5, "compile": 1 / 4, "triton": 1 / 25}[
+            self.name
+        ]
         return hypothesis.settings(max_examples=max(5, int(max_examples * share)))
 
 
@@ -102,6 +121,8 @@ class Solver:
     scope="session",
     params=[
         "numpy",
+        "eager",
+        "jax",
         pytest.param("compile", marks=pytest.mark.xdist_group("compile")),
         "triton",
     ],

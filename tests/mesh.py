@@ -14,8 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gamma_loss import _dispatch
-from gamma_loss import gamma_preference_loss
+from gamma_loss import _dispatch, gamma_preference_loss
 
 try:
     from jax import shard_map

@@ -70,9 +70,9 @@ def test_table_puts_numbers_to_the_right_and_a_dash_where_there_is_none(figures)
 
 
 def test_tables_have_the_numbers_of_the_results_files(figures):
-    record = json.loads((ROOT / "benchmarks/results/margin_kernel_cpu.json").read_text("utf-8"))
+    record = json.loads((ROOT / "benchmarks/results/solver_cpu.json").read_text("utf-8"))
     eager = record["results"][0]["solvers"]["eager"]
-    first_row = figures.margin_solve("margin_kernel_cpu").splitlines()[2]
+    first_row = figures.margin_solve("solver_cpu").splitlines()[2]
     median, ratio = eager["microseconds"]["0.5"], eager["times_as_fast_as_published"]
     assert f" {median:.0f} ({ratio:.1f}) " in first_row
 
@@ -89,7 +89,7 @@ def test_benchmarks_page_has_no_table_typed_by_hand():
 
 def test_readme_repeats_the_measured_speeds(figures):
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    single, double = (figures.solves("margin_kernel_cpu", 256, dtype) for dtype in
+    single, double = (figures.solves("solver_cpu", 256, dtype) for dtype in
                       ("float32", "float64"))  # fmt: skip
     speeds = {
         solver: [f"{kind[solver]['times_as_fast_as_published']:.1f}" for kind in (single, double)]

@@ -6,6 +6,7 @@ import threading
 import warnings
 
 import numpy as np
+import oracles
 import pytest
 from strategies import CORNERS, HARD, MILD
 
@@ -66,6 +67,53 @@ def test_other_libraries_have_neither_compile_nor_triton(jax):
                 solve_margins(gaps, **MILD, impl=impl)
     with pytest.raises(ValueError, match=r"impl must be one of .*, got 'cuda'"):
         solve_margins(np.array([1.0]), **MILD, impl="cuda")
+
+
+# --- what surrounds a call, and how large it is ---
+
+
+@pytest.mark.parametrize("setting", [MILD, HARD])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("impl", ["eager", "compile", "triton"])
+def test_autocast_changes_nothing(torch, triton, device, impl, dtype, setting):
+    logps = [torch.tensor(row, device=device, dtype=torch.float32) for row in rows((4, 300))]
+    logps[0].requires_grad_()
+
+    def found():
+        loss, aux = gamma_dpo_loss(*logps, beta=1.0, **setting, impl=impl)
+        return loss, tuple(aux), torch.autograd.grad(loss, logps[0])
+
+    expected = found()
+    with torch.autocast(device, dtype=getattr(torch, dtype)):
+        inside = found()
+    torch.testing.assert_close(inside, expected, rtol=0, atol=0)
+
+
+AT_SIZE = [  # few distinct gaps, many times over: what sums in float32 get wrong
+    ([54.4243, 9991.3], [65_530, 6], 51.3952, 1.42196),
+    ([1.7, 9.0], [60_000, 5_536], 3.0, 3.0),
+    ([0.3], [65_536], 4.0, 10.0),
+    ([0.3], [65_536], 4.0, 0.1),
+    ([1.0, -3.0, 9991.3], [40_000, 25_000, 6], 3.0, 0.5),
+]
+
+
+@pytest.mark.parametrize("impl", ["numpy", "eager", "compile", "jax"])
+@pytest.mark.parametrize(("values", "counts", "gamma0", "tau"), AT_SIZE)
+def test_float32_and_its_certificate_at_size(torch, jax, impl, values, counts, gamma0, tau):
+    values = np.asarray(values, dtype=np.float32)
+    gaps = np.repeat(values, counts)
+    arrays = {"numpy": gaps, "jax": jax.numpy.asarray(gaps)}
+    solution = solve_margins(
+        arrays.get(impl, torch.tensor(gaps)), gamma0=gamma0, tau=tau,
+        impl=impl if impl in ("eager", "compile") else "auto",
+    )  # fmt: skip
+    first = np.cumsum([0, *counts[:-1]])
+    expected = oracles.margins(gaps, gamma0, tau)[0][first] / gamma0
+    x = np.asarray(solution.margins)[first] / np.longdouble(gamma0)
+    assert np.max(np.abs(x - expected) / (1 + expected)) <= 3e-6
+    error = np.asarray(counts) @ np.abs(x - expected) / sum(counts)
+    assert error <= 2 * np.expm1(float(solution.residual))
 
 
 # --- the rule of "auto" ---

@@ -218,30 +218,26 @@ def test_careful_steps_converge_from_anywhere_without_turning(problem, seed):
     assert np.all(np.abs(u - roots) <= slack)
 
 
-@pytest.mark.parametrize("far", [_level.FAR, _level.CLOSE])
-def test_steps_converge_that_are_careful_after_a_long_one(far):
-    @given(problems(), st.integers(0, 2**32 - 1))
-    def check(problem, seed):
-        pairs, side, roots = problem.pairs(), problem.side(), problem.roots()
-        slack, u, is_far = problem.rounding(roots), starts(problem, seed), False
-        for _ in range(PASSES):
-            y, _, du = _level.pair_step(pairs, u, *side, is_far)
-            new, room = np.minimum(u + du, pairs.most), slack + 2 * EPS * np.abs(u)
-            reach = np.abs(du) * (1 + y)
-            if not is_far:
-                crosses = (reach <= 2) & ((new - roots) * (u - roots) < 0)
-                assert np.all(
-                    np.abs(new - roots)[crosses] <= (0.86 * np.abs(u - roots) + room)[crosses]
-                )
-            u, is_far = new, bool(np.max(reach) > far)
-        assert np.all(np.abs(u - roots) <= slack)
-
-    check()
+@given(problems(), st.integers(0, 2**32 - 1), st.floats(0, 1))
+def test_steps_converge_that_are_careful_after_a_long_one(problem, seed, share):
+    # and sometimes after others: always, never and in between
+    pairs, side, roots = problem.pairs(), problem.side(), problem.roots()
+    slack, u, careful = problem.rounding(roots), starts(problem, seed), False
+    rng = np.random.default_rng(seed)
+    for _ in range(PASSES):
+        _, y, _, du = _level.pair_step(pairs, u, *side, careful)
+        new, reach = np.minimum(u + du, pairs.most), np.abs(du) * (1 + y)
+        before, after = np.abs(u - roots), np.abs(new - roots)
+        if not careful:
+            crosses = (reach <= 2) & ((new - roots) * (u - roots) < 0)
+            assert np.all((after <= 0.94 * before + slack + 2 * EPS * np.abs(u))[crosses])
+        u, careful = new, bool(np.max(reach) > 2 or rng.uniform() < share)
+    assert np.all(after <= slack)
 
 
 @given(problems(), st.integers(0, 2**32 - 1), log_uniform(1e-3, 2))
 def test_no_two_steps_back_and_forth_are_short(problem, seed, reach):
-    # To lead back and forth between u and v, the mean of D in between is that of both added up.
+    # To lead back and forth between u and v, the mean of D in between is D of both added up.
     u = Real(1) * starts(problem, seed)
     y = problem.z(u) + problem.gaps
     v = u + reach / (1 + y)
@@ -249,16 +245,16 @@ def test_no_two_steps_back_and_forth_are_short(problem, seed, reach):
     fall = problem.a * (sigmoid(-problem.z(u)) - sigmoid(-problem.z(v)))
     mean = 1 + np.where(problem.z(u) > 0, fall, rise) / (v - u)
     ends = [1 + (problem.z(point) + problem.gaps) * problem.slope(point) for point in (u, v)]
-    assert np.all(mean < ends[0] + ends[1])
+    assert np.all(mean <= 0.94 * (ends[0] + ends[1]))
 
 
 @given(problems(), log_uniform(1e-6, 30))
 def test_the_step_of_the_logarithm_falls_short_of_the_root(problem, distance):
     roots, s = problem.roots(), 1 if problem.at <= 0 else -1
     u = np.minimum((roots + s * distance).astype(float), problem.pairs().most)
-    longer = s * (problem.step(u, True).du - problem.step(u).du) < 0
-    new = u + problem.step(u, True).du
-    assert np.all((s * (new - roots) >= -problem.rounding(roots))[longer])
+    newton, careful = problem.step(u).du, problem.step(u, True).du
+    longer = s * (newton - careful) > 8 * EPS * (np.abs(u) + np.abs(newton))
+    assert np.all((s * (u + careful - roots) >= -problem.rounding(roots))[longer])
 
 
 @pytest.mark.parametrize(("gamma0", "at"), [(200.0, -20.0), (10.0, 20.0)])
@@ -275,7 +271,7 @@ def test_the_step_of_the_logarithm_goes_far(gamma0, at):
 def test_what_a_step_leaves(problem, reach, sign):
     roots, pairs = problem.roots(), problem.pairs()
     u = (roots + sign * reach / (1 + problem.z(roots) + problem.gaps)).astype(float)
-    y, d, du = problem.step(u)
+    _, y, d, du = problem.step(u)
     new, f, slack = Real(1) * u + du, np.abs(problem.f(u)), problem.rounding(roots) + 1e-18
     close = np.abs(du) * (1 + y) <= _level.CLOSE
     assert np.all(close | (reach > 0.2))
@@ -371,35 +367,35 @@ def level_steps(draw):
     low, at, high = sorted(draw(st.floats(-60, 60)) for _ in range(3))
     before = draw(st.one_of(st.just(math.inf), log_uniform(1e-12, 10)))
     off_one = draw(st.sampled_from([-1, 1])) * draw(log_uniform(1e-17, 10))
-    mass = math.exp(off_one)
-    rate = mass * draw(log_uniform(1e-8, 1))
+    excess = math.expm1(off_one)
+    rate = (1 + excess) * draw(log_uniform(1e-8, 1))
     off = draw(st.one_of(st.just(0.0), log_uniform(1e-20, 1)))
     reach = draw(st.one_of(st.just(0.0), log_uniform(1e-9, 1)))
-    return _level.Level(a, at, low, high, before), mass, rate, off, reach, EPS
+    return _level.Level(a, at, low, high, before), excess, rate, off, reach, EPS
 
 
 @settings(max_examples=400)
 @given(level_steps())
 def test_a_step_of_the_level(arguments):
-    level, mass, rate, off, reach, _ = arguments
+    level, excess, rate, off, reach, _ = arguments
     new, d_nu, near = _level.level_step(*arguments)
     exact = level.a * sigmoid_change(level.at, new.at)
     assert abs(d_nu - exact) <= 16 * EPS * abs(exact) + 1e-60 * level.a
-    if reach > 0.3 or off > 0.5 * abs(mass - 1) + EPS:  # the side is not proven: it waits
+    if reach > 0.3 or off > 0.5 * abs(excess) + EPS:  # the side is not proven: it waits
         assert new == level
         assert d_nu == 0
         assert not near
         return
-    log_mass = math.log(mass)
+    log_mass = math.log1p(excess)
     assert new.low == (level.at if log_mass <= 0 else level.low)
     assert new.high == (level.at if log_mass >= 0 else level.high)
-    assert new.error == abs(log_mass)
+    assert new.error == pytest.approx(abs(log_mass), rel=1e-14)
     assert not near or new.error < _level.NEAR
     if new.error > 1e-4:
         assert new.low <= new.at <= new.high
         if new.error > 0.75 * level.error:
             assert new.at == (new.low + new.high) / 2
-    rise = (1 - mass if new.error < _level.NEAR else -log_mass * mass) / rate  # Newton's, of ν
+    rise = (-excess if new.error < _level.NEAR else -log_mass * (1 + excess)) / rate  # of ν
     room = float(level.a * sigmoid(level.at) * sigmoid(-level.at))
     newton = new.at != (new.low + new.high) / 2
     if newton and abs(rise) < 1e-4 * room:
@@ -455,14 +451,14 @@ def test_certificate(problem, size, seed, solved):
     at = _solver.iterate(state).level.at if solved else problem.at
     problem, level = problem._replace(at=at), state.level._replace(at=at)
     roots = problem.roots()
-    assume(abs(log_mean(roots)) < 50)
+    assume(abs(log_mean(roots)) < 15)
     x_star = problem.solution()
     u = roots + np.random.default_rng(seed).normal(size=roots.size) * size
     u = np.minimum(u, problem.pairs().most).astype(float)
     log_mass = np.log(np.mean(np.exp(u)))
     x = np.exp(Real(1) * u - log_mass)
     bounds = _level.certify(state.pairs, u, *problem.side(), log_mass)
-    assert np.all(np.abs(x - np.exp(roots)) <= bounds * (1 + x) + 1e-300)
+    assert np.all(np.abs(x - np.exp(roots)) <= np.max(bounds) * (1 + x))
     values, _, residual = _solver.finish(state._replace(u=u, level=level))
     assert residual == pytest.approx(np.log1p(2 * np.max(bounds)))
     error = np.mean(np.abs(values / Real(problem.gamma0) - x_star))

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import graphlib
 import importlib
 import inspect
 import re
@@ -36,6 +37,37 @@ def test_only_the_library_whose_arrays_arrive_is_imported(used):
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == str([used] if used not in (None, "numpy") else [])
+
+
+def imports(path):
+    """The package's files that a file imports, at any depth, but for the type checker only."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "gamma_loss":
+            for name in (node.module, *(f"{node.module}.{each.name}" for each in node.names)):
+                file = ROOT.joinpath(*name.split(".")).with_suffix(".py")
+                if file.is_file():
+                    yield file
+
+
+def test_imports_point_down():
+    files = (ROOT / "gamma_loss").rglob("*.py")
+    graph = {path: set(imports(path)) for path in files}
+    assert any("_solver.py" in each.name for each in graph[ROOT / "gamma_loss" / "_dispatch.py"])
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises for a circle
+    names = [str(path.relative_to(ROOT / "gamma_loss")) for path in order]
+    floors = ["_arrays.py", "_level.py", "_solver.py", "_dispatch.py", "margins.py", "__init__.py"]
+    assert [name for name in names if name in floors] == floors
+
+
+def test_the_problem_and_its_two_steps_are_in_one_short_file():
+    text = (ROOT / "gamma_loss" / "_level.py").read_text()
+    assert len(text.splitlines()) <= 250
+    for word in ("u_i + a σ(z_i) = ν", "y* tanh((y* - g) / 2) = 1", "pair_step", "level_step"):
+        assert word in text
 
 
 def test_typed_and_versioned():

@@ -4,8 +4,8 @@
     gamma_loss::loss    the same, with losses, pair weights and gradients, in one launch;
                         gamma_loss::differentiable_loss has its gradient registered with autograd
 
-On a device that Triton knows they launch its kernels, elsewhere they solve eagerly. The first launch
-that fails warns, and from then on everything on that device is solved eagerly.
+On a device that Triton knows they launch its kernels, elsewhere they solve eagerly. The first
+launch that fails warns, and from then on everything on that device is solved eagerly.
 """
 
 from __future__ import annotations

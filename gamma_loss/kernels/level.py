@@ -13,19 +13,20 @@ import triton.language as tl
 
 from gamma_loss.kernels.math import clip, expm1, log1p, sigmoid, sigmoids, sums2_tops4
 
-CLOSE = tl.constexpr(0.3)
+CLOSE, NEAR = tl.constexpr(0.3), tl.constexpr(0.05)
 TINY = tl.constexpr(1e-30)
+MOST = tl.constexpr(96)  # passes
 NEGLIGIBLE = tl.constexpr(-50.0)  # below this u, x is nothing beside the mean, and has no say
 
 
-class Pairs(NamedTuple):
-    """What the pairs of a block are, whatever the level."""
+class Problem(NamedTuple):
+    """The settings, and what is known of the whole pool."""
 
-    gaps: tl.tensor
-    inside: tl.tensor
     gamma0: tl.tensor
     a: tl.tensor
     most: tl.tensor  # above every root, and its exponential is finite
+    count: tl.tensor
+    empty: tl.tensor  # whether nothing is inside, so that all count as equal gaps
 
 
 class Level(NamedTuple):
@@ -37,10 +38,21 @@ class Level(NamedTuple):
     error: tl.tensor  # |log mean x| when the level last moved
 
 
+class State(NamedTuple):
+    """What one pass hands to the next."""
+
+    level: Level
+    d_nu: tl.tensor  # which the pairs have yet to follow
+    log_mass: tl.tensor  # of x once they have
+    left: tl.tensor  # bound on what is left of |x - x*| / (1 + x*) then
+    far: tl.tensor  # whether a pair may be far from its root
+    done: tl.tensor
+
+
 class Seen(NamedTuple):
     """What a pass over the pairs tells."""
 
-    mass: tl.tensor  # Σ y after the step
+    excess: tl.tensor  # Σ (y - γ0) after the step
     rate: tl.tensor  # Σ y / D
     reach: tl.tensor  # the largest |du| (1 + y)
     left: tl.tensor  # the largest du² (1 + y) x / (1 + x)
@@ -50,6 +62,7 @@ class Seen(NamedTuple):
 
 @triton.jit
 def first_level(gamma0, a, count, of_p, of_q, least, largest):
+    """Return the level of Newton's step from equal margins, inside the first bracket."""
     far = log1p(a) + 50
     low, high = clip(least, -far, far), clip(largest, -far, far)
     p, q = sigmoids(gamma0 * (count - 1) + least)
@@ -67,38 +80,39 @@ def side_of(at, a):
 
 
 @triton.jit
-def first_guess(pairs, at, s, k):
-    start = pairs.gamma0 - pairs.gaps
-    stays = k - s * (pairs.a * sigmoid(s * start))
-    moves = log1p(tl.maximum((at - start) / pairs.gamma0, -0.999999))
+def first_guess(problem, gaps, at, s, k):
+    """Return the closer to 0 of two u. The root is between it and 0."""
+    start = problem.gamma0 - gaps
+    stays = k - s * (problem.a * sigmoid(s * start))
+    moves = log1p(tl.maximum((at - start) / problem.gamma0, -0.999999))
     return tl.where(tl.abs(moves) < tl.abs(stays), moves, stays)
 
 
 @triton.jit
-def pair_step(pairs, u, s, k, far):
-    """Return y, 1 / D and the step of every pair."""
-    change = pairs.gamma0 * expm1(u)
-    y = change + pairs.gamma0
-    t = sigmoid(s * (change + (pairs.gamma0 - pairs.gaps)))
-    at = pairs.a * t
+def pair_step(problem, gaps, u, s, k, far):
+    """Return y - γ0, 1 / D and the step of every pair; a careful one where one may be far."""
+    change = problem.gamma0 * expm1(u)
+    y = change + problem.gamma0
+    t = sigmoid(s * (change + (problem.gamma0 - gaps)))
+    at = problem.a * t
     slope = 1 / (1 + y * (at - at * t))
     du = (k - u - s * at) * slope
     if far:
-        du = _far_step(pairs, u, s, k, y, at, du)
-    return y, slope, du
+        du = careful(problem, gaps, u, s, k, y, at, du)
+    return change, slope, du
 
 
 @triton.jit
-def _far_step(pairs, u, s, k, y, at, du):
+def careful(problem, gaps, u, s, k, y, at, du):
     """Go farther by the logarithms, but no farther than to the bend if the root is before it."""
     rest = tl.maximum(s * (k - u), TINY)
-    dz_by_y = _log(at / rest) * rest / (1 + y * rest)
-    short = tl.where(s > 0, dz_by_y, log1p(tl.maximum(dz_by_y, 0.0)))
-    short = tl.where(dz_by_y > 0, short, float("-inf"))
-    new = tl.minimum(u + s * tl.minimum(s * du, -short), pairs.most)
-    y = bend(pairs.gaps)
-    at_bend = tl.log(y / pairs.gamma0)
-    below = at_bend + s * (pairs.a * sigmoid(s * (y - pairs.gaps))) > k
+    fall = _log(at / rest) * (rest / (1 + y * rest))  # of z, by y
+    short = tl.where(s > 0, fall, log1p(tl.maximum(fall, 0.0)))
+    short = tl.where(fall > 0, short, float("-inf"))
+    new = tl.minimum(u + s * tl.minimum(s * du, -short), problem.most)
+    y = bend(gaps)
+    at_bend = tl.log(y / problem.gamma0)
+    below = at_bend + s * (problem.a * sigmoid(s * (y - gaps))) > k
     return tl.where(below, tl.minimum(new, at_bend), tl.maximum(new, at_bend)) - u
 
 
@@ -111,25 +125,40 @@ def bend(gaps):
 
 
 @triton.jit
-def look(pairs, u, s, k, far):
+def look(problem, gaps, inside, u, s, k, far):
     """Take a step of the pairs; return u after it, 1 / D, and what it tells."""
-    y, slope, du = pair_step(pairs, u, s, k, far)
-    new = tl.minimum(u + du, pairs.most)
-    says = pairs.inside & (tl.maximum(u, new) > NEGLIGIBLE)
+    change, slope, du = pair_step(problem, gaps, u, s, k, far)
+    new = tl.minimum(u + du, problem.most)
+    y = change + problem.gamma0
+    excess = tl.where(inside, change + y * du, 0.0)
+    says = inside & (tl.maximum(u, new) > NEGLIGIBLE)
     y, of_slope, du = tl.where(says, y, 0.0), tl.where(says, slope, 0.0), tl.where(says, du, 0.0)
-    reach, reach_by_nu, share = du + y * du, of_slope + y * of_slope, y / (pairs.gamma0 + y)
+    reach, reach_by_nu, share = du + y * du, of_slope + y * of_slope, y / (problem.gamma0 + y)
     left, left_by_nu = du * reach * share, of_slope * reach_by_nu * share
-    mass, rate, reach, left, reach_by_nu, left_by_nu = sums2_tops4(
-        y + y * du, y * of_slope, tl.abs(reach), left, reach_by_nu, left_by_nu
+    excess, rate, reach, left, reach_by_nu, left_by_nu = sums2_tops4(
+        excess, y * of_slope, tl.abs(reach), left, reach_by_nu, left_by_nu
     )
-    return new, slope, Seen(mass, rate, reach, left, reach_by_nu, left_by_nu)
+    return new, slope, Seen(excess, rate, reach, left, reach_by_nu, left_by_nu)
+
+
+@triton.jit
+def settle(problem, gaps, inside, u, s, k, far, EPS: tl.constexpr):
+    """Take as many steps of the pairs as it takes to reach their roots."""
+    u, slope, seen = look(problem, gaps, inside, u, s, k, far)
+    before, turn = 0 * seen.left + float("inf"), 1
+    while ((seen.reach > CLOSE) | (at_rounding(seen.left, before, EPS) == 0)) & (turn < MOST):
+        far = seen.reach > CLOSE
+        before = tl.where(far, float("inf"), seen.left)
+        u, slope, seen = look(problem, gaps, inside, u, s, k, far)
+        turn += 1
+    return u, slope, seen
 
 
 @triton.jit
 def both(one, other):
     """Return what two parts of a pool tell together."""
     return Seen(
-        one.mass + other.mass,
+        one.excess + other.excess,
         one.rate + other.rate,
         tl.maximum(one.reach, other.reach),
         tl.maximum(one.left, other.left),
@@ -139,34 +168,18 @@ def both(one, other):
 
 
 @triton.jit
-def settle(pairs, u, s, k, far, EPS: tl.constexpr, MOST: tl.constexpr):
-    """Take as many steps of the pairs as it takes to reach their roots."""
-    u, slope, seen = look(pairs, u, s, k, far)
-    before, turn = 0 * seen.left + float("inf"), 1
-    while (settled(seen, before, EPS) == 0) & (turn < MOST):
-        before = tl.where(seen.reach > CLOSE, float("inf"), seen.left)
-        u, slope, seen = look(pairs, u, s, k, seen.reach > CLOSE)
-        turn += 1
-    return u, slope, seen
-
-
-@triton.jit
-def settled(seen, before, EPS: tl.constexpr):
-    return (seen.reach <= CLOSE) & at_rounding(seen.left, before, EPS)
-
-
-@triton.jit
-def level_step(level, a, mass, rate, off, reach, EPS: tl.constexpr):
+def level_step(level, a, excess, rate, off, reach, EPS: tl.constexpr):
     """Return the next level, the change of ν, and whether it is Newton's, near the solution."""
     at, low, high, before = level
-    proven = (reach <= CLOSE) & (off <= 0.5 * tl.abs(mass - 1) + EPS)
-    log_mass = _log(mass)
+    proven = (reach <= CLOSE) & (off <= 0.5 * tl.abs(excess) + EPS)
+    mass, log_mass = tl.maximum(1 + excess, TINY), _log_mass(excess)
     error = tl.abs(log_mass)
     low = tl.where(proven & (log_mass <= 0), at, low)
     high = tl.where(proven & (log_mass >= 0), at, high)
 
     p, q = sigmoids(at)
-    rise = -log_mass * mass / (a * (rate + TINY))
+    missing = tl.where(error < NEAR, -excess, -log_mass * mass)
+    rise = missing / (a * (rate + TINY))
     direct = rise / (p * q + TINY)
     rise = clip(rise, -0.999 * p, 0.999 * q)
     newton = log1p(rise / (p + TINY)) - log1p(-rise / (q + TINY))
@@ -180,7 +193,7 @@ def level_step(level, a, mass, rate, off, reach, EPS: tl.constexpr):
     share = -expm1(-tl.abs(new - at))
     d_nu = a * tl.where(new > at, new_p * q, -p * new_q) * share
     error = tl.where(proven, error, before)
-    return Level(new, low, high, error), d_nu, proven & trusted & (error < 0.05)
+    return Level(new, low, high, error), d_nu, proven & trusted & (error < NEAR)
 
 
 @triton.jit
@@ -190,21 +203,52 @@ def at_rounding(left, before, EPS: tl.constexpr):
 
 
 @triton.jit
-def certify(pairs, u, s, k, log_mass, EPS: tl.constexpr):
+def begin(problem, of_p, of_q, least, largest):
+    """Return the first state."""
+    T: tl.constexpr = problem.gamma0.dtype
+    count, of_p, of_q = problem.count.to(T), of_p.to(T), of_q.to(T)
+    level = first_level(problem.gamma0, problem.a, count, of_p, of_q, least, largest)
+    nothing = 0 * level.at
+    return State(level, nothing, nothing, level.error, nothing == 0, nothing != 0)
+
+
+@triton.jit
+def advance(problem, state, seen, EPS: tl.constexpr):
+    """Take a step of the level."""
+    T: tl.constexpr = problem.gamma0.dtype
+    budget = problem.count * problem.gamma0
+    excess, rate = (seen.excess / budget).to(T), (seen.rate / budget).to(T)
+    off = seen.left * (2 + excess)  # >= mean x du² (1 + y), as x <= (1 + x) x / (1 + x)
+    level, d_nu, near = level_step(state.level, problem.a, excess, rate, off, seen.reach, EPS)
+    far = seen.reach + tl.abs(d_nu) * seen.reach_by_nu > CLOSE
+    left = 2 * (seen.left + d_nu * d_nu * seen.left_by_nu)
+    left = tl.where(near & (far == 0), left, float("inf"))
+    done = near & at_rounding(left, state.left, EPS)
+    return State(level, d_nu, _log_mass(excess + d_nu * rate), left, far, done)
+
+
+@triton.jit
+def certify(problem, gaps, u, s, k, log_mass, EPS: tl.constexpr):
     """Bound ``|x - x(ν)| / (1 + x)`` for x = exp(u - log_mass), whose mean is 1."""
-    gamma0, start = pairs.gamma0, pairs.gamma0 - pairs.gaps
-    y = gamma0 * tl.exp(u)
-    z = gamma0 * expm1(u) + start
-    t = sigmoid(s * z)
-    at = pairs.a * t
+    start = problem.gamma0 - gaps
+    change = problem.gamma0 * expm1(u)
+    y = change + problem.gamma0
+    t = sigmoid(s * (change + start))
+    at, size = problem.a * t, tl.abs(u)
     slope = at - at * t
-    size = tl.abs(u) + at * (4 + tl.abs(z)) + tl.abs(k)  # a GPU's exp and / are off by as much
-    f = tl.abs(u + s * at - k) + EPS * (size + slope * (y + gamma0 + tl.abs(start)))
     d = 1 + y * slope
-    off = tl.where(f * (1 + y) <= d * CLOSE, 1.3 * f / d, f) + tl.abs(log_mass)
-    off = tl.minimum(off + 4 * EPS * (1 + tl.abs(u)), 80.0)
-    x = tl.exp(u - log_mass)
-    return x * expm1(off) / (1 + x)
+    # The exp and / of a GPU are off by more than an epsilon: by up to 4 and |z| / 2 of them.
+    noise = size + 4 * at + 2 * slope * (y + (tl.abs(start) + problem.gamma0))
+    f = tl.abs(u + s * at - k) + EPS * (noise + tl.abs(k))
+    near = f / d
+    off = near * (1.3 + (near + near * y) * d / CLOSE)
+    off = tl.minimum(off + (4 * EPS * size + (tl.abs(log_mass) + 4 * EPS)), 80.0)
+    return expm1(off) * (y / (y + problem.gamma0 * tl.exp(log_mass)))
+
+
+@triton.jit
+def _log_mass(excess):
+    return log1p(tl.maximum(excess, -(1 - 1e-7)))
 
 
 @triton.jit

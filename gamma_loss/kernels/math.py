@@ -32,23 +32,27 @@ def sigmoids(z):
 
 @triton.jit
 def sigmoid(z):
+    """σ(z)."""
     e = tl.exp(-tl.abs(z))
     return tl.where(z >= 0, 1.0, e) / (1 + e)
 
 
 @triton.jit
 def softplus(z):
+    """log(1 + exp(z))."""
     return tl.maximum(z, 0.0) + log1p(tl.exp(-tl.abs(z)))
 
 
 @triton.jit
 def clip(value, low, high):
+    """Return the value, or the bound that it is beyond."""
     return tl.minimum(tl.maximum(value, low), high)
 
 
 @triton.jit
 def is_finite(values):
-    return tl.abs(values) < float("inf")  # and so not NaN
+    """Return where a value is finite, and so not NaN."""
+    return tl.abs(values) < float("inf")
 
 
 # Whether Triton runs its kernels on the CPU, in Python.
@@ -58,11 +62,6 @@ INTERPRETED = tl.constexpr(type(log1p).__name__ == "InterpretedFunction")
 @triton.jit
 def _add2(a0, a1, b0, b1):
     return a0 + b0, a1 + b1
-
-
-@triton.jit
-def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
 
 @triton.jit
@@ -77,23 +76,9 @@ def _add2_max4(a0, a1, a2, a3, a4, a5, b0, b1, b2, b3, b4, b5):
 
 @triton.jit
 def sums2(a, b):
-    if INTERPRETED:
-        sums = (tl.sum(a, 0), tl.sum(b, 0))
-    else:
-        sums = tl.reduce((a, b), 0, _add2)
-    return sums[0].to(tl.float64), sums[1].to(tl.float64)
-
-
-@triton.jit
-def sums4(a, b, c, d):
-    if INTERPRETED:
-        p, q = sums2(a, b)
-        r, s = sums2(c, d)
-        return p, q, r, s
-    else:
-        sums = tl.reduce((a, b, c, d), 0, _add4)
-        p, q, r, s = sums
-        return p.to(tl.float64), q.to(tl.float64), r.to(tl.float64), s.to(tl.float64)
+    """Two sums."""
+    p, q = (tl.sum(a, 0), tl.sum(b, 0)) if INTERPRETED else tl.reduce((a, b), 0, _add2)
+    return p.to(tl.float64), q.to(tl.float64)
 
 
 @triton.jit
