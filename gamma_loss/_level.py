@@ -130,10 +130,10 @@ def side_of(level: Level) -> tuple[Array, Array]:
 
 
 def first_guess(pairs: Pairs, at: Array, s: Array, k: Array) -> Array:
-    """Return the closer to 0 of two u, exact as κ → 0 and as κ → ∞. The root is between it and 0.
+    """Return the closer to 0 of two u, exact as κ → 0 and as κ → ∞.
 
-    Where u leaves 0, z leaves γ0 - g towards λ and never passes it. So u is between 0 and what it
-    would be with z left where it is, and between 0 and what moves z all the way.
+    Where u leaves 0, z leaves γ0 - g towards λ and never passes it. So the root is between 0 and
+    what u would be with z left where it is, and between 0 and what moves z all the way.
     """
     xp = solver_namespace(pairs.start)
     stays = k - signed(s, pairs.a * sigmoid(signed(s, pairs.start)))
@@ -156,8 +156,9 @@ def pair_step(pairs: Pairs, u: Array, s: Array, k: Array, far: Array) -> Step:
 def careful(pairs: Pairs, u: Array, s: Array, k: Array, at: Array, step: Step) -> Step:
     """Lengthen a step where the logarithm's is longer, and end it on the root's side of the bend.
 
-    The same root: log(a σ(s z)) = log(s (k - u)). In z the first changes by at most 1, the second
-    by at most what it does here, so that a step from where it is larger falls short of the root.
+    The same root: log(a σ(s z)) = log(s (k - u)). From where the first is larger, it changes on the
+    way to the root by at most y a unit of u, or 1 a unit of z, and the second by at most what it
+    does here: so this step falls short of the root.
     """
     xp, (change, y, d, du) = solver_namespace(u), step
     zero = xp.zeros_like(u)
@@ -231,9 +232,8 @@ def certify(pairs: Pairs, u: Array, s: Array, k: Array, log_mass: Array) -> Arra
     ``r = |f| (1 + y) / D`` is at most 0.3, the root is within 1.3 |f| / D, and else within |f|.
     """
     xp, eps = solver_namespace(u), epsilon(u)
-    change = pairs.gamma0 * xp.expm1(u)
-    y = change + pairs.gamma0
-    t = sigmoid(signed(s, change + pairs.start))
+    y = pairs.gamma0 * xp.exp(u)
+    t = sigmoid(signed(s, pairs.gamma0 * xp.expm1(u) + pairs.start))
     at, size = pairs.a * t, abs(u)
     slope = at - at * t
     d = 1 + y * slope

@@ -152,7 +152,7 @@ def advance(state: State, spread: Spread = WHOLE, run: Run = directly) -> State:
         left = spread.extremes(-left, left)[1]
     left = read(left) + 0 * level.a
     done = near & at_rounding(left, before, eps)
-    # A plain step may be tried once where one was too far; after it they converge monotonically.
+    # A plain step may be tried once where one was too far: docs/theory.md, Proposition 5.
     far = (reach > FAR) | ((reach > CLOSE) & (reach_before > CLOSE))
     return State(pairs, budget, u, level, reach, far, left, done)
 
@@ -209,7 +209,8 @@ def finish(state: State, spread: Spread = WHOLE, run: Run = directly) -> tuple[A
     pairs, budget, u, level = state[:4]
     xp = solver_namespace(u)
     (excess,) = spread.sums(total(weighted(pairs.weights, xp.expm1(u))))
-    log_mass = xp.log1p(excess * pairs.gamma0 / budget)
+    excess = excess * pairs.gamma0 / budget
+    log_mass = xp.log1p(xp.maximum(excess, 0 * excess - (1 - 1e-7)))
     margins, error = run(deliver, pairs, u, *side_of(level), log_mass)
     _, error = spread.extremes(-error, error)
     nu = level.a * sigmoids(numbers_namespace(level.at), level.at)[0]

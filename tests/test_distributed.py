@@ -177,6 +177,18 @@ def test_every_rank_issues_the_same_collectives_and_only_small_ones_above_the_li
         assert max(size for _, size in logs[0]) == largest
 
 
+@pytest.mark.parametrize("setting", [(4.0, 0.1), (3.0, 0.5), (50.0, 1.0)])
+def test_few_collectives_outside_mild_settings(ranks, setting):
+    gamma0, tau = setting
+    gaps = gamma0 + work.pool(200, scale=max(gamma0 / 3, 1))
+    setting = {"gamma0": gamma0, "tau": tau}
+    assert np.std(solve_margins(gaps, **setting).margins) > gamma0 / 10
+    for log in ranks.run(
+        2, work.collectives, work.sharded_loss, (120, 80), setting, gaps, gather_limit=REDUCE
+    ):
+        assert len(log) <= 15 + 1  # one is the mean's
+
+
 @pytest.mark.parametrize(
     ("way", "collectives", "sent"),
     # A header of four float64; then 8 gaps in float32, or sums: of two counts, of three passes (two

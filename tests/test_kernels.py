@@ -290,7 +290,7 @@ for dtype in (torch.float32, torch.float64):
     shared = {"T": T, "EPS": torch.finfo(dtype).eps, "P": launch.PROGRAMS}
     types = {"logps": Logps(p, p, p, p), "beside": Beside("*i1", p, "*i1")}
     types |= {"outputs": Outputs(p, p, p, "*i1"), "memory": Memory(p, p, p), "certificate": p}
-    types |= dict.fromkeys("old new states".split(), "*fp64")
+    types |= dict.fromkeys("old new state states".split(), "*fp64")
     types |= dict.fromkeys("n size turn programs".split(), "i32")
     types |= dict.fromkeys("beta gamma0 a tilt".split(), "fp64")
     for passes in (4 if double else 3, 0):

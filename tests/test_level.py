@@ -268,6 +268,7 @@ def test_the_step_of_the_logarithm_goes_far(gamma0, at):
 
 
 @given(problems(), log_uniform(1e-9, 0.5), st.sampled_from([-1, 1]))
+@example(Problem(np.array([50.0]), 100.0, 1e5, -10.0), 0.33, 1)  # nearly the worst
 def test_what_a_step_leaves(problem, reach, sign):
     roots, pairs = problem.roots(), problem.pairs()
     u = (roots + sign * reach / (1 + problem.z(roots) + problem.gaps)).astype(float)

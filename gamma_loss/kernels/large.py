@@ -7,7 +7,7 @@ state. So no program waits for another, and nothing is read back.
 import triton
 import triton.language as tl
 
-from gamma_loss.kernels.level import Level, Problem, Seen, State, advance, begin
+from gamma_loss.kernels.level import Problem, Seen, State, advance, begin
 from gamma_loss.kernels.math import log1p, sigmoids
 from gamma_loss.kernels.passes import Part, Survey, deliver, level_pass, problem_of, survey
 
@@ -61,11 +61,10 @@ def _saved(at, gamma0, a):
     """Return a problem and a state that `_turn` has saved."""
     T: tl.constexpr = gamma0.dtype
     problem = Problem(gamma0, a, tl.load(at).to(T), tl.load(at + 1), tl.load(at + 2) != 0)
-    level, low = tl.load(at + 3).to(T), tl.load(at + 4).to(T)
-    high, error = tl.load(at + 5).to(T), tl.load(at + 6).to(T)
-    d_nu, log_mass, left = tl.load(at + 7).to(T), tl.load(at + 8).to(T), tl.load(at + 9).to(T)
-    far, done = tl.load(at + 10) != 0, tl.load(at + 11) != 0
-    return problem, State(Level(level, low, high, error), d_nu, log_mass, left, far, done)
+    level, low, high = tl.load(at + 3).to(T), tl.load(at + 4).to(T), tl.load(at + 5).to(T)
+    error, d_nu, log_mass = tl.load(at + 6).to(T), tl.load(at + 7).to(T), tl.load(at + 8).to(T)
+    left, far, done = tl.load(at + 9).to(T), tl.load(at + 10) != 0, tl.load(at + 11) != 0
+    return problem, State(level, low, high, error, d_nu, log_mass, left, far, done)
 
 
 @triton.jit
@@ -80,8 +79,7 @@ def _turn(partials, states, turn, size, gamma0, a, EPS: tl.constexpr, P: tl.cons
             state = _next(partials, problem, state, EPS, P)
     if tl.program_id(0) == 0:
         _put(at, (problem.most, problem.count, problem.empty), 1)
-        _put(at + 3, state.level, 1)
-        _put(at + 7, (state.d_nu, state.log_mass, state.left, state.far, state.done), 1)
+        _put(at + 3, state, 1)
     return problem, state
 
 
@@ -116,23 +114,23 @@ def step_kernel(
         _put(new + tl.program_id(0), seen, P)
 
 
-@triton.jit(do_not_specialize=["turn", "n", "size"])
+@triton.jit(do_not_specialize=["n", "size"])
 def finish_kernel(
-    logps, beside, outputs, memory, old, new, states, turn, n, size,
+    logps, beside, outputs, memory, new, state, n, size,
     gamma0: tl.float64, a: tl.float64,
     T: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Write the margins and ν."""
+    """Write the margins and ν, from the last state."""
     gamma0, a = tl.full((), gamma0, T), tl.full((), a, T)
-    problem, state = _turn(old, states, turn, size, gamma0, a, EPS, P)
+    problem, state = _saved(state, gamma0, a)
     _, _, largest = deliver(
         logps, beside, outputs, memory, _part(size, BLOCK), problem,
-        state.level.at, state.d_nu, state.log_mass, n, 1.0, 1.0, 0.0,
+        state.at, state.d_nu * state.done, state.log_mass, n, 1.0, 1.0, 0.0,
         T, EPS, BLOCK, False, False, False, "none",
     )  # fmt: skip
     tl.store(new + tl.program_id(0), tl.where(state.done, log1p(2 * largest), float("inf")))
     if tl.program_id(0) == 0:
-        tl.store(outputs.certificate, a * sigmoids(state.level.at)[0])
+        tl.store(outputs.certificate, a * sigmoids(state.at)[0])
 
 
 @triton.jit

@@ -81,14 +81,14 @@ def _solve_large(logps: Logps, beside: Beside, outputs: Outputs, gamma0: float, 
     memory = Memory(*gaps.new_empty(3, size).unbind())
     # Each launch reads what the one before has left.
     old, new = gaps.new_empty(2, 6, PROGRAMS, dtype=torch.float64)
-    states = gaps.new_empty(rounds + 1, large.STATE.value, dtype=torch.float64)
+    states = gaps.new_empty(rounds, large.STATE.value, dtype=torch.float64)
     with _on_device_of(gaps):
         large.start_kernel[grid](*pool, memory, old, n, size, **settings)
         for turn in range(rounds):
             large.step_kernel[grid](memory, old, new, states, turn, size, EPS=eps, **settings)
             old, new = new, old
         large.finish_kernel[grid](
-            *pool, outputs, memory, old, new, states, rounds, n, size, EPS=eps, **settings
+            *pool, outputs, memory, new, states[-1], n, size, EPS=eps, **settings
         )
         large.certify_kernel[(1,)](new, outputs.certificate, grid[0], P=PROGRAMS)
 

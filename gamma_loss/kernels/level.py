@@ -29,19 +29,13 @@ class Problem(NamedTuple):
     empty: tl.tensor  # whether nothing is inside, so that all count as equal gaps
 
 
-class Level(NamedTuple):
-    """The level and what is known of it."""
+class State(NamedTuple):
+    """The level, and what else one pass hands to the next."""
 
     at: tl.tensor  # λ
-    low: tl.tensor
+    low: tl.tensor  # low <= λ <= high at the solution
     high: tl.tensor
     error: tl.tensor  # |log mean x| when the level last moved
-
-
-class State(NamedTuple):
-    """What one pass hands to the next."""
-
-    level: Level
     d_nu: tl.tensor  # which the pairs have yet to follow
     log_mass: tl.tensor  # of x once they have
     left: tl.tensor  # bound on what is left of |x - x*| / (1 + x*) then
@@ -62,14 +56,14 @@ class Seen(NamedTuple):
 
 @triton.jit
 def first_level(gamma0, a, count, of_p, of_q, least, largest):
-    """Return the level of Newton's step from equal margins, inside the first bracket."""
+    """Return the level of Newton's step from equal margins, and the bracket that it is in."""
     far = log1p(a) + 50
     low, high = clip(least, -far, far), clip(largest, -far, far)
     p, q = sigmoids(gamma0 * (count - 1) + least)
     cap = tl.log(count) / a
     high = clip(_log(p + cap) - _log(q - cap), low, high)
     at = clip(_log(of_p) - _log(of_q), low, high)
-    return Level(at, low, high, 0 * at + float("inf"))
+    return at, low, high
 
 
 @triton.jit
@@ -168,9 +162,9 @@ def both(one, other):
 
 
 @triton.jit
-def level_step(level, a, excess, rate, off, reach, EPS: tl.constexpr):
+def level_step(state, a, excess, rate, off, reach, EPS: tl.constexpr):
     """Return the next level, the change of ν, and whether it is Newton's, near the solution."""
-    at, low, high, before = level
+    at, low, high, before = state.at, state.low, state.high, state.error
     proven = (reach <= CLOSE) & (off <= 0.5 * tl.abs(excess) + EPS)
     mass, log_mass = tl.maximum(1 + excess, TINY), _log_mass(excess)
     error = tl.abs(log_mass)
@@ -193,7 +187,7 @@ def level_step(level, a, excess, rate, off, reach, EPS: tl.constexpr):
     share = -expm1(-tl.abs(new - at))
     d_nu = a * tl.where(new > at, new_p * q, -p * new_q) * share
     error = tl.where(proven, error, before)
-    return Level(new, low, high, error), d_nu, proven & trusted & (error < NEAR)
+    return new, low, high, error, d_nu, proven & trusted & (error < NEAR)
 
 
 @triton.jit
@@ -207,9 +201,10 @@ def begin(problem, of_p, of_q, least, largest):
     """Return the first state."""
     T: tl.constexpr = problem.gamma0.dtype
     count, of_p, of_q = problem.count.to(T), of_p.to(T), of_q.to(T)
-    level = first_level(problem.gamma0, problem.a, count, of_p, of_q, least, largest)
-    nothing = 0 * level.at
-    return State(level, nothing, nothing, level.error, nothing == 0, nothing != 0)
+    at, low, high = first_level(problem.gamma0, problem.a, count, of_p, of_q, least, largest)
+    zero = 0 * at
+    infinity = zero + float("inf")
+    return State(at, low, high, infinity, zero, zero, infinity, zero == 0, zero != 0)
 
 
 @triton.jit
@@ -219,12 +214,15 @@ def advance(problem, state, seen, EPS: tl.constexpr):
     budget = problem.count * problem.gamma0
     excess, rate = (seen.excess / budget).to(T), (seen.rate / budget).to(T)
     off = seen.left * (2 + excess)  # >= mean x du² (1 + y), as x <= (1 + x) x / (1 + x)
-    level, d_nu, near = level_step(state.level, problem.a, excess, rate, off, seen.reach, EPS)
+    at, low, high, error, d_nu, near = level_step(
+        state, problem.a, excess, rate, off, seen.reach, EPS
+    )
     far = seen.reach + tl.abs(d_nu) * seen.reach_by_nu > CLOSE
     left = 2 * (seen.left + d_nu * d_nu * seen.left_by_nu)
     left = tl.where(near & (far == 0), left, float("inf"))
     done = near & at_rounding(left, state.left, EPS)
-    return State(level, d_nu, _log_mass(excess + d_nu * rate), left, far, done)
+    log_mass = _log_mass(excess + d_nu * rate)
+    return State(at, low, high, error, d_nu, log_mass, left, far, done)
 
 
 @triton.jit

@@ -210,7 +210,7 @@ def level_pass(
     """Take a step of the pairs at a level, or all that it takes; return also what it tells."""
     zero, top = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float32)
     seen = Seen(zero, zero, top, top, top, top)
-    s, k = side_of(state.level.at, problem.a)
+    s, k = side_of(state.at, problem.a)
     if not SINGLE:
         tl.debug_barrier()
     for start in range(part.first, BLOCK if SINGLE else part.size, part.stride):
@@ -218,7 +218,7 @@ def level_pass(
         gaps, inside, u = _recall(memory, i, part.size, problem, state.d_nu, SINGLE)
         u = tl.minimum(u, problem.most)
         if turn == 0:
-            u = first_guess(problem, gaps, state.level.at, s, k)
+            u = first_guess(problem, gaps, state.at, s, k)
         if SETTLE:
             u, slope, more = settle(problem, gaps, inside, u, s, k, state.far, EPS)
         else:

@@ -68,7 +68,7 @@ def pool_kernel(
         at, change = nu, nu
     else:
         memory, state = _solve_level(memory, part, problem, seen, EPS, BLOCK, SINGLE)
-        at, change, log_mass = state.level.at, state.d_nu, state.log_mass
+        at, change, log_mass = state.at, state.d_nu, state.log_mass
         nu = a * sigmoids(at)[0]
 
     scale, pairs = -beta, tl.maximum(seen.pairs, 1.0)
