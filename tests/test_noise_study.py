@@ -22,7 +22,7 @@ from gamma_loss import PUBLISHED_SETTINGS  # noqa: E402
 
 TINY = plan.Study(
     size="quick", seeds=2, configurations=2, tasks=("digits",), noises=(("uniform", 0.4),),
-    ablation_noises=(), cost_seconds=0.0,
+    ablation_noises=(), kappas=(10.0,), cost_seconds=0.0,
 )  # fmt: skip
 FEW = {name: METHODS[name] for name in ("dpo", "gamma-dpo", "simpo", "gamma-simpo")}
 COST = {
@@ -69,6 +69,17 @@ def test_flips_at_a_lower_rate_are_among_those_at_a_higher(kind):
     assert not torch.equal(few, tasks.flips(DIFFERENCE, kind, 0.1, seed=2))
 
 
+def test_flips_of_a_call_are_those_of_whole_micro_batches():
+    flipped = tasks.flips(DIFFERENCE, "call", 0.2, seed=1)
+    assert torch.equal(flipped[::2], flipped[1::2])
+    spread = math.sqrt(0.2 * 0.8 / (len(flipped) / 2))
+    assert abs(flipped.double().mean() - 0.2) < 5 * spread
+    # ... and of nothing larger: neighbours agree as often as independent draws do.
+    agree = (flipped[::2][1:] == flipped[::2][:-1]).double().mean()
+    assert abs(agree - (0.2**2 + 0.8**2)) < 5 * spread
+    assert len(tasks.flips(DIFFERENCE[:7], "call", 0.5, seed=1)) == 7
+
+
 # --- the tasks ---
 
 
@@ -113,6 +124,28 @@ def test_a_run_repeats_itself():
     second.pop("step_seconds")
     assert first == second
     assert len(first["test"]) == train.CHECKPOINTS
+
+
+def test_flips_of_a_call_are_drawn_at_every_call(monkeypatch):
+    """As labels: with all log-ratios positive where labels are right, signs tell the flips."""
+    task = tasks.load("digits", "quick", 0, "cpu")
+    seen = []
+
+    def better_is_better(model, inputs):
+        scores = torch.tensor([1.0, 0.0]).expand(len(inputs), 2)
+        return scores + 0 * task.logps(model, inputs)
+
+    def watch(spec):
+        return lambda logps: seen.append(logps.d.detach() < 0) or logps.d.mean()
+
+    changed = task._replace(logps=better_is_better)
+    monkeypatch.setattr(train, "load", lambda *arguments: changed)
+    monkeypatch.setattr(train, "make_loss", watch)
+    result = train.run({**a_spec("simpo"), "stage": "search", "kind": "call"})["result"]
+    assert result["test"] == [1.0] * train.CHECKPOINTS  # test labels are clean
+    assert all(torch.equal(flips[::2], flips[1::2]) for flips in seen)
+    assert len({tuple(flips.tolist()) for flips in seen}) > 1
+    assert 0.2 < torch.cat(seen).double().mean() < 0.6
 
 
 def test_a_run_that_diverges_says_so(monkeypatch):
@@ -162,6 +195,45 @@ def test_every_method_has_the_same_budget(task):
         assert betas == pytest.approx(expected, rel=1e-3)  # four digits are kept
         assert {s["seed"] for s in specs} == {3}
         assert all(set(METHODS[method].settings) < s["settings"].keys() for s in specs)
+
+
+def test_matched_losses_share_the_configurations():
+    for base in ("dpo", "simpo"):
+        names = (f"gamma-{base}", f"matched-{base}", f"matched-{base}-once")
+        first, *others = (plan.configurations(name, "digits", 12) for name in names)
+        assert others == [first, first]
+
+
+def test_kappa_alone_is_swept():
+    study = TINY._replace(seeds=1, kappas=(0.01, 1.0, 1e4))
+    records = {}
+    for base in ("dpo", "simpo"):
+        first, second = plan.search(study, "digits", base, "uniform", 0.4, 0)
+        for s, noisy in ((first, 0.6), (second, 0.7)):
+            records[plan.key(s)] = a_record(s, noisy=[noisy], clean=[0.0], test=[0.0])
+    specs = list(plan.over_kappa(study, records, "digits"))
+    assert len(specs) == 3 * 6 + 1
+    assert len({plan.key(s) for s in specs}) == len(specs)
+    chosen = plan.search(study, "digits", "dpo", "uniform", 0.4, 0)[1]["settings"]
+    for s in specs:
+        settings = s["settings"]
+        assert (settings["lr"], settings["beta"]) == (chosen["lr"], chosen["beta"])
+        if s["method"] == "simpo":
+            assert settings["margin"] == plan.KAPPA_GAMMA0
+        else:
+            assert settings["gamma0"] == plan.KAPPA_GAMMA0
+    kappas = {round(16 / s["settings"]["tau"], 6) for s in specs if s["method"] == "matched-dpo"}
+    assert kappas == {0.01, 1.0, 1e4}
+    assert list(plan.over_kappa(study, {}, "digits")) == []
+
+
+def test_no_run_of_the_results_file_is_lost():
+    """What was run stays part of the plan, so that it is not run again."""
+    path = Path(command.ROOT) / "benchmarks" / "results" / "noise_study.jsonl"
+    records = command.read(path)
+    assert len(records) > 20_000
+    planned = {plan.key(s) for block in plan.blocks(plan.Study(), records) for s in block}
+    assert records.keys() <= planned
 
 
 def a_record(spec, **result):
@@ -351,7 +423,9 @@ def test_workers():
 def test_estimate_of_the_time_left():
     study = TINY._replace(tasks=("digits", "bytes"))
     total = plan.expected(study)["digits"]
-    assert total == 15 * 2 * (2 + 1)  # for each of two seeds two configurations and a trace
+    # For each of two seeds two configurations and a trace; at one κ two families of three
+    # methods, and SimPO.
+    assert total == 22 * 2 * (2 + 1) + 2 * (2 * 3 + 1)
     estimate = command.Estimate(study, {})
     assert estimate.runs() == 2 * total
     for _ in range(10):

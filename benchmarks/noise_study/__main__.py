@@ -66,7 +66,7 @@ class Estimate:
             self.add(record)
 
     def add(self, record: dict[str, Any]) -> None:
-        if record["stage"] in ("search", "trace", "ablation"):
+        if record["stage"] in ("search", "trace", "ablation", "kappa"):
             self.left[record["task"]] -= 1
             self.seconds[record["task"]].append(record["seconds"])
 
@@ -115,6 +115,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--workers", type=int, help="processes (default: 2, 1 with --quick, 8 on a GPU)")
     add("--hours", type=float, default=1e9, help="stop after this time; a later call goes on")
     add("--seeds", type=int, help="repetitions of everything (default: 5)")
+    add(
+        "--published-noise",
+        action="store_true",
+        help="flips as in the published code too: whole micro-batches, drawn at each call",
+    )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a larger model, fewer runs")
     add("--results", type=Path, help="the file that runs are appended to and reports read")
     add("--docs", type=Path, help="folder of reproduction.md and its figures")
@@ -139,6 +144,8 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     study = QUICK if args.quick else LARGE if args.device == "cuda" else Study()
     study = study._replace(device=args.device, seeds=args.seeds or study.seeds)
+    if args.published_noise:
+        study = study._replace(noises=study.noises + plan.CALLS)
     complete = True
     if args.command != "report":
         complete = carry_out(study, args.results, args.workers, args.hours)

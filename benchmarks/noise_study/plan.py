@@ -30,11 +30,24 @@ SPACE = {
     "beta_prime": (0.3, 3.0, True),
     "alpha": (3.0, 60.0, True),  # ROPO's; it asks for > 2
     "alpha-dpo.alpha": (0.01, 0.5, True),
+    "exponent": (0.5, 4.0, True),
+    "eta0": (0.55, 0.99, False),
+    "momentum": (0.003, 0.3, True),
 }
 UNIFORM = tuple(("uniform", rate) for rate in (0.0, 0.2, 0.4, 0.1, 0.3))
 AMBIGUOUS = tuple(("ambiguous", rate) for rate in (0.2, 0.4))
 NOISES = UNIFORM + AMBIGUOUS
+CALLS = (("call", 0.2), ("call", 0.4))  # as published, see `tasks.flips_of_a_call`
 TRACED_RATES = (0.2, 0.4)
+
+# γ-PO and its matched loss over κ, with the learning rate and beta that were chosen for the base.
+KAPPAS = (0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
+KAPPA_GAMMA0 = 4.0
+KAPPA_METHODS = {
+    "dpo": ("gamma-dpo", "matched-dpo", "matched-dpo-once"),
+    "simpo": ("gamma-simpo", "matched-simpo", "matched-simpo-once"),
+}
+KAPPA_NOISES = (("uniform", 0.4), ("uniform", 0.2), ("ambiguous", 0.2))
 
 GAMMA0S, TAUS = (0.5, 1.0, 2.0, 4.0, 8.0), (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 GRID = [{"gamma0": gamma0, "tau": tau} for gamma0 in GAMMA0S for tau in TAUS]
@@ -66,6 +79,7 @@ class Study(NamedTuple):
     ablation_noises: tuple[tuple[str, float], ...] = ABLATION_NOISES
     ablation_seeds: int = 3
     changes: tuple[str, ...] = tuple(CHANGES)
+    kappas: tuple[float, ...] = KAPPAS
     cost_seconds: float = 30.0
 
 
@@ -73,12 +87,12 @@ class Study(NamedTuple):
 LARGE = Study(
     size="large", device="cuda", configurations=6, tasks=("bytes",), noises=UNIFORM[:3],
     ablation_noises=(("uniform", 0.4),), ablation_seeds=1,
-    changes=("as chosen", "pool", "form", "gradient", "smoothing"),
+    changes=("as chosen", "pool", "form", "gradient", "smoothing"), kappas=(),
 )  # fmt: skip
 QUICK = Study(
     size="quick", seeds=1, configurations=1, tasks=("digits", "bytes"),
     noises=(("uniform", 0.4), ("ambiguous", 0.4)), ablation_noises=(("uniform", 0.4),),
-    ablation_seeds=1, changes=("as chosen", "gradient"), cost_seconds=0.2,
+    ablation_seeds=1, changes=("as chosen", "gradient"), kappas=(10.0,), cost_seconds=0.2,
 )  # fmt: skip
 
 
@@ -206,6 +220,29 @@ def ablations(study: Study, records: Records, task: str) -> Iterator[Spec]:
                 yield {**base, "settings": chosen["settings"], "change": change}
 
 
+def over_kappa(study: Study, records: Records, task: str) -> Iterator[Spec]:
+    """Change κ alone, in γ-PO and in the loss that is matched to it."""
+    noises = [noise for noise in KAPPA_NOISES if noise in study.noises]
+    for seed, noise, (base, methods) in itertools.product(
+        range(study.seeds), noises, KAPPA_METHODS.items()
+    ):
+        chosen = choose(study, records, task, base, *noise, seed)
+        if not chosen:
+            continue
+        settings = {"lr": chosen["settings"]["lr"], "beta": chosen["settings"]["beta"]}
+        settings["gamma0"] = KAPPA_GAMMA0
+        if base == "simpo" and study.kappas:  # γ-PO's limit for a large tau
+            limit = {**spec(study, "kappa", task, base, *noise, seed), "settings": settings.copy()}
+            limit["settings"]["margin"] = limit["settings"].pop("gamma0")
+            yield limit
+        for kappa, method in itertools.product(study.kappas, methods):
+            tau = float(f"{KAPPA_GAMMA0**2 / kappa:.6g}")
+            yield {
+                **spec(study, "kappa", task, method, *noise, seed),
+                "settings": {**settings, "tau": tau},
+            }
+
+
 def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
     """Yield the runs in the order in which they are worth doing.
 
@@ -220,7 +257,7 @@ def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
          "budget": study.cost_seconds}
         for task in sorted(study.tasks, key=list(reversed(TASKS)).index)
     ]  # fmt: skip
-    for noises in (UNIFORM[:3], UNIFORM[3:] + AMBIGUOUS):
+    for noises in (UNIFORM[:3], UNIFORM[3:] + AMBIGUOUS, CALLS):
         for task in study.tasks:
             cells = itertools.product(
                 range(study.seeds), [n for n in noises if n in study.noises], METHODS
@@ -228,6 +265,7 @@ def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
             yield [s for seed, noise, m in cells for s in search(study, task, m, *noise, seed)]
             yield list(traces(study, records, task))
             yield list(ablations(study, records, task))
+            yield list(over_kappa(study, records, task))
 
 
 def expected(study: Study) -> dict[str, int]:
@@ -236,5 +274,7 @@ def expected(study: Study) -> dict[str, int]:
     traced = sum(rate in TRACED_RATES for _, rate in study.noises)
     changed = sum(len(CHANGES[name]) for name in study.changes)
     ablated = len(study.ablation_noises) * len(ABLATION_METHODS) * study.ablation_seeds
-    count = len(METHODS) * study.seeds * (searched + traced) + ablated * changed
+    swept = sum(noise in study.noises for noise in KAPPA_NOISES) * study.seeds
+    swept *= bool(study.kappas) + len(study.kappas) * sum(map(len, KAPPA_METHODS.values()))
+    count = len(METHODS) * study.seeds * (searched + traced) + ablated * changed + swept
     return dict.fromkeys(study.tasks, count)

@@ -1,4 +1,4 @@
-"""Three preference tasks whose true labels are known, and two ways to get labels wrong.
+"""Three preference tasks whose true labels are known, and three ways to get labels wrong.
 
 ``bytes``      docs/examples/noisy_preferences.py with a smaller model: true against corrupted
                continuations of the standard library's source, by a recurrent language model. The
@@ -52,6 +52,7 @@ SIZES = {
     },
 }
 TASKS = tuple(SIZES["full"])
+MICRO_BATCH = 2  # pairs of a loss call in three of the four published settings
 LABELLED_ITEMS = 40  # that the reference of a table has learned from
 
 
@@ -88,9 +89,11 @@ def flips(difference: Tensor, kind: str, rate: float, seed: int) -> Tensor:
     """Draw which labels are wrong.
 
     ``uniform``: each with probability `rate`. ``ambiguous``: with probability σ(-difference / s), a
-    Bradley-Terry annotator, with s such that the mean probability is `rate`. A seed's flips at a
-    lower rate are among those at a higher one.
+    Bradley-Terry annotator, with s such that the mean probability is `rate`. ``call``: as
+    `flips_of_a_call`. A seed's flips at a lower rate are among those at a higher one.
     """
+    if kind == "call":
+        return flips_of_a_call(len(difference), rate, torch.Generator().manual_seed(seed))
     probability = torch.full_like(difference, rate)
     if kind == "ambiguous" and rate > 0:
 
@@ -100,6 +103,16 @@ def flips(difference: Tensor, kind: str, rate: float, seed: int) -> Tensor:
         probability = torch.sigmoid(-difference * 10 ** -brentq(excess, -6, 9))
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(len(difference), generator=generator) < probability
+
+
+def flips_of_a_call(pairs: int, rate: float, generator: torch.Generator) -> Tensor:
+    """Draw flips as the published code does: all pairs of a micro-batch together, or none.
+
+    There a draw belongs to a call of the loss and not to a pair (simpo_trainer.py, line 639), so
+    that a pair may come with either label, and evaluation draws as well.
+    """
+    calls = torch.rand(-(-pairs // MICRO_BATCH), generator=generator) <= rate
+    return calls.repeat_interleave(MICRO_BATCH)[:pairs]
 
 
 def example() -> ModuleType:

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from benchmarks import _harness as harness
 from benchmarks.baselines import METHODS, Logps, Method
-from benchmarks.noise_study.tasks import Split, Task, flips, in_slices, load
+from benchmarks.noise_study.tasks import (
+    Split,
+    Task,
+    flips,
+    flips_of_a_call,
+    in_slices,
+    load,
+)
 from benchmarks.noise_study.variants import GammaVariant
 from benchmarks.published import published_margins
 from gamma_loss import label_smoothing_from_shift, solve_margins
@@ -66,6 +73,7 @@ def train(spec: Spec) -> dict[str, Any]:
     model = copy.deepcopy(task.reference).requires_grad_(True)
     optimizer = torch.optim.Adam(model.parameters(), lr=spec["settings"]["lr"])
     order = torch.Generator().manual_seed(spec["seed"] + BATCHES)  # the same for every method
+    calls = torch.Generator().manual_seed(spec["seed"] + FLIPS)
     scale = 1 / task.length if method.averaged else 1.0
     at = {round(task.steps * (i + 1) / CHECKPOINTS) for i in range(CHECKPOINTS)}
 
@@ -80,7 +88,10 @@ def train(spec: Spec) -> dict[str, Any]:
         index = torch.randint(len(task.train), (task.batch,), generator=order)
         began = time.perf_counter()
         on_device = index.to(device)
-        swap = wrong[index].to(device)
+        flipped = wrong[index]
+        if spec["kind"] == "call":
+            flipped = flips_of_a_call(len(index), spec["rate"], calls)
+        swap = flipped.to(device)
         policy = labelled(task.logps(model, task.train.inputs[on_device]) * scale, swap)
         reference = labelled(task.train.reference[on_device] * scale, swap)
         policy.retain_grad()
@@ -99,7 +110,7 @@ def train(spec: Spec) -> dict[str, Any]:
             gaps = settings["beta"] * (logps.d if method.averaged else logps.h).detach()
             assert policy.grad is not None
             weights = -policy.grad[:, 0] * task.batch / settings["beta"]
-            seen.append((gaps.cpu(), weights.cpu(), wrong[index]))
+            seen.append((gaps.cpu(), weights.cpu(), flipped))
         if step in at:
             evaluate(task, model, method, wrong_validation, curves)
             if traced:
@@ -195,8 +206,10 @@ def cost(spec: Spec) -> dict[str, Any]:
     device = spec["device"]
     task = load(spec["task"], spec["size"], spec["seed"], device)
     index = torch.arange(task.batch, device=device)
-    middle = {"epsilon": 0.2, "margin": 1.0, "a": 0.5, "rho": 0.2, "beta_prime": 1.0, "alpha": 14.0,
-              "gamma0": 4.0, "tau": 10.0}  # fmt: skip
+    middle = {
+        "epsilon": 0.2, "margin": 1.0, "a": 0.5, "rho": 0.2, "beta_prime": 1.0, "alpha": 14.0,
+        "exponent": 2.0, "eta0": 0.9, "momentum": 0.1, "gamma0": 4.0, "tau": 10.0,
+    }  # fmt: skip
 
     def step(method: Method) -> Callable[[], None]:
         compute_loss = method.make(beta=0.5, **{name: middle[name] for name in method.settings})
