@@ -316,6 +316,11 @@ def spread_picture() -> str:
     return _inline(figure, "The margins' standard deviation over gamma0 rises with kappa")
 
 
+def picture(name: str, description: str) -> str:
+    """Return an SVG of this folder, in the text colour of the page that shows it."""
+    return _element((Path(__file__).parent / name).read_text("utf-8"), description)
+
+
 # --- what loss it is ---
 
 
@@ -456,7 +461,10 @@ def _inline(figure: Any, description: str) -> str:
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     plt.close(figure)
     svg = out.getvalue()
-    svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
+    return _element(svg[svg.index("<svg") :].replace("#000000", "currentColor"), description)
+
+
+def _element(svg: str, description: str) -> str:
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
     return "<figure>" + "".join(svg.splitlines()) + "</figure>"
 

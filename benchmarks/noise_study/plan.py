@@ -257,6 +257,16 @@ def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
          "budget": study.cost_seconds}
         for task in sorted(study.tasks, key=list(reversed(TASKS)).index)
     ]  # fmt: skip
+    yield [
+        {
+            "stage": "reference",
+            "size": study.size,
+            "device": study.device,
+            "task": task,
+            "seed": seed,
+        }
+        for task, seed in itertools.product(study.tasks, range(study.seeds))
+    ]
     for noises in (UNIFORM[:3], UNIFORM[3:] + AMBIGUOUS, CALLS):
         for task in study.tasks:
             cells = itertools.product(

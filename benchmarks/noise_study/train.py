@@ -39,7 +39,8 @@ def run(spec: Spec) -> dict[str, Any]:
     """Do what a spec asks for, and return it with its result. The same spec, the same result."""
     torch.set_num_threads(1)
     start = time.perf_counter()
-    result = {"cost": cost, "loop": loop}.get(spec["stage"], train)(spec)
+    stages = {"cost": cost, "loop": loop, "reference": untrained}
+    result = stages.get(spec["stage"], train)(spec)
     return {**spec, "result": result, "seconds": round(time.perf_counter() - start, 2)}
 
 
@@ -234,6 +235,13 @@ def cost(spec: Spec) -> dict[str, Any]:
     microseconds = {name: harness.quantiles(t["wall"]) for name, t in times.items()}
     machine = torch.cuda.get_device_name() if device == "cuda" else harness.processor()
     return {"machine": machine, "parameters": parameters, "microseconds": microseconds}
+
+
+def untrained(spec: Spec) -> dict[str, Any]:
+    """What the reference, where every policy starts, ranks right."""
+    task = load(spec["task"], spec["size"], spec["seed"], spec["device"])
+    logps = task.test.reference
+    return {"ranking": accuracy(logps[:, 0] - logps[:, 1])}
 
 
 def loop(spec: Spec) -> dict[str, Any]:
