@@ -60,7 +60,9 @@ def figure(path: Path, rows: int, columns: int, **options: Any) -> Iterator[Any]
 
 def draw_verdict(results: Results, path: Path) -> None:
     """Gain of γ-PO at equal settings over κ, one point for each configuration and task."""
-    colours = dict(zip(results.study.tasks, ("#0072b2", "#d55e00", "#009e73"), strict=False))
+    colours = dict(
+        zip(results.study.tasks, ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), strict=False)
+    )
     with figure(path, 1, len(FAMILIES), sharey=True) as axes:
         for ax, (ours, base) in zip(axes[0], FAMILIES.items(), strict=True):
             kappas = results.kappas(ours)

@@ -73,7 +73,7 @@ class Results:
         return {s: 100 * plan.score(r, labels, checkpoint, of) for s, r in runs.items()}
 
     def noises(self) -> list[tuple[str, float]]:
-        return sorted(self.study.noises, key=lambda noise: (noise[0] == "ambiguous", noise[1]))
+        return sorted(self.study.noises, key=lambda noise: (noise[0] != "uniform", noise[1]))
 
     def ablation(self, task: str, method: str, noise: tuple[str, float], change: dict) -> dict:
         runs = self.repeated("ablation", task, method, *noise, change=change)

@@ -11,15 +11,17 @@ from typing import Any, NamedTuple
 from scipy.stats import qmc
 
 from benchmarks.baselines import METHODS
+from benchmarks.noise_study.raters import DOMAINS
 from benchmarks.noise_study.tasks import TASKS
 from benchmarks.noise_study.train import Spec
 
 CONFIGURATIONS = 12  # tried for each method, task, noise and seed
 
 # Spaces that configurations are drawn from: logarithmic, except those marked False.
-LEARNING_RATE = {"bytes": (1e-4, 1e-2), "digits": (1e-4, 3e-2), "diabetes": (1e-4, 3e-2)}
-BETA = {"bytes": (0.05, 1.0), "digits": (0.1, 3.0), "diabetes": (0.1, 3.0)}
-RESPONSE_LENGTH = {"bytes": 24, "digits": 1, "diabetes": 1}  # averaging takes beta times this
+LEARNING_RATE = dict.fromkeys(TASKS, (1e-4, 3e-2)) | {"bytes": (1e-4, 1e-2)}
+BETA = dict.fromkeys(TASKS, (0.1, 3.0)) | {"bytes": (0.05, 1.0)}
+# Averaging takes beta times the response's length.
+RESPONSE_LENGTH = dict.fromkeys(TASKS, 1) | {"bytes": 24}
 SPACE = {
     "margin": (0.25, 8.0, True),
     "gamma0": (0.25, 8.0, True),
@@ -38,6 +40,7 @@ UNIFORM = tuple(("uniform", rate) for rate in (0.0, 0.2, 0.4, 0.1, 0.3))
 AMBIGUOUS = tuple(("ambiguous", rate) for rate in (0.2, 0.4))
 NOISES = UNIFORM + AMBIGUOUS
 CALLS = (("call", 0.2), ("call", 0.4))  # as published, see `tasks.flips_of_a_call`
+RATERS = (("rater", 1.0), ("as often", 1.0))  # at the rate that the data have
 TRACED_RATES = (0.2, 0.4)
 
 # γ-PO and its matched loss over κ, with the learning rate and beta that were chosen for the base.
@@ -47,7 +50,7 @@ KAPPA_METHODS = {
     "dpo": ("gamma-dpo", "matched-dpo", "matched-dpo-once"),
     "simpo": ("gamma-simpo", "matched-simpo", "matched-simpo-once"),
 }
-KAPPA_NOISES = (("uniform", 0.4), ("uniform", 0.2), ("ambiguous", 0.2))
+KAPPA_NOISES = (("uniform", 0.4), ("uniform", 0.2), ("ambiguous", 0.2), *RATERS)
 
 GAMMA0S, TAUS = (0.5, 1.0, 2.0, 4.0, 8.0), (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 GRID = [{"gamma0": gamma0, "tau": tau} for gamma0 in GAMMA0S for tau in TAUS]
@@ -89,6 +92,10 @@ LARGE = Study(
     ablation_noises=(("uniform", 0.4),), ablation_seeds=1,
     changes=("as chosen", "pool", "form", "gradient", "smoothing"), kappas=(),
 )  # fmt: skip
+# Labels by real annotators: clean, one rater's, and uniform flips as often.
+PEOPLE = Study(
+    seeds=10, tasks=tuple(DOMAINS), noises=(("uniform", 0.0), *RATERS), ablation_noises=()
+)
 QUICK = Study(
     size="quick", seeds=1, configurations=1, tasks=("digits", "bytes"),
     noises=(("uniform", 0.4), ("ambiguous", 0.4)), ablation_noises=(("uniform", 0.4),),
@@ -267,7 +274,7 @@ def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
         }
         for task, seed in itertools.product(study.tasks, range(study.seeds))
     ]
-    for noises in (UNIFORM[:3], UNIFORM[3:] + AMBIGUOUS, CALLS):
+    for noises in (UNIFORM[:3], UNIFORM[3:] + AMBIGUOUS, CALLS + RATERS):
         for task in study.tasks:
             cells = itertools.product(
                 range(study.seeds), [n for n in noises if n in study.noises], METHODS

@@ -28,6 +28,7 @@ from benchmarks.noise_study.outcomes import (
     paired,
     pairings,
 )
+from benchmarks.noise_study.tasks import RATER_KINDS
 
 DEFAULT = (4.0, 10.0)  # gamma0 and tau of the TRL trainers
 STAGES = ("reference", "search", "trace", "ablation", "kappa")
@@ -52,7 +53,9 @@ def pair(centre: float, half: float, sign: bool = False, digits: int = 1) -> str
 
 def noise_name(noise: tuple[str, float]) -> str:
     kind, rate = noise
-    return f"{rate:.0%}" + (" ambiguous" if kind == "ambiguous" else "")
+    if kind in RATER_KINDS:
+        return {"rater": "one rater", "as often": "uniform, as often"}[kind]
+    return f"{rate:.0%}" + ("" if kind == "uniform" else f" {kind}")
 
 
 def seeds(count: int) -> str:

@@ -19,10 +19,10 @@ from benchmarks.baselines import METHODS, Logps, Method
 from benchmarks.noise_study.tasks import (
     Split,
     Task,
-    flips,
     flips_of_a_call,
     in_slices,
     load,
+    wrong_labels,
 )
 from benchmarks.noise_study.variants import GammaVariant
 from benchmarks.published import published_margins
@@ -64,10 +64,9 @@ def train(spec: Spec) -> dict[str, Any]:
     task = load(spec["task"], spec["size"], spec["seed"], device)
     method, settings = method_of(spec)
     noise = spec["kind"], spec["rate"]
-    wrong = flips(task.train.difference, *noise, spec["seed"] + FLIPS)
-    wrong_validation = flips(
-        task.validation.difference, *noise, spec["seed"] + VALIDATION_FLIPS
-    ).to(device)
+    wrong = wrong_labels(task.train, *noise, spec["seed"] + FLIPS)
+    wrong_validation = wrong_labels(task.validation, *noise, spec["seed"] + VALIDATION_FLIPS)
+    wrong_validation = wrong_validation.to(device)
 
     torch.manual_seed(spec["seed"])
     compute_loss = make_loss(spec)
@@ -80,6 +79,7 @@ def train(spec: Spec) -> dict[str, Any]:
 
     traced = spec["stage"] == "trace"
     names = ["test", "ranking", "noisy", "clean"]
+    names += ["clear"] * (task.test.by_rater is not None)
     if traced:
         names += ["step", "weights", "auc_loss", "auc_margin", "auc_smoothing", "pairs"]
     curves: dict[str, list[Any]] = {name: [] for name in names}
@@ -161,10 +161,14 @@ def evaluate(
     """Append accuracies at a checkpoint.
 
     ``test``: by the method's own reward, on clean labels. ``ranking``: the same by the policy's
-    log-probabilities. ``noisy`` and ``clean``: on validation pairs. A tie counts a half.
+    log-probabilities. ``clear``: of the test pairs that people rate further apart than 1.
+    ``noisy`` and ``clean``: on validation pairs. A tie counts a half.
     """
     logps = in_slices(task.logps, model, task.test.inputs)
-    curves["test"].append(accuracy(gaps_of(task.test, logps, method)))
+    gaps = gaps_of(task.test, logps, method)
+    curves["test"].append(accuracy(gaps))
+    if "clear" in curves:
+        curves["clear"].append(accuracy(gaps[(task.test.difference > 1).to(gaps.device)]))
     curves["ranking"].append(accuracy(logps[:, 0] - logps[:, 1]))
     logps = in_slices(task.logps, model, task.validation.inputs)
     gaps = gaps_of(task.validation, logps, method)
