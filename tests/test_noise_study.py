@@ -22,7 +22,7 @@ from gamma_loss import PUBLISHED_SETTINGS  # noqa: E402
 
 TINY = plan.Study(
     size="quick", seeds=2, configurations=2, tasks=("digits",), noises=(("uniform", 0.4),),
-    ablation_noises=(), kappas=(10.0,), cost_seconds=0.0,
+    ablation_noises=(), kappas=(10.0,), redrawn=False, cost_seconds=0.0,
 )  # fmt: skip
 FEW = {name: METHODS[name] for name in ("dpo", "gamma-dpo", "simpo", "gamma-simpo")}
 COST = {
@@ -202,6 +202,24 @@ def test_matched_losses_share_the_configurations():
         names = (f"gamma-{base}", f"matched-{base}", f"matched-{base}-once")
         first, *others = (plan.configurations(name, "digits", 12) for name in names)
         assert others == [first, first]
+
+
+def test_settings_drawn_anew():
+    study = plan.Study()
+    tried = [
+        [s["settings"] for s in plan.search(study, "digits", m, "uniform", 0.2, seed, "redrawn")]
+        for seed, m in itertools.product((0, 1), ("gamma-dpo", "matched-dpo", "dpo"))
+    ]
+    assert tried[0] == tried[1]  # γ-PO's and the matched loss's
+    assert tried[0] != tried[3]  # another seed's
+    assert [(s["lr"], s["beta"]) for s in tried[0]] == [(s["lr"], s["beta"]) for s in tried[2]]
+    shared = [s["settings"] for s in plan.search(study, "digits", "dpo", "uniform", 0.2, 0)]
+    assert not any(s in shared for s in tried[2])
+    few = TINY._replace(redrawn=True)
+    planned = [s for block in plan.blocks(few, {}) for s in block]
+    anew = [s for s in planned if s.get("stage") == "redrawn"]
+    assert len(anew) == len(plan.REDRAWN) * 2 * 2  # for each of two seeds two configurations
+    assert plan.expected(few)["digits"] - plan.expected(TINY)["digits"] == len(anew)
 
 
 def test_kappa_alone_is_swept():
@@ -486,6 +504,17 @@ def test_gains_at_equal_settings():
     assert above == pytest.approx(
         list((first, second)[kappas.index(max(kappas))].values())
     )  # fmt: skip
+    for seed, (_, rate), m in itertools.product(range(2), study.noises[1:], ("dpo", "gamma-dpo")):
+        for s in plan.search(study, "digits", m, "uniform", rate, seed, "redrawn"):
+            # A gain of one point for each unit of log κ, so that which κ counts shows.
+            gain = math.log(s["settings"].get("gamma0", 1) ** 2 / s["settings"].get("tau", 1)) / 100
+            records[plan.key(s)] = a_record(s, noisy=[0.5], clean=[0.5], test=[0.5 + gain])
+    anew = tables.pooled(results, "digits", "gamma-dpo", "dpo", (1.0, math.inf), "redrawn")
+    strong = [
+        [math.log(kappa) for kappa in results.kappas("gamma-dpo", seed + 1) if kappa >= 1]
+        for seed in range(2)
+    ]
+    assert anew == pytest.approx([np.mean(gains) for gains in strong if gains])
     row = next(r for r in tables.verdict(results).splitlines() if "DPO, equal settings |" in r
                and "matched" not in r)  # fmt: skip
     assert row.startswith("| γ-DPO − DPO, equal settings | +9.00 ± ")

@@ -177,6 +177,7 @@ def test_a_run(made_up, noise):
 def test_the_command(made_up, tmp_path, monkeypatch):
     few = {name: plan.METHODS[name] for name in ("dpo", "gamma-dpo", "simpo", "gamma-simpo")}
     monkeypatch.setattr(plan, "METHODS", few)
+    monkeypatch.setattr(plan, "REDRAWN", ("dpo", "gamma-dpo"))
     monkeypatch.setattr(train, "cost", lambda spec: {"machine": "x", "parameters": 1,
                                                      "microseconds": {}})  # fmt: skip
     results = tmp_path / "results.jsonl"

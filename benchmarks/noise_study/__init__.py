@@ -5,6 +5,6 @@
     python -m benchmarks.noise_study report       # tables and figures from the results file alone
 
 `tasks` (and `raters`) make the data, `train` does one run, `plan` says which runs there are.
-`outcomes` looks up what came out, `tables` and `figures` show it, and `report` writes the two pages,
-docs/reproduction.md and docs/reproduction_tables.md.
+`outcomes` looks up what came out, `tables` and `figures` show it, and `report` writes the two
+pages, docs/reproduction.md and docs/reproduction_tables.md.
 """

@@ -66,7 +66,7 @@ class Estimate:
             self.add(record)
 
     def add(self, record: dict[str, Any]) -> None:
-        if record["stage"] in ("search", "trace", "ablation", "kappa"):
+        if record["stage"] in ("search", "trace", "ablation", "kappa", "redrawn"):
             self.left[record["task"]] -= 1
             self.seconds[record["task"]].append(record["seconds"])
 

@@ -30,19 +30,22 @@ class Results:
     def __init__(self, study: Study, records: Records) -> None:
         self.study, self.records = study, records
         self._chosen: dict[Any, Any] = {}
+        self._searched = {run["method"] for run in self.of_stage("search")}
 
-    def chosen(self, *cell: Any, seed: int, labels: str = "noisy", checkpoint: str = "last") -> Any:
-        how = (*cell, seed, labels, checkpoint)
+    def chosen(
+        self, *cell: Any, seed: int, labels: str = "noisy", checkpoint: str = "last",
+        stage: str = "search",
+    ) -> Any:  # fmt: skip
+        if cell[1] not in self._searched:
+            return None
+        how = (*cell, seed, labels, checkpoint, stage)
         if how not in self._chosen:
             self._chosen[how] = plan.choose(self.study, self.records, *how)
         return self._chosen[how]
 
-    def runs(self, *cell: Any, labels: str = "noisy", checkpoint: str = "last") -> dict[int, Any]:
+    def runs(self, *cell: Any, **how: Any) -> dict[int, Any]:
         """Return the results of the chosen runs by seed."""
-        runs = {
-            seed: self.chosen(*cell, seed=seed, labels=labels, checkpoint=checkpoint)
-            for seed in range(self.study.seeds)
-        }
+        runs = {seed: self.chosen(*cell, seed=seed, **how) for seed in range(self.study.seeds)}
         return {seed: run["result"] for seed, run in runs.items() if run}
 
     def shared(self, *cell: Any, checkpoint: str = "last") -> dict[int, Any]:
@@ -63,13 +66,13 @@ class Results:
 
     def accuracy(
         self, *cell: Any, labels: str = "noisy", checkpoint: str = "last", of: str = "test",
-        shared: bool = False,
+        shared: bool = False, stage: str = "search",
     ) -> dict[int, float]:  # fmt: skip
         """Return percentages by seed."""
         if shared:
             runs = self.shared(*cell, checkpoint=checkpoint)
         else:
-            runs = self.runs(*cell, labels=labels, checkpoint=checkpoint)
+            runs = self.runs(*cell, labels=labels, checkpoint=checkpoint, stage=stage)
         return {s: 100 * plan.score(r, labels, checkpoint, of) for s, r in runs.items()}
 
     def noises(self) -> list[tuple[str, float]]:
@@ -84,22 +87,28 @@ class Results:
 
     def methods(self) -> dict[str, Any]:
         """Return the methods of which anything was searched."""
-        run = {record["method"] for record in self.of_stage("search")}
-        return {name: method for name, method in METHODS.items() if name in run}
+        return {name: method for name, method in METHODS.items() if name in self._searched}
 
     def noisy(self) -> list[tuple[str, float]]:
         return [noise for noise in self.noises() if noise[1] > 0]
 
-    def at_equal_settings(self, task: str, ours: str, theirs: str) -> list[dict[int, float]]:
+    def at_equal_settings(
+        self, task: str, ours: str, theirs: str, stage: str = "search"
+    ) -> list[dict[int, float]]:
         """Return for each configuration the gain of one method on another, by seed.
 
         In percentage points at the last checkpoint, mean over the noisy cells, between runs that
         share learning rate, β, margin (where both have one), seed, wrong labels and batches.
         """
         gains: list[dict[int, float]] = [{} for _ in range(self.study.configurations)]
+        if not {ours, theirs} <= self.methods().keys():
+            return gains
         for seed in range(self.study.seeds):
             cells = [
-                [plan.search(self.study, task, name, *noise, seed) for name in (ours, theirs)]
+                [
+                    plan.search(self.study, task, name, *noise, seed, stage)
+                    for name in (ours, theirs)
+                ]
                 for noise in self.noisy()
             ]
             for k, gain in enumerate(gains):
@@ -109,9 +118,10 @@ class Results:
                     gain[seed] = float(np.mean([first - second for first, second in points]))
         return gains
 
-    def kappas(self, method: str) -> list[float]:
+    def kappas(self, method: str, draw: int = 0) -> list[float]:
         """Return the strength of each configuration of a γ method."""
-        settings = plan.configurations(method, self.study.tasks[0], self.study.configurations)
+        task, count = self.study.tasks[0], self.study.configurations
+        settings = plan.configurations(method, task, count, draw)
         return [s["gamma0"] ** 2 / s["tau"] for s in settings]
 
 

@@ -67,6 +67,7 @@ ABLATION_NOISES = (("uniform", 0.4), ("uniform", 0.2))
 ABLATION_METHODS = ("gamma-dpo", "gamma-simpo")
 LOOPS = [(4.0, 10.0), (3.0, 3.0), (8.0, 10.0), (4.0, 2.0), (2.0, 0.5), (4.0, 0.5), (8.0, 0.5),
          (4.0, 0.1)]  # fmt: skip
+REDRAWN = ("gamma-dpo", "matched-dpo", "dpo", "gamma-simpo", "matched-simpo", "simpo")
 Records = dict[str, dict[str, Any]]
 
 
@@ -83,6 +84,7 @@ class Study(NamedTuple):
     ablation_seeds: int = 3
     changes: tuple[str, ...] = tuple(CHANGES)
     kappas: tuple[float, ...] = KAPPAS
+    redrawn: bool = True  # whether a few methods also get configurations of each seed's own
     cost_seconds: float = 30.0
 
 
@@ -91,6 +93,7 @@ LARGE = Study(
     size="large", device="cuda", configurations=6, tasks=("bytes",), noises=UNIFORM[:3],
     ablation_noises=(("uniform", 0.4),), ablation_seeds=1,
     changes=("as chosen", "pool", "form", "gradient", "smoothing"), kappas=(),
+    redrawn=False,
 )  # fmt: skip
 # Labels by real annotators: clean, one rater's, and uniform flips as often.
 PEOPLE = Study(
@@ -111,11 +114,13 @@ def key(spec: Spec) -> str:
 
 
 @functools.lru_cache
-def configurations(method: str, task: str, count: int) -> tuple[dict[str, float], ...]:
+def configurations(
+    method: str, task: str, count: int, draw: int = 0
+) -> tuple[dict[str, float], ...]:
     """Return the settings that are tried for a method, by a Latin hypercube.
 
-    Every method has the same number of them, and configuration k the same place in the range of
-    learning rates and of beta for all methods.
+    Every method has the same number of them, and configuration k of a draw the same place in the
+    range of learning rates and of beta for all methods.
     """
     names = METHODS[method].settings
     length = RESPONSE_LENGTH[task] if METHODS[method].averaged else 1
@@ -124,7 +129,7 @@ def configurations(method: str, task: str, count: int) -> tuple[dict[str, float]
         "beta": (BETA[task][0] * length, BETA[task][1] * length, True),
         **{name: SPACE.get(f"{method}.{name}", SPACE[name]) for name in names},
     }
-    places = qmc.LatinHypercube(d=4, seed=0).random(count)
+    places = qmc.LatinHypercube(d=4, seed=draw).random(count)
     return tuple(
         {
             name: between(*space, place)
@@ -139,12 +144,18 @@ def between(low: float, high: float, logarithmic: bool, place: float) -> float:
     return float(f"{value:.4g}")
 
 
-def search(study: Study, task: str, method: str, kind: str, rate: float, seed: int) -> list[Spec]:
-    """Return the runs that one is chosen from, all on the data and the wrong labels of a seed."""
-    base = spec(study, "search", task, method, kind, rate, seed)
+def search(
+    study: Study, task: str, method: str, kind: str, rate: float, seed: int, stage: str = "search"
+) -> list[Spec]:
+    """Return the runs that one is chosen from, all on the data and the wrong labels of a seed.
+
+    The settings are the same for all seeds, or each seed's own in the stage ``redrawn``.
+    """
+    base = spec(study, stage, task, method, kind, rate, seed)
+    draw = seed + 1 if stage == "redrawn" else 0
     return [
         {**base, "settings": settings}
-        for settings in configurations(method, task, study.configurations)
+        for settings in configurations(method, task, study.configurations, draw)
     ]
 
 
@@ -159,13 +170,13 @@ def spec(
 
 def choose(
     study: Study, records: Records, task: str, method: str, kind: str, rate: float, seed: int,
-    labels: str = "noisy", checkpoint: str = "last",
+    labels: str = "noisy", checkpoint: str = "last", stage: str = "search",
 ) -> dict[str, Any] | None:  # fmt: skip
     """Return the search run that did best on a seed's validation pairs, None while some lack.
 
     By accuracy on ``noisy`` or ``clean`` labels, at the ``last`` or at the ``best`` checkpoint.
     """
-    runs = [records.get(key(s)) for s in search(study, task, method, kind, rate, seed)]
+    runs = [records.get(key(s)) for s in search(study, task, method, kind, rate, seed, stage)]
     if not all(runs):
         return None
     return max((r for r in runs if r), key=lambda r: score(r["result"], labels, checkpoint))
@@ -283,6 +294,15 @@ def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
             yield list(traces(study, records, task))
             yield list(ablations(study, records, task))
             yield list(over_kappa(study, records, task))
+            cells = itertools.product(
+                range(study.seeds), [n for n in noises if n in study.noises and n[1]], REDRAWN
+            )
+            if study.redrawn:
+                yield [
+                    s
+                    for seed, noise, m in cells
+                    for s in search(study, task, m, *noise, seed, stage="redrawn")
+                ]
 
 
 def expected(study: Study) -> dict[str, int]:
@@ -293,5 +313,7 @@ def expected(study: Study) -> dict[str, int]:
     ablated = len(study.ablation_noises) * len(ABLATION_METHODS) * study.ablation_seeds
     swept = sum(noise in study.noises for noise in KAPPA_NOISES) * study.seeds
     swept *= bool(study.kappas) + len(study.kappas) * sum(map(len, KAPPA_METHODS.values()))
-    count = len(METHODS) * study.seeds * (searched + traced) + ablated * changed + swept
+    noisy = sum(rate > 0 for _, rate in study.noises) * study.configurations
+    anew = len(REDRAWN) * study.seeds * noisy if study.redrawn else 0
+    count = len(METHODS) * study.seeds * (searched + traced) + ablated * changed + swept + anew
     return dict.fromkeys(study.tasks, count)

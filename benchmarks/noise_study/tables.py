@@ -31,7 +31,7 @@ from benchmarks.noise_study.outcomes import (
 from benchmarks.noise_study.tasks import RATER_KINDS
 
 DEFAULT = (4.0, 10.0)  # gamma0 and tau of the TRL trainers
-STAGES = ("reference", "search", "trace", "ablation", "kappa")
+STAGES = ("reference", "search", "trace", "ablation", "kappa", "redrawn")
 RANGES = ((0.0, 0.1), (0.1, 1.0), (1.0, 10.0), (10.0, 100.0), (100.0, 1e5))  # of κ
 
 
@@ -86,6 +86,8 @@ def status(results: Results) -> str:
         text += f"\n\n**Not run yet:** {', '.join(absent)}."
     if not results.of_stage("kappa"):
         text += "\n\n**Not run yet:** γ-PO and its matched losses over κ at fixed settings."
+    if study.redrawn and not results.of_stage("redrawn"):
+        text += "\n\n**Not run yet:** configurations drawn anew for each seed."
     if missing:
         text += (
             f"\n\n**The study is not complete:** {missing} cells (task, method, noise) have "
@@ -98,22 +100,33 @@ def status(results: Results) -> str:
 def verdict(results: Results) -> str:
     """Return γ-PO against what it is to be held against, with tests of difference and equality."""
     rows: list[tuple[str, list[Comparison | None]]] = []
+    equal = (
+        ("equal settings", 0.0, "search"),
+        ("equal settings, κ ≥ 1", 1.0, "search"),
+        ("equal settings drawn anew, κ ≥ 1", 1.0, "redrawn"),
+    )
+    tuned = (
+        ("tuned once for all seeds", WAYS["shared"]),
+        ("tuned by each seed", WAYS["last"]),
+        ("tuned by each seed, drawn anew", {"stage": "redrawn"}),
+    )
+    tasks = results.study.tasks
     for ours, base in FAMILIES.items():
-        for theirs, (least, words) in itertools.product(
-            (f"matched-{base}", base), ((0.0, "equal settings"), (1.0, "equal settings, κ ≥ 1"))
-        ):
+        for theirs, (words, least, stage) in itertools.product((f"matched-{base}", base), equal):
             within = (least, math.inf)
-            gains = [pooled(results, task, ours, theirs, within) for task in results.study.tasks]
+            gains = [pooled(results, task, ours, theirs, within, stage) for task in tasks]
             name = f"{label((ours, theirs))}, {words}"
-            rows.append((name, [compare(g) if g else None for g in gains]))
-        for way, words in (("shared", "tuned once for all seeds"), ("last", "tuned by each seed")):
+            if any(gains) or words == "equal settings":
+                rows.append((name, [compare(g) if g else None for g in gains]))
+        for words, how in tuned:
             found = []
-            for task in results.study.tasks:
-                _, means = over_noises(results, task, (ours, base), **WAYS[way])
+            for task in tasks:
+                _, means = over_noises(results, task, (ours, base), **how)
                 first, second = means[ours], means[base]
-                gains = [first[seed] - second[seed] for seed in first.keys() & second.keys()]
-                found.append(compare(gains) if gains else None)
-            rows.append((f"{label((ours, base))}, {words}", found))
+                gain = [first[seed] - second[seed] for seed in first.keys() & second.keys()]
+                found.append(compare(gain) if gain else None)
+            if any(found):
+                rows.append((f"{label((ours, base))}, {words}", found))
     cells = [cell for _, found in rows for cell in found if cell]
     different = dict(zip(map(id, cells), holm([c.p for c in cells]), strict=True))
     equivalent = dict(zip(map(id, cells), holm([c.equivalence_p for c in cells]), strict=True))
@@ -135,16 +148,23 @@ def verdict(results: Results) -> str:
 
 
 def pooled(
-    results: Results, task: str, ours: str, theirs: str, within: tuple[float, float] = (0, math.inf)
-) -> list[float]:
+    results: Results, task: str, ours: str, theirs: str,
+    within: tuple[float, float] = (0, math.inf), stage: str = "search",
+) -> list[float]:  # fmt: skip
     """Return by seed the mean gain at equal settings over the configurations with κ in a range."""
-    gains = results.at_equal_settings(task, ours, theirs)
-    kept = [
-        gain
-        for gain, kappa in zip(gains, results.kappas(ours), strict=True)
-        if within[0] <= kappa < within[1]
-    ]
-    return list(mean_by_seed(kept).values()) if kept else []
+    gains = results.at_equal_settings(task, ours, theirs, stage)
+    means = []
+    for seed in range(results.study.seeds):
+        kappas = results.kappas(ours, seed + 1 if stage == "redrawn" else 0)
+        kept = [
+            gain.get(seed)
+            for gain, kappa in zip(gains, kappas, strict=True)
+            if within[0] <= kappa < within[1]
+        ]
+        known = [gain for gain in kept if gain is not None]
+        if known and len(known) == len(kept):
+            means.append(float(np.mean(known)))
+    return means
 
 
 def by_kappa(results: Results) -> str:
