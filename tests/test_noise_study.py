@@ -148,6 +148,13 @@ def test_flips_of_a_call_are_drawn_at_every_call(monkeypatch):
     assert 0.2 < torch.cat(seen).double().mean() < 0.6
 
 
+@pytest.mark.parametrize("name", ["gamma-dpo", "matched-dpo"])
+def test_pairs_are_kept_for_the_figures_only(name):
+    result = train.run(a_spec(name))["result"]
+    kept = train.CHECKPOINTS if name in train.FIGURED else 0
+    assert len(result["pairs"]) == kept
+
+
 def test_a_run_that_diverges_says_so(monkeypatch):
     monkeypatch.setattr(train, "make_loss", lambda spec: lambda logps: logps.d.mean() * math.nan)
     result = train.run(a_spec())["result"]

@@ -32,6 +32,7 @@ CHECKPOINTS = 6
 # Added to a run's seed, for streams of random numbers that have nothing to do with each other.
 FLIPS, VALIDATION_FLIPS, BATCHES = 10_000, 20_000, 30_000
 TRACED = 250  # pairs of a traced interval that the figures get
+FIGURED = ("dpo", "simpo", "gamma-dpo", "gamma-simpo")  # of these methods, for the file's size
 Spec = dict[str, Any]
 
 
@@ -140,7 +141,7 @@ def trace(
         curves["auc_margin"].append(auc(-margins, flipped))
         curves["auc_smoothing"].append(auc(smoothing, flipped))
         columns += [margins, smoothing]
-    if spec["seed"] == 0:  # for the figures
+    if spec["seed"] == 0 and spec["method"] in FIGURED:
         curves["pairs"].append([rounded(column[:TRACED]) for column in columns])
 
 
