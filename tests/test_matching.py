@@ -6,6 +6,9 @@ from statistics import NormalDist
 import numpy as np
 import oracles
 import pytest
+import strategies
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gamma_loss import MatchedLoss, choose_settings, match_logistic, solve_margins
 
@@ -104,6 +107,14 @@ def test_hard_pools_give_finite_numbers(gaps, gamma0, tau):
         assert all(map(math.isfinite, match))
         assert match.scale > 0
         assert 0 <= match.unexplained <= 1 + 1e-9
+
+
+@given(strategies.pools(), strategies.gamma0s, strategies.taus, st.booleans())
+def test_any_pool_gives_finite_numbers(gaps, gamma0, tau, centered):
+    match = match_logistic(gaps, gamma0=gamma0, tau=tau, centered=centered)
+    assert all(map(math.isfinite, match))
+    assert match.scale > 0
+    assert 0 <= match.unexplained <= 1 + 1e-6
 
 
 def test_every_library(library):
