@@ -9,10 +9,14 @@ With π the policy, π_ref the reference, w the chosen and l the rejected respon
 
 The formulas are those of the sources that each docstring names, the last one named where there are
 several (so of the authors' code, where there is any); the code is our own.
+
+Not here: PLC-DPO (Cho et al. 2026, arXiv:2608.30597), which routes each pair as clean, flipped or a
+tie by a calibrated margin. Of its equations nothing could be read, nor any code found.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from collections.abc import Callable
@@ -23,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from benchmarks.published import QUEUE_SIZE, published_routine
-from gamma_loss import GammaDPOLoss, GammaSimPOLoss
+from gamma_loss import GammaDPOLoss, GammaSimPOLoss, MatchedLoss, match_logistic
 
 CONTEXT = 512  # gaps of earlier batches that join γ-PO's pool
 
@@ -105,11 +109,55 @@ def ropo(logps: Logps, *, beta: float, alpha: float) -> Tensor:
 
     The factor makes the largest pair weight 1. Of Liang et al., ICML 2025, arXiv:2404.04102, only
     the loss, not the filtering nor the rejection sampling around it. The paper's equations could
-    not be read here: the formula is that of two public reimplementations, which agree (one cites
-    Eq. 9 of an arXiv version, the other Eq. 6 of the ICML paper).
+    not be read here: the formula is that of three public reimplementations, which agree (one cites
+    Eq. 9 of an arXiv version, another Eq. 6 of the ICML paper; the third is in nissymori/SymPO).
     """
     gaps = beta * logps.h
     return 4 * alpha / (1 + alpha) ** 2 * (softplus(-gaps) + alpha * torch.sigmoid(-gaps)).mean()
+
+
+def sympo(logps: Logps, *, beta: float) -> Tensor:
+    """SymPO with its sigmoid loss: ``σ(-β h)``, which is symmetric.
+
+    Nishimori et al. 2025, arXiv:2505.24709; ``loss_type: sigmoid`` in alignment/train of
+    nissymori/SymPO at 506e928 (without its optional clipping of rewards).
+    """
+    return torch.sigmoid(-beta * logps.h).mean()
+
+
+def holder_dpo(logps: Logps, *, beta: float, exponent: float) -> Tensor:
+    """Hölder-DPO: ``-(1 + q) mean p^q + q mean p^(1 + q)``, p = σ(β h), its paper's γ being q here.
+
+    Fujisawa et al. 2025, arXiv:2505.17859. Neither the paper's equations nor the authors' code
+    (ma921/HolderDPO) could be read here: the formula is second-hand, and that of a public write-up
+    agrees, which also gives the derivative ``-q (1 + q) p^q (1 - p)²``.
+    """
+    log_p = -softplus(-beta * logps.h)
+    first, second = torch.exp(exponent * log_p), torch.exp((1 + exponent) * log_p)
+    return (exponent * second - (1 + exponent) * first).mean()
+
+
+class REPO:
+    """RE-PO on DPO: ``-w log σ(β h) - (1 - w) log σ(-β h)``, w the probability of a right label.
+
+    ``w = η σ(β h) / (η σ(β h) + (1 - η) σ(-β h))``, a constant for autograd. η is one annotator's
+    reliability: after each batch it moves by `momentum` of the way to the mean of w (main runs of
+    the paper: from 0.9 by 0.1). Cao et al., ICLR 2026, arXiv:2509.24159, of which the equations
+    were read in a detailed public note, as the paper and its code could not be had here.
+    """
+
+    def __init__(self, *, beta: float, eta0: float, momentum: float) -> None:
+        self.beta, self.eta, self.momentum = beta, eta0, momentum
+
+    def __call__(self, logps: Logps) -> Tensor:
+        gaps = self.beta * logps.h
+        # The formula's logit: that of η plus the gap.
+        right = torch.sigmoid(gaps.detach() + math.log(self.eta / (1 - self.eta)))
+        mean = right.mean().item()
+        # A share of exactly 1 would never be left again.
+        eta = (1 - self.momentum) * self.eta + self.momentum * mean
+        self.eta = min(max(eta, 1e-6), 1 - 1e-6)
+        return (right * softplus(-gaps) + (1 - right) * softplus(gaps)).mean()
 
 
 class Running:
@@ -244,6 +292,56 @@ class PublishedGammaSimPO(_Published):
         return softplus(self.margins(gaps) - gaps).mean()
 
 
+# --- the plain logistic loss that γ-PO amounts to ---
+
+
+class _Matched:
+    """``(c / b) (-log σ(b g - d))`` with c, d, b of `gamma_loss.match_logistic`.
+
+    They are fitted to the pair weights that γ-PO has on its pool, the batch and the last `CONTEXT`
+    gaps: anew at every step or, with ``once``, until the pool has been full for the first time.
+    """
+
+    once, averaged = False, False
+
+    def __init__(self, *, beta: float, gamma0: float, tau: float) -> None:
+        self.beta, self.settings = beta, {"gamma0": gamma0, "tau": tau}
+        self.queue = torch.empty(0)
+        self.match: MatchedLoss | None = None
+
+    def __call__(self, logps: Logps) -> Tensor:
+        gaps = self.beta * (logps.d if self.averaged else logps.h)
+        full = len(self.queue) == CONTEXT
+        pool = torch.cat([self.queue.to(gaps), gaps.detach()])
+        if self.match is None or not (self.once and full):
+            self.match = match_logistic(pool, **self.settings, centered=not self.averaged)
+        self.queue = pool[-CONTEXT:]
+        c, d, b, _ = self.match
+        return c / b * softplus(d - b * gaps).mean()
+
+
+class MatchedDPO(_Matched):
+    """The loss of `_Matched` for γ-DPO, fitted at every step."""
+
+
+class MatchedDPOOnce(_Matched):
+    """The loss of `_Matched` for γ-DPO, fitted once."""
+
+    once = True
+
+
+class MatchedSimPO(_Matched):
+    """The loss of `_Matched` for γ-SimPO, fitted at every step."""
+
+    averaged = True
+
+
+class MatchedSimPOOnce(_Matched):
+    """The loss of `_Matched` for γ-SimPO, fitted once."""
+
+    once, averaged = True, True
+
+
 class Method(NamedTuple):
     label: str
     loss: Callable[..., Any]  # a function of (logps, **settings), or a class of the settings
@@ -266,13 +364,22 @@ METHODS = {
     "beta-dpo": Method("β-DPO", BetaDPO, ("a", "rho")),
     "dr-dpo": Method("Dr. DPO", dr_dpo, ("beta_prime",)),
     "ropo": Method("ROPO's loss", ropo, ("alpha",)),
+    "sympo": Method("SymPO", sympo, ()),
+    "holder-dpo": Method("Hölder-DPO", holder_dpo, ("exponent",)),
+    "re-po": Method("RE-PO", REPO, ("eta0", "momentum")),
     "gamma-dpo": Method("γ-DPO", GammaDPO, ("gamma0", "tau")),
     "gamma-dpo-published": Method("γ-DPO, 20-step loop", PublishedGammaDPO, ("gamma0", "tau")),
+    "matched-dpo": Method("matched DPO", MatchedDPO, ("gamma0", "tau")),
+    "matched-dpo-once": Method("matched DPO, once", MatchedDPOOnce, ("gamma0", "tau")),
     "simpo": Method("SimPO", simpo, ("margin",), averaged=True),
     "alpha-dpo": Method("α-DPO", AlphaDPO, ("alpha", "margin"), averaged=True),
     "amapo": Method("AMaPO", amapo, (), averaged=True),
     "gamma-simpo": Method("γ-SimPO", GammaSimPO, ("gamma0", "tau"), averaged=True),
     "gamma-simpo-published": Method(
         "γ-SimPO, 20-step loop", PublishedGammaSimPO, ("gamma0", "tau"), averaged=True
+    ),
+    "matched-simpo": Method("matched SimPO", MatchedSimPO, ("gamma0", "tau"), averaged=True),
+    "matched-simpo-once": Method(
+        "matched SimPO, once", MatchedSimPOOnce, ("gamma0", "tau"), averaged=True
     ),
 }

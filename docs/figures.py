@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-from gamma_loss import PUBLISHED_SETTINGS, solve_margins
+from gamma_loss import (
+    PUBLISHED_SETTINGS,
+    match_logistic,
+    solve_margins,
+    solve_margins_streaming,
+)
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 POOL = np.array([-6.0, -4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 6.0, 10.0])  # reward gaps
@@ -374,6 +380,131 @@ def spread_picture() -> str:
     return _inline(figure, "The margins' standard deviation over gamma0 rises with kappa")
 
 
+def picture(name: str, description: str) -> str:
+    """Return an SVG of this folder, in the text colour of the page that shows it."""
+    return _element((Path(__file__).parent / name).read_text("utf-8"), description)
+
+
+# --- what loss it is ---
+
+
+def normal_gaps(mean: float = 1.0, deviation: float = 3.0, count: int = 1000) -> Any:
+    """Return gaps in the middles of equal shares of a normal distribution."""
+    normal = NormalDist(mean, deviation)
+    return np.array([normal.inv_cdf((i + 0.5) / count) for i in range(count)])
+
+
+def sigmoid(x: Any) -> Any:
+    return 0.5 + 0.5 * np.tanh(np.asarray(x) / 2)
+
+
+def weights_picture() -> str:
+    """Pair weights over the gap for several κ, each with the matched logistic weights."""
+    figure, axis = _axes()
+    gaps = normal_gaps()
+    wide = np.linspace(-8, 10, 181)
+    colours = ("#777777", "#9aa0e8", "#5c6bc0", "#009e73", "#ef6c00")
+    for kappa, colour in zip((0.01, 1.6, 10, 100, 1e4), colours, strict=True):
+        setting = {"gamma0": 4.0, "tau": 16 / kappa}
+        rule = solve_margins_streaming([gaps], **setting)
+        match = match_logistic(gaps, **setting)
+        plain = match.scale * sigmoid(match.margin - match.beta_factor * wide)
+        label = f"κ = {kappa:g}: {match.unexplained:.0e}"
+        weights = sigmoid(rule.margins(wide) - wide)
+        axis.plot(wide, weights, color=colour, linewidth=2, label=label)
+        axis.plot(wide, plain, color=colour, linewidth=1.6, linestyle=":")
+    axis.set(xlabel="reward gap of the pair (reward units)", ylabel="pair weight", ylim=(0, 1.05))
+    axis.legend(frameon=False, loc="lower left")
+    return _inline(figure, "Pair weights fall with the gap, the flatter the larger kappa is")
+
+
+def matched() -> str:
+    """Which plain logistic loss several settings amount to on normal gaps."""
+    published = {f"`{n}`": (s["gamma0"], s["tau"]) for n, s in PUBLISHED_SETTINGS.items()}
+    rows = [
+        (name, *setting, False, 1.0, 3.0)
+        for name, setting in [*published.items(), ("", (2.0, 0.5))]
+    ]
+    rows += [
+        ("the trainers' default for γ-DPO", 4.0, 10.0, True, 1.0, 1.0),
+        ("the same", 4.0, 10.0, True, 1.0, 3.0),
+        ("", 4.0, 0.1, False, 2.0, 6.0),
+    ]
+
+    def cells(row: tuple[str, float, float, bool, float, float]) -> list[str]:
+        name, gamma0, tau, centered, mean, deviation = row
+        gaps = normal_gaps(mean, deviation)
+        match = match_logistic(gaps, gamma0=gamma0, tau=tau, centered=centered)
+        determined = match.unexplained < 0.1
+        return [
+            name or "–",
+            f"{gamma0:g}, {tau:g}",
+            f"{gamma0**2 / tau:.2g}",
+            "yes" if centered else "no",
+            f"N({mean:g}, {deviation:g}²)",
+            *(f"{v:.2f}".replace("-", "−") if determined else "–" for v in match[:3]),
+            f"{match.unexplained:.1e}".replace("-", "−"),
+        ]
+
+    columns = ["setting", "γ0, τ", "κ", "centred", "gaps", "c", "d", "b", "unexplained"]
+    return table(columns, map(cells, rows))
+
+
+def asymmetry() -> str:
+    """Asymmetry of losses at four gaps, γ-PO's in a pool of normal gaps."""
+    at = np.array([0.5, 1.0, 2.0, 4.0])
+
+    def gamma_po(gamma0: float, tau: float, centre: float) -> Callable[[Any], Any]:
+        rule = solve_margins_streaming([normal_gaps()], gamma0=gamma0, tau=tau)
+        return lambda g: sigmoid(rule.margins(g) - centre - g)
+
+    losses: dict[str, Callable[[Any], Any]] = {
+        "DPO": lambda g: sigmoid(-g),
+        "cDPO, ε = 0.2": lambda g: sigmoid(-g) - 0.2,
+        "rDPO, ε = 0.2": lambda g: sigmoid(-g) + 0.2 / 0.6,
+        "ROPO, α = 14": lambda g: sigmoid(-g) * (1 + 14 * sigmoid(g)),
+        "SymPO": lambda g: sigmoid(g) * sigmoid(-g),
+        "Hölder-DPO, q = 2": lambda g: sigmoid(g) ** 2 * sigmoid(-g) ** 2,
+        "Hölder-DPO, q = 1": lambda g: sigmoid(g) * sigmoid(-g) ** 2,
+        "γ-DPO, γ0 = 4, τ = 10": gamma_po(4.0, 10.0, 4.0),
+        "γ-DPO, γ0 = 2, τ = 0.5": gamma_po(2.0, 0.5, 2.0),
+        "SimPO, d = 4": lambda g: sigmoid(4 - g),
+        "γ-SimPO, γ0 = 4, τ = 10": gamma_po(4.0, 10.0, 0.0),
+        "SimPO, d = 3": lambda g: sigmoid(3 - g),
+        "γ-SimPO, γ0 = 3, τ = 3": gamma_po(3.0, 3.0, 0.0),
+        "SimPO, d = 2": lambda g: sigmoid(2 - g),
+        "γ-SimPO, γ0 = 2, τ = 0.5": gamma_po(2.0, 0.5, 0.0),
+        "γ-SimPO, γ0 = 2, τ = 0.01": gamma_po(2.0, 0.01, 0.0),
+    }
+    rows = []
+    for name, weight in losses.items():
+        there, here = weight(-at), weight(at)
+        share = np.where(here + there == 0, 0, (there - here) / (there + here))
+        rows.append([name, *(f"{100 * value + 0:.0f}" for value in share.round(4))])
+    return table(["loss", *(f"g = {gap:g}" for gap in at)], rows)
+
+
+def suppression_of_flips() -> str:
+    """How exact margins change the ratio of flipped to clean pairs' mean weights."""
+    settings = ((4.0, 10.0, True), (2.0, 0.5, True), (4.0, 10.0, False), (2.0, 0.5, False))
+    rows = []
+    for mean, deviation in ((0.3, 0.5), (1, 1), (1, 3), (2, 2), (3, 2), (5, 2)):
+        clean = normal_gaps(mean, deviation, 4000)
+        flipped = -normal_gaps(mean, deviation, 1000)
+        pool = np.concatenate([clean, flipped])
+        cells = []
+        for gamma0, tau, centered in settings:
+            margins = solve_margins(pool, gamma0=gamma0, tau=tau).margins
+            ratios = []
+            for shifts in (gamma0, margins):
+                weights = sigmoid(shifts - (gamma0 if centered else 0.0) - pool)
+                ratios.append(weights[4000:].mean() / weights[:4000].mean())
+            cells.append(" → ".join(f"{ratio:.2f}" for ratio in ratios))
+        rows.append([f"m = {mean:g}, s = {deviation:g}", *cells])
+    names = [f"γ-{'DPO' if c else 'SimPO'} {g:g}, {t:g}" for g, t, c in settings]
+    return table(["clean gaps", *names], rows)
+
+
 def _axes() -> Any:
     import matplotlib
 
@@ -394,7 +525,10 @@ def _inline(figure: Any, description: str) -> str:
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     plt.close(figure)
     svg = out.getvalue()
-    svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
+    return _element(svg[svg.index("<svg") :].replace("#000000", "currentColor"), description)
+
+
+def _element(svg: str, description: str) -> str:
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
     return "<figure>" + "".join(svg.splitlines()) + "</figure>"
 

@@ -23,6 +23,7 @@ from gamma_loss.queue import QueueState, queue_init, queue_push
 from gamma_loss.smoothing import label_smoothing_from_shift, shift_from_label_smoothing
 
 if TYPE_CHECKING:
+    from gamma_loss.matching import MatchedLoss, choose_settings, match_logistic
     from gamma_loss.streaming import MarginRule, solve_margins_streaming
     from gamma_loss.torch import (
         GammaDPOLoss,
@@ -43,11 +44,14 @@ __all__ = [
     "GapQueue",
     "MarginRule",
     "MarginSolution",
+    "MatchedLoss",
     "QueueState",
+    "choose_settings",
     "gamma_dpo_loss",
     "gamma_preference_loss",
     "gamma_simpo_loss",
     "label_smoothing_from_shift",
+    "match_logistic",
     "metrics",
     "preference_loss",
     "queue_init",
@@ -59,6 +63,7 @@ __all__ = [
 ]
 
 _LATER = {
+    "gamma_loss.matching": ("MatchedLoss", "choose_settings", "match_logistic"),
     "gamma_loss.streaming": ("MarginRule", "solve_margins_streaming"),
     "gamma_loss.torch": (
         "GammaDPOLoss",

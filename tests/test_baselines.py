@@ -7,6 +7,8 @@ import oracles
 import pytest
 
 torch = pytest.importorskip("torch")
+optimize = pytest.importorskip("scipy.optimize")
+from benchmarks import baselines  # noqa: E402
 from benchmarks.baselines import METHODS, Logps, Running  # noqa: E402
 from benchmarks.noise_study.variants import GammaVariant, through  # noqa: E402
 from gamma_loss import solve_margins  # noqa: E402
@@ -17,7 +19,7 @@ H = (ARRAYS[0] - ARRAYS[1]) - (ARRAYS[2] - ARRAYS[3])
 D = ARRAYS[0] - ARRAYS[1]
 SETTINGS = {
     "margin": 0.7, "epsilon": 0.2, "a": 0.5, "rho": 0.25, "beta_prime": 0.8, "alpha": 14.0,
-    "gamma0": 1.5, "tau": 0.8,
+    "gamma0": 1.5, "tau": 0.8, "exponent": 1.5, "eta0": 0.85, "momentum": 0.3,
 }  # fmt: skip
 # Sums of a few dozen float64 terms of order one.
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -48,6 +50,10 @@ def exact(gaps, gamma0=SETTINGS["gamma0"], tau=SETTINGS["tau"]):
     return oracles.margins(gaps, gamma0, tau)[0].astype(float)
 
 
+def right(h, eta):  # RE-PO's probability that a label is right
+    return eta * sigmoid(h) / (eta * sigmoid(h) + (1 - eta) * sigmoid(-h))
+
+
 def amapo_margin(d):
     z = (d.mean() - d) / d.std(ddof=1)
     return np.where(d < d.mean(), np.exp(z * d.mean()), 0)
@@ -65,6 +71,13 @@ FORMULAS = {
     "ipo": lambda: ((H - 1 / 1.2) ** 2).mean(),
     "dr-dpo": lambda: -0.8 * np.log(np.exp(-nll(0.6 * H) / 0.8).mean()),
     "ropo": lambda: (56 / 225 * nll(0.6 * H) + 784 / 225 * sigmoid(-0.6 * H)).mean(),
+    "sympo": lambda: (1 / (1 + np.exp(0.6 * H))).mean(),
+    "holder-dpo": lambda: (
+        1.5 * (sigmoid(0.6 * H) ** 2.5).mean() - 2.5 * (sigmoid(0.6 * H) ** 1.5).mean()
+    ),
+    "re-po": lambda: (
+        right(0.6 * H, 0.85) * nll(0.6 * H) + (1 - right(0.6 * H, 0.85)) * nll(-0.6 * H)
+    ).mean(),
     "gamma-dpo": lambda: nll(0.6 * H - exact(0.6 * H) + 1.5).mean(),
     "simpo": lambda: nll(0.6 * D - 0.7).mean(),
     "alpha-dpo": lambda: nll(0.6 * (D - alpha_shift(H)) - 0.7).mean(),
@@ -81,7 +94,8 @@ def test_formula(name):
 
 def test_every_method_has_a_test():
     assert METHODS.keys() - FORMULAS.keys() == {
-        "beta-dpo", "gamma-dpo-published", "gamma-simpo-published"
+        "beta-dpo", "gamma-dpo-published", "gamma-simpo-published",
+        "matched-dpo", "matched-dpo-once", "matched-simpo", "matched-simpo-once",
     }  # fmt: skip
 
 
@@ -130,6 +144,77 @@ def test_the_largest_pair_weight_of_ropo_is_one():
     assert abs((-gradient).max().item() - 1) < 1e-6
 
 
+def weights_of(loss, arrays=ARRAYS, beta=0.6):
+    """Minus the derivative of each pair's loss with respect to its reward gap."""
+    policy = torch.tensor(arrays[0], requires_grad=True)
+    value = loss(Logps(policy, *torch.tensor(arrays[1:])))
+    (gradient,) = torch.autograd.grad(value, policy)
+    return -gradient.numpy() * len(policy) / beta
+
+
+def test_weights_of_the_robust_peers():
+    p = sigmoid(0.6 * H)
+    np.testing.assert_allclose(weights_of(make("sympo")), p * (1 - p), **CLOSE)
+    holder = 1.5 * 2.5 * p**1.5 * (1 - p) ** 2
+    np.testing.assert_allclose(weights_of(make("holder-dpo")), holder, **CLOSE)
+    # With w held: w (1 - p) - (1 - w) p.
+    np.testing.assert_allclose(weights_of(make("re-po")), right(0.6 * H, 0.85) - p, **CLOSE)
+
+
+def test_repo_learns_how_reliable_the_labels_are():
+    repo = make("re-po")
+    repo(logps())
+    eta = 0.7 * 0.85 + 0.3 * right(0.6 * H, 0.85).mean()
+    assert repo.eta == pytest.approx(eta, rel=1e-12)
+    np.testing.assert_allclose(weights_of(repo), right(0.6 * H, eta) - sigmoid(0.6 * H), **CLOSE)
+    certain = make("re-po", eta0=0.99, momentum=1.0, beta=1000.0)
+    certain(logps(np.abs(ARRAYS) * np.array([[1.0], [0], [0], [0]])))
+    assert 0 < certain.eta < 1
+
+
+def fitted(gaps, target):
+    """The closest ``c σ(d - b g)`` to the weights, by another fit."""
+    found = optimize.least_squares(
+        lambda at: at[0] * sigmoid(at[1] - at[2] * gaps) - target, [1.0, 0.5, 0.7],
+        xtol=1e-15, ftol=1e-15, gtol=1e-15,
+    )  # fmt: skip
+    return found.x
+
+
+@pytest.mark.parametrize(("family", "gaps", "centre"), [("dpo", H, 1.5), ("simpo", D, 0.0)])
+def test_matched_losses_have_the_closest_weights(family, gaps, centre):
+    gaps = 0.6 * gaps
+    c, d, b = fitted(gaps, sigmoid(exact(gaps) - centre - gaps))
+    for name in (f"matched-{family}", f"matched-{family}-once"):
+        # What two fits to 1e-12 of a minimum may differ by.
+        expected = c * sigmoid(d - b * gaps)
+        np.testing.assert_allclose(weights_of(make(name)), expected, atol=1e-6)
+        assert value(name) == pytest.approx(c / b * nll(b * gaps - d).mean(), rel=1e-5)
+
+
+def test_matched_losses_are_fitted_to_batch_and_queue(monkeypatch):
+    monkeypatch.setattr(baselines, "CONTEXT", 40)
+    always, once = make("matched-dpo"), make("matched-dpo-once")
+    batches = [np.random.default_rng(seed).normal(size=(4, 16)) for seed in range(6)]
+    matches = []
+    for i, batch in enumerate(batches):
+        always(logps(batch)), once(logps(batch))
+        matches.append((always.match, once.match))
+        h = [0.6 * (b[0] - b[1] - b[2] + b[3]) for b in batches[: i + 1]]
+        pool = np.concatenate(h)[-(40 + 16) :]
+        c, d, b = fitted(pool, sigmoid(exact(pool) - 1.5 - pool))
+        np.testing.assert_allclose(always.match[:3], [c, d, b], rtol=1e-4, atol=1e-4)
+    assert all(a == o for a, o in matches[:3])  # 16, 32 and then 40 remembered
+    assert matches[3][1] == matches[5][1]
+    assert matches[3][0] != matches[5][0]
+
+
+def test_matched_losses_start_as_the_plain_one():
+    """At the first step of a policy that is its own reference all gaps are 0."""
+    still = np.tile(ARRAYS[:2], (2, 1))
+    np.testing.assert_allclose(weights_of(make("matched-dpo"), still), 0.5, **CLOSE)
+
+
 def test_beta_dpo_keeps_what_is_usual():
     arrays = np.zeros((4, 8))
     arrays[0] = [0, 0.1, -0.1, 0.05, -0.05, 0.02, 40.0, -40.0]  # the last two far off
@@ -173,7 +258,12 @@ def test_the_published_loop_differs_where_it_does_not():
     assert np.abs(margins - exact(gaps, 4.0, 0.1)).max() > 4.0
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("alpha-dpo", "amapo")])
+HELD = ("alpha-dpo", "amapo", "re-po")  # whose constants for autograd depend on the policy
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if name not in HELD and not name.startswith("matched")]
+)
 def test_gradient_by_finite_differences(name):
     """Where margins are constants for autograd they are held at the undisturbed ones."""
 

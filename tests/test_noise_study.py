@@ -17,12 +17,12 @@ from scipy import stats  # noqa: E402
 
 from benchmarks.baselines import METHODS  # noqa: E402
 from benchmarks.noise_study import __main__ as command  # noqa: E402
-from benchmarks.noise_study import plan, report, tasks, train  # noqa: E402
+from benchmarks.noise_study import outcomes, plan, report, tables, tasks, train  # noqa: E402
 from gamma_loss import PUBLISHED_SETTINGS  # noqa: E402
 
 TINY = plan.Study(
     size="quick", seeds=2, configurations=2, tasks=("digits",), noises=(("uniform", 0.4),),
-    ablation_noises=(), cost_seconds=0.0,
+    ablation_noises=(), kappas=(10.0,), redrawn=False, cost_seconds=0.0,
 )  # fmt: skip
 FEW = {name: METHODS[name] for name in ("dpo", "gamma-dpo", "simpo", "gamma-simpo")}
 COST = {
@@ -69,6 +69,17 @@ def test_flips_at_a_lower_rate_are_among_those_at_a_higher(kind):
     assert not torch.equal(few, tasks.flips(DIFFERENCE, kind, 0.1, seed=2))
 
 
+def test_flips_of_a_call_are_those_of_whole_micro_batches():
+    flipped = tasks.flips(DIFFERENCE, "call", 0.2, seed=1)
+    assert torch.equal(flipped[::2], flipped[1::2])
+    spread = math.sqrt(0.2 * 0.8 / (len(flipped) / 2))
+    assert abs(flipped.double().mean() - 0.2) < 5 * spread
+    # ... and of nothing larger: neighbours agree as often as independent draws do.
+    agree = (flipped[::2][1:] == flipped[::2][:-1]).double().mean()
+    assert abs(agree - (0.2**2 + 0.8**2)) < 5 * spread
+    assert len(tasks.flips(DIFFERENCE[:7], "call", 0.5, seed=1)) == 7
+
+
 # --- the tasks ---
 
 
@@ -113,6 +124,35 @@ def test_a_run_repeats_itself():
     second.pop("step_seconds")
     assert first == second
     assert len(first["test"]) == train.CHECKPOINTS
+
+
+def test_flips_of_a_call_are_drawn_at_every_call(monkeypatch):
+    """As labels: with all log-ratios positive where labels are right, signs tell the flips."""
+    task = tasks.load("digits", "quick", 0, "cpu")
+    seen = []
+
+    def better_is_better(model, inputs):
+        scores = torch.tensor([1.0, 0.0]).expand(len(inputs), 2)
+        return scores + 0 * task.logps(model, inputs)
+
+    def watch(spec):
+        return lambda logps: seen.append(logps.d.detach() < 0) or logps.d.mean()
+
+    changed = task._replace(logps=better_is_better)
+    monkeypatch.setattr(train, "load", lambda *arguments: changed)
+    monkeypatch.setattr(train, "make_loss", watch)
+    result = train.run({**a_spec("simpo"), "stage": "search", "kind": "call"})["result"]
+    assert result["test"] == [1.0] * train.CHECKPOINTS  # test labels are clean
+    assert all(torch.equal(flips[::2], flips[1::2]) for flips in seen)
+    assert len({tuple(flips.tolist()) for flips in seen}) > 1
+    assert 0.2 < torch.cat(seen).double().mean() < 0.6
+
+
+@pytest.mark.parametrize("name", ["gamma-dpo", "matched-dpo"])
+def test_pairs_are_kept_for_the_figures_only(name):
+    result = train.run(a_spec(name))["result"]
+    kept = train.CHECKPOINTS if name in train.FIGURED else 0
+    assert len(result["pairs"]) == kept
 
 
 def test_a_run_that_diverges_says_so(monkeypatch):
@@ -164,6 +204,63 @@ def test_every_method_has_the_same_budget(task):
         assert all(set(METHODS[method].settings) < s["settings"].keys() for s in specs)
 
 
+def test_matched_losses_share_the_configurations():
+    for base in ("dpo", "simpo"):
+        names = (f"gamma-{base}", f"matched-{base}", f"matched-{base}-once")
+        first, *others = (plan.configurations(name, "digits", 12) for name in names)
+        assert others == [first, first]
+
+
+def test_settings_drawn_anew():
+    study = plan.Study()
+    tried = [
+        [s["settings"] for s in plan.search(study, "digits", m, "uniform", 0.2, seed, "redrawn")]
+        for seed, m in itertools.product((0, 1), ("gamma-dpo", "matched-dpo", "dpo"))
+    ]
+    assert tried[0] == tried[1]  # γ-PO's and the matched loss's
+    assert tried[0] != tried[3]  # another seed's
+    assert [(s["lr"], s["beta"]) for s in tried[0]] == [(s["lr"], s["beta"]) for s in tried[2]]
+    shared = [s["settings"] for s in plan.search(study, "digits", "dpo", "uniform", 0.2, 0)]
+    assert not any(s in shared for s in tried[2])
+    few = TINY._replace(redrawn=True)
+    planned = [s for block in plan.blocks(few, {}) for s in block]
+    anew = [s for s in planned if s.get("stage") == "redrawn"]
+    assert len(anew) == len(plan.REDRAWN) * 2 * 2  # for each of two seeds two configurations
+    assert plan.expected(few)["digits"] - plan.expected(TINY)["digits"] == len(anew)
+
+
+def test_kappa_alone_is_swept():
+    study = TINY._replace(seeds=1, kappas=(0.01, 1.0, 1e4))
+    records = {}
+    for base in ("dpo", "simpo"):
+        first, second = plan.search(study, "digits", base, "uniform", 0.4, 0)
+        for s, noisy in ((first, 0.6), (second, 0.7)):
+            records[plan.key(s)] = a_record(s, noisy=[noisy], clean=[0.0], test=[0.0])
+    specs = list(plan.over_kappa(study, records, "digits"))
+    assert len(specs) == 3 * 6 + 1
+    assert len({plan.key(s) for s in specs}) == len(specs)
+    chosen = plan.search(study, "digits", "dpo", "uniform", 0.4, 0)[1]["settings"]
+    for s in specs:
+        settings = s["settings"]
+        assert (settings["lr"], settings["beta"]) == (chosen["lr"], chosen["beta"])
+        if s["method"] == "simpo":
+            assert settings["margin"] == plan.KAPPA_GAMMA0
+        else:
+            assert settings["gamma0"] == plan.KAPPA_GAMMA0
+    kappas = {round(16 / s["settings"]["tau"], 6) for s in specs if s["method"] == "matched-dpo"}
+    assert kappas == {0.01, 1.0, 1e4}
+    assert list(plan.over_kappa(study, {}, "digits")) == []
+
+
+def test_no_run_of_the_results_file_is_lost():
+    """What was run stays part of the plan, so that it is not run again."""
+    path = Path(command.ROOT) / "benchmarks" / "results" / "noise_study.jsonl"
+    records = command.read(path)
+    assert len(records) > 20_000
+    planned = {plan.key(s) for block in plan.blocks(plan.Study(), records) for s in block}
+    assert records.keys() <= planned
+
+
 def a_record(spec, **result):
     return {**spec, "result": {"diverged": False, **result}, "seconds": 1.0}
 
@@ -209,15 +306,15 @@ def test_choice_for_all_seeds():
     ]  # fmt: skip
     runs = plan.choose_for_all(TINY, records, *cell)
     assert [(run["seed"], run["result"]["noisy"][-1]) for run in runs] == [(0, 0.8), (1, 0.6)]
-    results = report.Results(TINY, records)
+    results = outcomes.Results(TINY, records)
     assert results.accuracy(*cell, shared=True) == {0: 40.0, 1: 30.0}
     assert results.accuracy(*cell) == {0: 45.0, 1: 30.0}
     records.popitem()
     assert plan.choose_for_all(TINY, records, *cell) is None
-    assert report.Results(TINY, records).accuracy(*cell, shared=True) == {}
+    assert outcomes.Results(TINY, records).accuracy(*cell, shared=True) == {}
 
 
-def test_verdict_counts_cells_won_and_lost():
+def test_gains_count_cells_won_and_lost():
     """γ-DPO is ahead of DPO by 10 to 12 points in one noise, and behind by 20 to 22 in another."""
     study = TINY._replace(
         seeds=3, configurations=1, noises=(("uniform", 0.0), ("uniform", 0.2), ("uniform", 0.4))
@@ -228,9 +325,9 @@ def test_verdict_counts_cells_won_and_lost():
             for method, test in (("dpo", 50), ("gamma-dpo", 50 + gain)):
                 (s,) = plan.search(study, "digits", method, "uniform", rate, seed)
                 records[plan.key(s)] = a_record(s, noisy=[0.5], clean=[0.5], test=[test / 100])
-    rows = report.verdict(report.Results(study, records)).splitlines()
+    rows = tables.gains(outcomes.Results(study, records)).splitlines()
     # The seeds' means over the two noisy cells are all -5.
-    expected = [f"| γ-DPO − DPO | {way} | −5.0 ± 0.0; 1, 1 of 2 |" for way in report.WAYS]
+    expected = [f"| γ-DPO − DPO | {way} | −5.0 ± 0.0; 1, 1 of 2 |" for way in outcomes.WAYS]
     assert [row for row in rows if row.startswith("| γ-DPO − DPO |")] == expected
 
 
@@ -242,7 +339,7 @@ def test_weights_that_margins_change_are_compared_at_the_same_gaps():
     trace = {**s, "stage": "trace"}
     gaps, flipped, margins = [-2.0, 3.0], [1, 0], [0.0, 2.0]
     record = a_record(s, noisy=[0.5], clean=[0.5], test=[0.5])
-    results = report.Results(study, {
+    results = outcomes.Results(study, {
         plan.key(trace): a_record(trace, pairs=[[gaps, flipped, margins, gaps]])
     })  # fmt: skip
     results.chosen = lambda *cell, seed: record if cell[1] == "gamma-dpo" else None
@@ -251,7 +348,7 @@ def test_weights_that_margins_change_are_compared_at_the_same_gaps():
         return 1 / (1 + math.exp(-x))
 
     before, after = weight(2) / weight(-3), weight(1) / weight(-2)
-    assert f"| γ-DPO | {before:.2f} → {after:.2f} |" in report.suppression(results)
+    assert f"| γ-DPO | {before:.2f} → {after:.2f} |" in tables.suppression(results)
 
 
 def test_settings_of_the_grid_are_compared_by_seed():
@@ -267,7 +364,7 @@ def test_settings_of_the_grid_are_compared_by_seed():
             gain += 0.1 * (change == {"gamma0": 2.0, "tau": 3.0})
             spec = {**s, "stage": "ablation", "change": change}
             records[plan.key(spec)] = a_record(spec, noisy=[0.5], clean=[0.5], test=[0.5 + gain])
-    table = report.grid(report.Results(study, records))
+    table = tables.grid(outcomes.Results(study, records))
     half = stats.t.ppf(0.975, 1) * math.sqrt(2) / math.sqrt(2)
     (row,) = [line for line in table.splitlines() if line.startswith("| γ-DPO, digits")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
@@ -351,7 +448,9 @@ def test_workers():
 def test_estimate_of_the_time_left():
     study = TINY._replace(tasks=("digits", "bytes"))
     total = plan.expected(study)["digits"]
-    assert total == 15 * 2 * (2 + 1)  # for each of two seeds two configurations and a trace
+    # For each of two seeds two configurations and a trace; at one κ two families of three
+    # methods, and SimPO.
+    assert total == 22 * 2 * (2 + 1) + 2 * (2 * 3 + 1)
     estimate = command.Estimate(study, {})
     assert estimate.runs() == 2 * total
     for _ in range(10):
@@ -364,18 +463,114 @@ def test_estimate_of_the_time_left():
 
 def test_interval_and_paired_test():
     ours, theirs = [3.0, 4.5, 5.0, 4.0], [2.5, 4.0, 5.5, 3.0]
-    centre, half, p = report.paired(dict(enumerate(ours)), dict(enumerate(theirs)))
+    centre, half, p = outcomes.paired(dict(enumerate(ours)), dict(enumerate(theirs)))
     expected = stats.ttest_rel(ours, theirs)
     assert (centre, p) == pytest.approx((0.375, expected.pvalue))
     low, high = expected.confidence_interval()
     assert half == pytest.approx((high - low) / 2)
-    assert report.paired({0: 1.0, 1: 2.0}, {1: 1.5, 2: 9.0})[0] == 0.5  # the seed that both have
-    assert report.paired({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})[2] == 1.0
+    assert outcomes.paired({0: 1.0, 1: 2.0}, {1: 1.5, 2: 9.0})[0] == 0.5  # the seed that both have
+    assert outcomes.paired({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})[2] == 1.0
+
+
+def test_equivalence_and_the_smallest_effect_that_would_be_seen():
+    gains = [0.4, -0.1, 0.3, 0.2, 0.5]
+    found = outcomes.compare(gains)
+    high = stats.ttest_1samp(gains, 1.0, alternative="less").pvalue
+    low = stats.ttest_1samp(gains, -1.0, alternative="greater").pvalue
+    assert found.equivalence_p == pytest.approx(max(high, low))
+    assert found.p == pytest.approx(stats.ttest_1samp(gains, 0.0).pvalue)
+    # Of studies with this spread and an effect of that size, four in five are significant.
+    rng = np.random.default_rng(0)
+    studies = rng.normal(found.detectable, np.std(gains, ddof=1), (20_000, 5))
+    seen = stats.ttest_1samp(studies, 0.0, axis=1).pvalue < 0.05
+    assert seen.mean() == pytest.approx(0.8, abs=5 * math.sqrt(0.8 * 0.2 / 20_000))
+    far = outcomes.compare([1.4, 0.9, 1.3])
+    assert far.equivalence_p > 0.5
+    assert outcomes.compare([0.5, 0.5]).equivalence_p == 0.0
+    assert outcomes.compare([1.5, 1.5]).equivalence_p == 1.0
+
+
+def test_gains_at_equal_settings():
+    """Settings k of both methods are paired, in each seed, over the noisy cells."""
+    study = TINY._replace(noises=(("uniform", 0.0), ("uniform", 0.2), ("uniform", 0.4)))
+    records = {}
+    for seed, (_, rate), method in itertools.product(range(2), study.noises, ("dpo", "gamma-dpo")):
+        for k, s in enumerate(plan.search(study, "digits", method, "uniform", rate, seed)):
+            # By hand: γ-DPO's gain is 10 k + 2 seed points at 20 %, twice that at 40 %.
+            gain = (0.1 * k + 0.02 * seed) * rate / 0.2 * (method == "gamma-dpo")
+            test = 0.5 + gain if rate else 0.1
+            records[plan.key(s)] = a_record(s, noisy=[0.5], clean=[0.5], test=[test])
+    results = outcomes.Results(study, records)
+    first, second = results.at_equal_settings("digits", "gamma-dpo", "dpo")
+    assert first == pytest.approx({0: 0.0, 1: 3.0})
+    assert second == pytest.approx({0: 15.0, 1: 18.0})
+    everything = tables.pooled(results, "digits", "gamma-dpo", "dpo")
+    assert everything == pytest.approx([7.5, 10.5])
+    kappas = results.kappas("gamma-dpo")
+    above = tables.pooled(results, "digits", "gamma-dpo", "dpo", (max(kappas), math.inf))
+    assert above == pytest.approx(
+        list((first, second)[kappas.index(max(kappas))].values())
+    )  # fmt: skip
+    for seed, (_, rate), m in itertools.product(range(2), study.noises[1:], ("dpo", "gamma-dpo")):
+        for s in plan.search(study, "digits", m, "uniform", rate, seed, "redrawn"):
+            # A gain of one point for each unit of log κ, so that which κ counts shows.
+            gain = math.log(s["settings"].get("gamma0", 1) ** 2 / s["settings"].get("tau", 1)) / 100
+            records[plan.key(s)] = a_record(s, noisy=[0.5], clean=[0.5], test=[0.5 + gain])
+    anew = tables.pooled(results, "digits", "gamma-dpo", "dpo", (1.0, math.inf), "redrawn")
+    strong = [
+        [math.log(kappa) for kappa in results.kappas("gamma-dpo", seed + 1) if kappa >= 1]
+        for seed in range(2)
+    ]
+    assert anew == pytest.approx([np.mean(gains) for gains in strong if gains])
+    row = next(r for r in tables.verdict(results).splitlines() if "DPO, equal settings |" in r
+               and "matched" not in r)  # fmt: skip
+    assert row.startswith("| γ-DPO − DPO, equal settings | +9.00 ± ")
+    assert row.endswith(": open |")
+    assert "not run yet" in tables.verdict(results)
+
+
+def test_gains_over_kappa():
+    study = TINY._replace(seeds=2, kappas=(1.0, 100.0))
+    records = {}
+    for seed, base in itertools.product(range(2), ("dpo", "simpo")):
+        for s in plan.search(study, "digits", base, "uniform", 0.4, seed):
+            records[plan.key(s)] = a_record(s, noisy=[0.5], clean=[0.5], test=[0.5])
+    for s in list(plan.over_kappa(study, records, "digits")):
+        strong = s["settings"].get("tau") == 0.16
+        test = 0.5 + (0.04 if s["method"] == "gamma-dpo" and strong else 0.0)
+        records[plan.key(s)] = a_record(s, noisy=[0.5], clean=[0.5], test=[test])
+    table = tables.over_kappa(outcomes.Results(study, records))
+    assert "| γ-DPO − matched DPO, digits | +0.00 ± 0.00 | +4.00 ± 0.00 |" in table
+    assert "| γ-SimPO − matched SimPO, once, digits | +0.00 ± 0.00 | +0.00 ± 0.00 |" in table
+
+
+def test_settings_that_were_chosen_are_named():
+    study = TINY._replace(noises=(("uniform", 0.4),))
+    records = {}
+    for seed, (method, best) in itertools.product(
+        range(2), {"gamma-dpo": 1, "dpo": 0, "gamma-simpo": 0, "simpo": 1}.items()
+    ):
+        for k, s in enumerate(plan.search(study, "digits", method, "uniform", 0.4, seed)):
+            noisy = 0.6 + 0.1 * (k == best)
+            records[plan.key(s)] = a_record(s, noisy=[noisy], clean=[0.5], test=[0.5])
+    results = outcomes.Results(study, records)
+    kappas = [f"{kappa:.2g}" for kappa in results.kappas("gamma-dpo")]
+    table = tables.choices(results)
+    assert f"| γ-DPO, digits | 2 (κ = {kappas[1]}); 1 |" in table
+    assert f"| γ-SimPO, digits | 1 (κ = {kappas[0]}); 2 |" in table
+
+
+def test_the_reference_is_measured():
+    spec = {"stage": "reference", "size": "quick", "device": "cpu", "task": "digits", "seed": 0}
+    found = train.run(spec)["result"]["ranking"]
+    logps = tasks.load("digits", "quick", 0, "cpu").test.reference.numpy()
+    better, worse = logps[:, 0] > logps[:, 1], logps[:, 0] < logps[:, 1]
+    assert found == pytest.approx(0.5 + 0.5 * (better.mean() - worse.mean()), abs=1e-4)
 
 
 def test_holm():
     # By hand: 4 * 0.01, 3 * 0.02, 2 * 0.04 and, never below an earlier one, 1 * 0.05.
-    adjusted = report.holm([0.04, 0.01, math.nan, 0.05, 0.02])
+    adjusted = outcomes.holm([0.04, 0.01, math.nan, 0.05, 0.02])
     assert adjusted == pytest.approx([0.08, 0.04, math.nan, 0.08, 0.06], nan_ok=True)
 
 
@@ -385,22 +580,42 @@ def test_holm():
 def test_report_from_the_file_alone(done, tmp_path):
     records = command.read(done)
     report.write(TINY, records, tmp_path)
-    page = (tmp_path / "reproduction.md").read_text()
+    page = (tmp_path / "reproduction_tables.md").read_text()
     assert "a machine" in page
-    assert "**The study is not complete:** 11 cells" in page  # the methods that were left out
-    runs = report.Results(TINY, records).accuracy("digits", "gamma-dpo", "uniform", 0.4)
-    centre, half = np.mean(list(runs.values())), report.interval(runs.values())[1]
+    assert "**Not run yet:** DPO, fixed margin, cDPO" in page
+    assert "not complete" not in page
+    runs = outcomes.Results(TINY, records).accuracy("digits", "gamma-dpo", "uniform", 0.4)
+    centre, half = np.mean(list(runs.values())), outcomes.interval(runs.values())[1]
     assert f"| γ-DPO | {centre:.1f} ± {half:.1f} |" in page
     assert "| SimPO | " in page
-    assert "| AMaPO | – |" in page
-    for name in ("accuracy", "rewards", "margins", "weights", "roc", "grid"):
-        picture = (tmp_path / f"reproduction_{name}.png").read_bytes()
-        assert picture.startswith(b"\x89PNG")
+    assert "| AMaPO | " not in page
+    for name in report.FIGURES:
+        picture = (tmp_path / f"reproduction_{name}.svg").read_text()
+        assert picture.startswith("<svg")
+        assert "currentColor" in picture  # so that it is legible in the dark
+        assert "#000000" not in picture
     report.write(TINY, records, tmp_path)
-    assert (tmp_path / "reproduction.md").read_text() == page
-    (tmp_path / "reproduction.md").write_text(page.replace("<!-- /tests -->", ""))
+    assert (tmp_path / "reproduction_tables.md").read_text() == page
+    records.pop(plan.key(plan.search(TINY, "digits", "dpo", "uniform", 0.4, 1)[0]))
+    assert "**The study is not complete:** 1 cells" in tables.status(
+        outcomes.Results(TINY, records)
+    )
+    (tmp_path / "reproduction_tables.md").write_text(page.replace("<!-- /tests -->", ""))
     with pytest.raises(ValueError, match="marks of 'tests' once, has them 0 times"):
         report.write(TINY, records, tmp_path)
+
+
+def test_the_pages_are_what_the_results_file_says():
+    path = Path(command.ROOT) / "benchmarks" / "results" / "noise_study.jsonl"
+    results = outcomes.Results(plan.Study(), command.read(path))
+    for name, makers in report.PAGES.items():
+        page = (report.DOCS / name).read_text(encoding="utf-8")
+        for table, make in makers.items():
+            assert f"<!-- {table} -->\n\n{make(results)}\n\n<!-- /{table} -->" in page, table
+    for figure in report.FIGURES:
+        assert f'picture("reproduction_{figure}.svg"' in "".join(
+            (report.DOCS / name).read_text(encoding="utf-8") for name in report.PAGES
+        )
 
 
 def test_command_line(tmp_path, monkeypatch, capsys, done):

@@ -4,6 +4,7 @@
     python -m benchmarks.noise_study --quick      # a smoke test, under a minute
     python -m benchmarks.noise_study report       # tables and figures from the results file alone
 
-`tasks` makes the data, `train` does one run, `plan` says which runs there are, `report` writes
-docs/reproduction.md and its figures.
+`tasks` (and `raters`) make the data, `train` does one run, `plan` says which runs there are.
+`outcomes` looks up what came out, `tables` and `figures` show it, and `report` writes the two
+pages, docs/reproduction.md and docs/reproduction_tables.md.
 """

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from benchmarks import _harness as harness
 from benchmarks.noise_study import plan, report
-from benchmarks.noise_study.plan import LARGE, QUICK, Records, Study, key
+from benchmarks.noise_study.plan import LARGE, PEOPLE, QUICK, Records, Study, key
 from benchmarks.noise_study.train import Spec, run
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +66,7 @@ class Estimate:
             self.add(record)
 
     def add(self, record: dict[str, Any]) -> None:
-        if record["stage"] in ("search", "trace", "ablation"):
+        if record["stage"] in ("search", "trace", "ablation", "kappa", "redrawn"):
             self.left[record["task"]] -= 1
             self.seconds[record["task"]].append(record["seconds"])
 
@@ -115,6 +115,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--workers", type=int, help="processes (default: 2, 1 with --quick, 8 on a GPU)")
     add("--hours", type=float, default=1e9, help="stop after this time; a later call goes on")
     add("--seeds", type=int, help="repetitions of everything (default: 5)")
+    add(
+        "--published-noise",
+        action="store_true",
+        help="flips as in the published code too: whole micro-batches, drawn at each call",
+    )
+    add(
+        "--raters",
+        action="store_true",
+        help="the study with labels by real annotators, in a file of its own; needs a network once",
+    )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a larger model, fewer runs")
     add("--results", type=Path, help="the file that runs are appended to and reports read")
     add("--docs", type=Path, help="folder of reproduction.md and its figures")
@@ -128,7 +138,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     results, docs = ROOT / "benchmarks" / "results", ROOT / "docs"
     if args.quick:
         results = docs = Path(tempfile.mkdtemp())
-    elif args.device == "cuda":  # the page in docs/ is about the study on the CPU
+    elif args.raters:  # the pages in docs/ are about the small tasks
+        results = docs = results / "noise_study_raters"
+    elif args.device == "cuda":
         results = docs = results / "noise_study_cuda"
     args.results = args.results or results / "noise_study.jsonl"
     args.docs = args.docs or docs
@@ -138,7 +150,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     study = QUICK if args.quick else LARGE if args.device == "cuda" else Study()
+    if args.raters:
+        study = PEOPLE
+        if args.quick:
+            study = QUICK._replace(tasks=PEOPLE.tasks, noises=PEOPLE.noises, ablation_noises=())
     study = study._replace(device=args.device, seeds=args.seeds or study.seeds)
+    if args.published_noise:
+        study = study._replace(noises=study.noises + plan.CALLS)
     complete = True
     if args.command != "report":
         complete = carry_out(study, args.results, args.workers, args.hours)

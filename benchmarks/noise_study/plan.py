@@ -11,15 +11,17 @@ from typing import Any, NamedTuple
 from scipy.stats import qmc
 
 from benchmarks.baselines import METHODS
+from benchmarks.noise_study.raters import DOMAINS
 from benchmarks.noise_study.tasks import TASKS
 from benchmarks.noise_study.train import Spec
 
 CONFIGURATIONS = 12  # tried for each method, task, noise and seed
 
 # Spaces that configurations are drawn from: logarithmic, except those marked False.
-LEARNING_RATE = {"bytes": (1e-4, 1e-2), "digits": (1e-4, 3e-2), "diabetes": (1e-4, 3e-2)}
-BETA = {"bytes": (0.05, 1.0), "digits": (0.1, 3.0), "diabetes": (0.1, 3.0)}
-RESPONSE_LENGTH = {"bytes": 24, "digits": 1, "diabetes": 1}  # averaging takes beta times this
+LEARNING_RATE = dict.fromkeys(TASKS, (1e-4, 3e-2)) | {"bytes": (1e-4, 1e-2)}
+BETA = dict.fromkeys(TASKS, (0.1, 3.0)) | {"bytes": (0.05, 1.0)}
+# Averaging takes beta times the response's length.
+RESPONSE_LENGTH = dict.fromkeys(TASKS, 1) | {"bytes": 24}
 SPACE = {
     "margin": (0.25, 8.0, True),
     "gamma0": (0.25, 8.0, True),
@@ -30,11 +32,25 @@ SPACE = {
     "beta_prime": (0.3, 3.0, True),
     "alpha": (3.0, 60.0, True),  # ROPO's; it asks for > 2
     "alpha-dpo.alpha": (0.01, 0.5, True),
+    "exponent": (0.5, 4.0, True),
+    "eta0": (0.55, 0.99, False),
+    "momentum": (0.003, 0.3, True),
 }
 UNIFORM = tuple(("uniform", rate) for rate in (0.0, 0.2, 0.4, 0.1, 0.3))
 AMBIGUOUS = tuple(("ambiguous", rate) for rate in (0.2, 0.4))
 NOISES = UNIFORM + AMBIGUOUS
+CALLS = (("call", 0.2), ("call", 0.4))  # as published, see `tasks.flips_of_a_call`
+RATERS = (("rater", 1.0), ("as often", 1.0))  # at the rate that the data have
 TRACED_RATES = (0.2, 0.4)
+
+# γ-PO and its matched loss over κ, with the learning rate and beta that were chosen for the base.
+KAPPAS = (0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
+KAPPA_GAMMA0 = 4.0
+KAPPA_METHODS = {
+    "dpo": ("gamma-dpo", "matched-dpo", "matched-dpo-once"),
+    "simpo": ("gamma-simpo", "matched-simpo", "matched-simpo-once"),
+}
+KAPPA_NOISES = (("uniform", 0.4), ("uniform", 0.2), ("ambiguous", 0.2), *RATERS)
 
 GAMMA0S, TAUS = (0.5, 1.0, 2.0, 4.0, 8.0), (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 GRID = [{"gamma0": gamma0, "tau": tau} for gamma0 in GAMMA0S for tau in TAUS]
@@ -51,6 +67,7 @@ ABLATION_NOISES = (("uniform", 0.4), ("uniform", 0.2))
 ABLATION_METHODS = ("gamma-dpo", "gamma-simpo")
 LOOPS = [(4.0, 10.0), (3.0, 3.0), (8.0, 10.0), (4.0, 2.0), (2.0, 0.5), (4.0, 0.5), (8.0, 0.5),
          (4.0, 0.1)]  # fmt: skip
+REDRAWN = ("gamma-dpo", "matched-dpo", "dpo", "gamma-simpo", "matched-simpo", "simpo")
 Records = dict[str, dict[str, Any]]
 
 
@@ -66,6 +83,8 @@ class Study(NamedTuple):
     ablation_noises: tuple[tuple[str, float], ...] = ABLATION_NOISES
     ablation_seeds: int = 3
     changes: tuple[str, ...] = tuple(CHANGES)
+    kappas: tuple[float, ...] = KAPPAS
+    redrawn: bool = True  # whether a few methods also get configurations of each seed's own
     cost_seconds: float = 30.0
 
 
@@ -73,12 +92,17 @@ class Study(NamedTuple):
 LARGE = Study(
     size="large", device="cuda", configurations=6, tasks=("bytes",), noises=UNIFORM[:3],
     ablation_noises=(("uniform", 0.4),), ablation_seeds=1,
-    changes=("as chosen", "pool", "form", "gradient", "smoothing"),
+    changes=("as chosen", "pool", "form", "gradient", "smoothing"), kappas=(),
+    redrawn=False,
 )  # fmt: skip
+# Labels by real annotators: clean, one rater's, and uniform flips as often.
+PEOPLE = Study(
+    seeds=10, tasks=tuple(DOMAINS), noises=(("uniform", 0.0), *RATERS), ablation_noises=()
+)
 QUICK = Study(
     size="quick", seeds=1, configurations=1, tasks=("digits", "bytes"),
     noises=(("uniform", 0.4), ("ambiguous", 0.4)), ablation_noises=(("uniform", 0.4),),
-    ablation_seeds=1, changes=("as chosen", "gradient"), cost_seconds=0.2,
+    ablation_seeds=1, changes=("as chosen", "gradient"), kappas=(10.0,), cost_seconds=0.2,
 )  # fmt: skip
 
 
@@ -90,11 +114,13 @@ def key(spec: Spec) -> str:
 
 
 @functools.lru_cache
-def configurations(method: str, task: str, count: int) -> tuple[dict[str, float], ...]:
+def configurations(
+    method: str, task: str, count: int, draw: int = 0
+) -> tuple[dict[str, float], ...]:
     """Return the settings that are tried for a method, by a Latin hypercube.
 
-    Every method has the same number of them, and configuration k the same place in the range of
-    learning rates and of beta for all methods.
+    Every method has the same number of them, and configuration k of a draw the same place in the
+    range of learning rates and of beta for all methods.
     """
     names = METHODS[method].settings
     length = RESPONSE_LENGTH[task] if METHODS[method].averaged else 1
@@ -103,7 +129,7 @@ def configurations(method: str, task: str, count: int) -> tuple[dict[str, float]
         "beta": (BETA[task][0] * length, BETA[task][1] * length, True),
         **{name: SPACE.get(f"{method}.{name}", SPACE[name]) for name in names},
     }
-    places = qmc.LatinHypercube(d=4, seed=0).random(count)
+    places = qmc.LatinHypercube(d=4, seed=draw).random(count)
     return tuple(
         {
             name: between(*space, place)
@@ -118,12 +144,18 @@ def between(low: float, high: float, logarithmic: bool, place: float) -> float:
     return float(f"{value:.4g}")
 
 
-def search(study: Study, task: str, method: str, kind: str, rate: float, seed: int) -> list[Spec]:
-    """Return the runs that one is chosen from, all on the data and the wrong labels of a seed."""
-    base = spec(study, "search", task, method, kind, rate, seed)
+def search(
+    study: Study, task: str, method: str, kind: str, rate: float, seed: int, stage: str = "search"
+) -> list[Spec]:
+    """Return the runs that one is chosen from, all on the data and the wrong labels of a seed.
+
+    The settings are the same for all seeds, or each seed's own in the stage ``redrawn``.
+    """
+    base = spec(study, stage, task, method, kind, rate, seed)
+    draw = seed + 1 if stage == "redrawn" else 0
     return [
         {**base, "settings": settings}
-        for settings in configurations(method, task, study.configurations)
+        for settings in configurations(method, task, study.configurations, draw)
     ]
 
 
@@ -138,13 +170,13 @@ def spec(
 
 def choose(
     study: Study, records: Records, task: str, method: str, kind: str, rate: float, seed: int,
-    labels: str = "noisy", checkpoint: str = "last",
+    labels: str = "noisy", checkpoint: str = "last", stage: str = "search",
 ) -> dict[str, Any] | None:  # fmt: skip
     """Return the search run that did best on a seed's validation pairs, None while some lack.
 
     By accuracy on ``noisy`` or ``clean`` labels, at the ``last`` or at the ``best`` checkpoint.
     """
-    runs = [records.get(key(s)) for s in search(study, task, method, kind, rate, seed)]
+    runs = [records.get(key(s)) for s in search(study, task, method, kind, rate, seed, stage)]
     if not all(runs):
         return None
     return max((r for r in runs if r), key=lambda r: score(r["result"], labels, checkpoint))
@@ -206,6 +238,29 @@ def ablations(study: Study, records: Records, task: str) -> Iterator[Spec]:
                 yield {**base, "settings": chosen["settings"], "change": change}
 
 
+def over_kappa(study: Study, records: Records, task: str) -> Iterator[Spec]:
+    """Change κ alone, in γ-PO and in the loss that is matched to it."""
+    noises = [noise for noise in KAPPA_NOISES if noise in study.noises]
+    for seed, noise, (base, methods) in itertools.product(
+        range(study.seeds), noises, KAPPA_METHODS.items()
+    ):
+        chosen = choose(study, records, task, base, *noise, seed)
+        if not chosen:
+            continue
+        settings = {"lr": chosen["settings"]["lr"], "beta": chosen["settings"]["beta"]}
+        settings["gamma0"] = KAPPA_GAMMA0
+        if base == "simpo" and study.kappas:  # γ-PO's limit for a large tau
+            limit = {**spec(study, "kappa", task, base, *noise, seed), "settings": settings.copy()}
+            limit["settings"]["margin"] = limit["settings"].pop("gamma0")
+            yield limit
+        for kappa, method in itertools.product(study.kappas, methods):
+            tau = float(f"{KAPPA_GAMMA0**2 / kappa:.6g}")
+            yield {
+                **spec(study, "kappa", task, method, *noise, seed),
+                "settings": {**settings, "tau": tau},
+            }
+
+
 def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
     """Yield the runs in the order in which they are worth doing.
 
@@ -220,7 +275,17 @@ def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
          "budget": study.cost_seconds}
         for task in sorted(study.tasks, key=list(reversed(TASKS)).index)
     ]  # fmt: skip
-    for noises in (UNIFORM[:3], UNIFORM[3:] + AMBIGUOUS):
+    yield [
+        {
+            "stage": "reference",
+            "size": study.size,
+            "device": study.device,
+            "task": task,
+            "seed": seed,
+        }
+        for task, seed in itertools.product(study.tasks, range(study.seeds))
+    ]
+    for noises in (UNIFORM[:3], UNIFORM[3:] + AMBIGUOUS, CALLS + RATERS):
         for task in study.tasks:
             cells = itertools.product(
                 range(study.seeds), [n for n in noises if n in study.noises], METHODS
@@ -228,6 +293,16 @@ def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
             yield [s for seed, noise, m in cells for s in search(study, task, m, *noise, seed)]
             yield list(traces(study, records, task))
             yield list(ablations(study, records, task))
+            yield list(over_kappa(study, records, task))
+            cells = itertools.product(
+                range(study.seeds), [n for n in noises if n in study.noises and n[1]], REDRAWN
+            )
+            if study.redrawn:
+                yield [
+                    s
+                    for seed, noise, m in cells
+                    for s in search(study, task, m, *noise, seed, stage="redrawn")
+                ]
 
 
 def expected(study: Study) -> dict[str, int]:
@@ -236,5 +311,9 @@ def expected(study: Study) -> dict[str, int]:
     traced = sum(rate in TRACED_RATES for _, rate in study.noises)
     changed = sum(len(CHANGES[name]) for name in study.changes)
     ablated = len(study.ablation_noises) * len(ABLATION_METHODS) * study.ablation_seeds
-    count = len(METHODS) * study.seeds * (searched + traced) + ablated * changed
+    swept = sum(noise in study.noises for noise in KAPPA_NOISES) * study.seeds
+    swept *= bool(study.kappas) + len(study.kappas) * sum(map(len, KAPPA_METHODS.values()))
+    noisy = sum(rate > 0 for _, rate in study.noises) * study.configurations
+    anew = len(REDRAWN) * study.seeds * noisy if study.redrawn else 0
+    count = len(METHODS) * study.seeds * (searched + traced) + ablated * changed + swept + anew
     return dict.fromkeys(study.tasks, count)

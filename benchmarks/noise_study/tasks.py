@@ -1,4 +1,4 @@
-"""Three preference tasks whose true labels are known, and two ways to get labels wrong.
+"""Preference tasks whose true labels are known, and ways to get labels wrong.
 
 ``bytes``      docs/examples/noisy_preferences.py with a smaller model: true against corrupted
                continuations of the standard library's source, by a recurrent language model. The
@@ -9,7 +9,10 @@
                442 patients). The difference is that of the measured progression. Ten measurements
                do not determine it: even clean labels leave a good share of pairs undecidable.
 
-In the two tables the policy is a small network's score, a log-probability up to a constant that the
+``movies``, ``tweets``, ``products``, ``editorials``: which of two texts people find more positive,
+by one rater or by the others (`raters`). The difference is that of mean ratings.
+
+In the tables the policy is a small network's score, a log-probability up to a constant that the
 two sides of a pair share (only their difference enters a loss), and the reference is the network
 after a little regression on few labelled items.
 """
@@ -29,6 +32,8 @@ from scipy.optimize import brentq
 from sklearn import datasets
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from benchmarks.noise_study import raters
 
 PROMPT_BYTES = 16  # the last of the example's 40, for speed
 
@@ -51,7 +56,11 @@ SIZES = {
         "diabetes": {"width": 32, "pretrain": 100, "pairs": 1024, "steps": 200, "batch": 64},
     },
 }
+for size in SIZES.values():  # the raters' tasks are tables too
+    size |= dict.fromkeys(raters.DOMAINS, size["digits"])
 TASKS = tuple(SIZES["full"])
+MICRO_BATCH = 2  # pairs of a loss call in three of the four published settings
+RATER_KINDS = ("rater", "as often")
 LABELLED_ITEMS = 40  # that the reference of a table has learned from
 
 
@@ -61,6 +70,7 @@ class Split(NamedTuple):
     inputs: Tensor  # (pairs, 2, ...)
     difference: Tensor  # (pairs,), how much better, > 0
     reference: Tensor  # (pairs, 2), log-probabilities under the reference
+    by_rater: Tensor | None = None  # (pairs,), whether the one rater's label is wrong
 
     def __len__(self) -> int:
         return self.inputs.shape[0]
@@ -80,17 +90,35 @@ class Task(NamedTuple):
 @functools.lru_cache(maxsize=32)
 def load(name: str, size: str, seed: int, device: str) -> Task:
     """Make a task: data, splits and reference, all from the seed."""
-    make = byte_task if name == "bytes" else functools.partial(table_task, name)
-    return make(SIZES[size][name], seed, device)
+    if name == "bytes":
+        return byte_task(SIZES[size][name], seed, device)
+    make = rater_task if name in raters.DOMAINS else table_task
+    return make(name, SIZES[size][name], seed, device)
+
+
+def wrong_labels(split: Split, kind: str, rate: float, seed: int) -> Tensor:
+    """Say which labels of a split are wrong.
+
+    ``rater``: those that one rater got wrong. ``as often``: as many in expectation, but each with
+    the same probability. Otherwise `flips`.
+    """
+    if kind in RATER_KINDS:
+        assert split.by_rater is not None
+        if kind == "rater":
+            return split.by_rater
+        kind, rate = "uniform", split.by_rater.double().mean().item()
+    return flips(split.difference, kind, rate, seed)
 
 
 def flips(difference: Tensor, kind: str, rate: float, seed: int) -> Tensor:
     """Draw which labels are wrong.
 
     ``uniform``: each with probability `rate`. ``ambiguous``: with probability σ(-difference / s), a
-    Bradley-Terry annotator, with s such that the mean probability is `rate`. A seed's flips at a
-    lower rate are among those at a higher one.
+    Bradley-Terry annotator, with s such that the mean probability is `rate`. ``call``: as
+    `flips_of_a_call`. A seed's flips at a lower rate are among those at a higher one.
     """
+    if kind == "call":
+        return flips_of_a_call(len(difference), rate, torch.Generator().manual_seed(seed))
     probability = torch.full_like(difference, rate)
     if kind == "ambiguous" and rate > 0:
 
@@ -100,6 +128,16 @@ def flips(difference: Tensor, kind: str, rate: float, seed: int) -> Tensor:
         probability = torch.sigmoid(-difference * 10 ** -brentq(excess, -6, 9))
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(len(difference), generator=generator) < probability
+
+
+def flips_of_a_call(pairs: int, rate: float, generator: torch.Generator) -> Tensor:
+    """Draw flips as the published code does: all pairs of a micro-batch together, or none.
+
+    There a draw belongs to a call of the loss and not to a pair (simpo_trainer.py, line 639), so
+    that a pair may come with either label, and evaluation draws as well.
+    """
+    calls = torch.rand(-(-pairs // MICRO_BATCH), generator=generator) <= rate
+    return calls.repeat_interleave(MICRO_BATCH)[:pairs]
 
 
 def example() -> ModuleType:
@@ -158,23 +196,7 @@ def table_task(name: str, size: dict[str, int], seed: int, device: str) -> Task:
     learned = features[: bounds[1]]
     features = ((features - learned.mean(0)) / (learned.std(0) + 1e-3)).to(device)
 
-    torch.manual_seed(seed)
-    width = size["width"]
-    reference = nn.Sequential(
-        nn.Linear(features.shape[1], width), nn.ReLU(), nn.Linear(width, 1)
-    ).to(device)
-    optimizer = torch.optim.Adam(reference.parameters(), lr=3e-3)
-    wanted = target[:LABELLED_ITEMS].to(device)
-    wanted = (wanted - wanted.mean()) / wanted.std()
-    for _ in range(size["pretrain"]):
-        loss = (reference(features[:LABELLED_ITEMS])[:, 0] - wanted).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    reference.requires_grad_(False)
-
-    def logps(model: nn.Module, inputs: Tensor) -> Tensor:
-        return model(inputs)[..., 0]
+    reference = regression(features, target, size, seed)
 
     def split(first: int, last: int, count: int) -> Split:
         pairs = torch.randint(first, last, (4 * count, 2), generator=generator)
@@ -184,13 +206,58 @@ def table_task(name: str, size: dict[str, int], seed: int, device: str) -> Task:
         pairs = torch.where((values[:, 0] > values[:, 1])[:, None], pairs, pairs.flip(1))
         inputs = features[pairs]
         difference = (values[:, 0] - values[:, 1]).abs()
-        return Split(inputs, difference, in_slices(logps, reference, inputs))
+        return Split(inputs, difference, in_slices(score, reference, inputs))
 
     count = size["pairs"]
     train = split(bounds[0], bounds[1], count)
     validation = split(bounds[1], bounds[2], count // 2)
     test = split(bounds[2], bounds[3], count)
-    return Task(reference, logps, train, validation, test, 1, size["steps"], size["batch"])
+    return Task(reference, score, train, validation, test, 1, size["steps"], size["batch"])
+
+
+def rater_task(domain: str, size: dict[str, int], seed: int, device: str) -> Task:
+    rated, features = raters.load(domain)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rated.texts), generator=generator)
+    bounds = [0, len(order) * 3 // 5, len(order) * 3 // 4, len(order)]
+    learned = order[: bounds[1]]
+    features = ((features - features[learned].mean(0)) / (features[learned].std(0) + 1e-3)).to(
+        device
+    )
+    means = torch.tensor([sum(r) / len(r) for r in rated.ratings])
+    reference = regression(features[learned], means[learned], size, seed)
+
+    def split(first: int, last: int, count: int) -> Split:
+        pairs = raters.draw(rated.ratings, order[first:last], count, generator)
+        inputs = features[pairs.items]
+        return Split(inputs, pairs.difference, in_slices(score, reference, inputs), pairs.wrong)
+
+    count = size["pairs"]
+    train = split(bounds[0], bounds[1], count)
+    validation = split(bounds[1], bounds[2], count // 2)
+    test = split(bounds[2], bounds[3], count)
+    return Task(reference, score, train, validation, test, 1, size["steps"], size["batch"])
+
+
+def score(model: nn.Module, inputs: Tensor) -> Tensor:
+    return model(inputs)[..., 0]
+
+
+def regression(features: Tensor, target: Tensor, size: dict[str, int], seed: int) -> nn.Module:
+    """Return a small network after a little regression on the first items of a table."""
+    torch.manual_seed(seed)
+    width, device = size["width"], features.device
+    model = nn.Sequential(nn.Linear(features.shape[1], width), nn.ReLU(), nn.Linear(width, 1))
+    model = model.to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    wanted = target[:LABELLED_ITEMS].to(device)
+    wanted = (wanted - wanted.mean()) / wanted.std()
+    for _ in range(size["pretrain"]):
+        loss = (model(features[:LABELLED_ITEMS])[:, 0] - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.requires_grad_(False)
 
 
 @torch.no_grad()

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from benchmarks import _harness as harness
 from benchmarks.baselines import METHODS, Logps, Method
-from benchmarks.noise_study.tasks import Split, Task, flips, in_slices, load
+from benchmarks.noise_study.tasks import (
+    Split,
+    Task,
+    flips_of_a_call,
+    in_slices,
+    load,
+    wrong_labels,
+)
 from benchmarks.noise_study.variants import GammaVariant
 from benchmarks.published import published_margins
 from gamma_loss import label_smoothing_from_shift, solve_margins
@@ -25,6 +32,7 @@ CHECKPOINTS = 6
 # Added to a run's seed, for streams of random numbers that have nothing to do with each other.
 FLIPS, VALIDATION_FLIPS, BATCHES = 10_000, 20_000, 30_000
 TRACED = 250  # pairs of a traced interval that the figures get
+FIGURED = ("dpo", "simpo", "gamma-dpo", "gamma-simpo")  # of these methods, for the file's size
 Spec = dict[str, Any]
 
 
@@ -32,7 +40,8 @@ def run(spec: Spec) -> dict[str, Any]:
     """Do what a spec asks for, and return it with its result. The same spec, the same result."""
     torch.set_num_threads(1)
     start = time.perf_counter()
-    result = {"cost": cost, "loop": loop}.get(spec["stage"], train)(spec)
+    stages = {"cost": cost, "loop": loop, "reference": untrained}
+    result = stages.get(spec["stage"], train)(spec)
     return {**spec, "result": result, "seconds": round(time.perf_counter() - start, 2)}
 
 
@@ -56,21 +65,22 @@ def train(spec: Spec) -> dict[str, Any]:
     task = load(spec["task"], spec["size"], spec["seed"], device)
     method, settings = method_of(spec)
     noise = spec["kind"], spec["rate"]
-    wrong = flips(task.train.difference, *noise, spec["seed"] + FLIPS)
-    wrong_validation = flips(
-        task.validation.difference, *noise, spec["seed"] + VALIDATION_FLIPS
-    ).to(device)
+    wrong = wrong_labels(task.train, *noise, spec["seed"] + FLIPS)
+    wrong_validation = wrong_labels(task.validation, *noise, spec["seed"] + VALIDATION_FLIPS)
+    wrong_validation = wrong_validation.to(device)
 
     torch.manual_seed(spec["seed"])
     compute_loss = make_loss(spec)
     model = copy.deepcopy(task.reference).requires_grad_(True)
     optimizer = torch.optim.Adam(model.parameters(), lr=spec["settings"]["lr"])
     order = torch.Generator().manual_seed(spec["seed"] + BATCHES)  # the same for every method
+    calls = torch.Generator().manual_seed(spec["seed"] + FLIPS)
     scale = 1 / task.length if method.averaged else 1.0
     at = {round(task.steps * (i + 1) / CHECKPOINTS) for i in range(CHECKPOINTS)}
 
     traced = spec["stage"] == "trace"
     names = ["test", "ranking", "noisy", "clean"]
+    names += ["clear"] * (task.test.by_rater is not None)
     if traced:
         names += ["step", "weights", "auc_loss", "auc_margin", "auc_smoothing", "pairs"]
     curves: dict[str, list[Any]] = {name: [] for name in names}
@@ -80,7 +90,10 @@ def train(spec: Spec) -> dict[str, Any]:
         index = torch.randint(len(task.train), (task.batch,), generator=order)
         began = time.perf_counter()
         on_device = index.to(device)
-        swap = wrong[index].to(device)
+        flipped = wrong[index]
+        if spec["kind"] == "call":
+            flipped = flips_of_a_call(len(index), spec["rate"], calls)
+        swap = flipped.to(device)
         policy = labelled(task.logps(model, task.train.inputs[on_device]) * scale, swap)
         reference = labelled(task.train.reference[on_device] * scale, swap)
         policy.retain_grad()
@@ -99,7 +112,7 @@ def train(spec: Spec) -> dict[str, Any]:
             gaps = settings["beta"] * (logps.d if method.averaged else logps.h).detach()
             assert policy.grad is not None
             weights = -policy.grad[:, 0] * task.batch / settings["beta"]
-            seen.append((gaps.cpu(), weights.cpu(), wrong[index]))
+            seen.append((gaps.cpu(), weights.cpu(), flipped))
         if step in at:
             evaluate(task, model, method, wrong_validation, curves)
             if traced:
@@ -128,7 +141,7 @@ def trace(
         curves["auc_margin"].append(auc(-margins, flipped))
         curves["auc_smoothing"].append(auc(smoothing, flipped))
         columns += [margins, smoothing]
-    if spec["seed"] == 0:  # for the figures
+    if spec["seed"] == 0 and spec["method"] in FIGURED:
         curves["pairs"].append([rounded(column[:TRACED]) for column in columns])
 
 
@@ -149,10 +162,14 @@ def evaluate(
     """Append accuracies at a checkpoint.
 
     ``test``: by the method's own reward, on clean labels. ``ranking``: the same by the policy's
-    log-probabilities. ``noisy`` and ``clean``: on validation pairs. A tie counts a half.
+    log-probabilities. ``clear``: of the test pairs that people rate further apart than 1.
+    ``noisy`` and ``clean``: on validation pairs. A tie counts a half.
     """
     logps = in_slices(task.logps, model, task.test.inputs)
-    curves["test"].append(accuracy(gaps_of(task.test, logps, method)))
+    gaps = gaps_of(task.test, logps, method)
+    curves["test"].append(accuracy(gaps))
+    if "clear" in curves:
+        curves["clear"].append(accuracy(gaps[(task.test.difference > 1).to(gaps.device)]))
     curves["ranking"].append(accuracy(logps[:, 0] - logps[:, 1]))
     logps = in_slices(task.logps, model, task.validation.inputs)
     gaps = gaps_of(task.validation, logps, method)
@@ -195,8 +212,10 @@ def cost(spec: Spec) -> dict[str, Any]:
     device = spec["device"]
     task = load(spec["task"], spec["size"], spec["seed"], device)
     index = torch.arange(task.batch, device=device)
-    middle = {"epsilon": 0.2, "margin": 1.0, "a": 0.5, "rho": 0.2, "beta_prime": 1.0, "alpha": 14.0,
-              "gamma0": 4.0, "tau": 10.0}  # fmt: skip
+    middle = {
+        "epsilon": 0.2, "margin": 1.0, "a": 0.5, "rho": 0.2, "beta_prime": 1.0, "alpha": 14.0,
+        "exponent": 2.0, "eta0": 0.9, "momentum": 0.1, "gamma0": 4.0, "tau": 10.0,
+    }  # fmt: skip
 
     def step(method: Method) -> Callable[[], None]:
         compute_loss = method.make(beta=0.5, **{name: middle[name] for name in method.settings})
@@ -221,6 +240,13 @@ def cost(spec: Spec) -> dict[str, Any]:
     microseconds = {name: harness.quantiles(t["wall"]) for name, t in times.items()}
     machine = torch.cuda.get_device_name() if device == "cuda" else harness.processor()
     return {"machine": machine, "parameters": parameters, "microseconds": microseconds}
+
+
+def untrained(spec: Spec) -> dict[str, Any]:
+    """What the reference, where every policy starts, ranks right."""
+    task = load(spec["task"], spec["size"], spec["seed"], spec["device"])
+    logps = task.test.reference
+    return {"ranking": accuracy(logps[:, 0] - logps[:, 1])}
 
 
 def loop(spec: Spec) -> dict[str, Any]:

@@ -1,0 +1,551 @@
+"""Tables of the study's two pages, each a function of the results that returns Markdown."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.special import expit
+
+from benchmarks.baselines import METHODS
+from benchmarks.noise_study import plan
+from benchmarks.noise_study.outcomes import (
+    FAMILIES,
+    LEVEL,
+    OURS,
+    WAYS,
+    Comparison,
+    Results,
+    compare,
+    compared,
+    holm,
+    interval,
+    mean_by_seed,
+    over_noises,
+    paired,
+    pairings,
+)
+from benchmarks.noise_study.tasks import RATER_KINDS
+
+DEFAULT = (4.0, 10.0)  # gamma0 and tau of the TRL trainers
+STAGES = ("reference", "search", "trace", "ablation", "kappa", "redrawn")
+RANGES = ((0.0, 0.1), (0.1, 1.0), (1.0, 10.0), (10.0, 100.0), (100.0, 1e5))  # of κ
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [list(head), ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def pair(centre: float, half: float, sign: bool = False, digits: int = 1) -> str:
+    text = number(centre, digits, sign)
+    return text if math.isnan(half) else f"{text} ± {number(half, digits)}"
+
+
+def noise_name(noise: tuple[str, float]) -> str:
+    kind, rate = noise
+    if kind in RATER_KINDS:
+        return {"rater": "one rater", "as often": "uniform, as often"}[kind]
+    return f"{rate:.0%}" + ("" if kind == "uniform" else f" {kind}")
+
+
+def seeds(count: int) -> str:
+    return f"{count} seed{'s' * (count != 1)}"
+
+
+def label(names: tuple[str, str]) -> str:
+    return " − ".join(METHODS[name].label for name in names)
+
+
+def status(results: Results) -> str:
+    study, lines, missing = results.study, [], 0
+    methods = results.methods()
+    for task in study.tasks:
+        counts = []
+        for stage in STAGES:
+            ofs = [r for r in results.of_stage(stage) if r["task"] == task]
+            counts.append(f"{len(ofs)} ({sum(r['seconds'] for r in ofs) / 3600:.2f} h)")
+        cells = list(itertools.product(methods, results.noises()))
+        full = sum(len(results.runs(task, m, *n)) == study.seeds for m, n in cells)
+        missing += len(cells) - full
+        lines.append([task, *counts, f"{full} of {len(cells)}"])
+    text = markdown(["task", *(f"{s} runs (computing)" for s in STAGES), "cells complete"], lines)
+    machines = {r["result"]["machine"] for r in results.of_stage("cost")}
+    text += f"\n\nMachine: {', '.join(machines) or 'not recorded yet'}; one thread a worker."
+    absent = [method.label for name, method in METHODS.items() if name not in methods]
+    if absent:
+        text += f"\n\n**Not run yet:** {', '.join(absent)}."
+    if not results.of_stage("kappa"):
+        text += "\n\n**Not run yet:** γ-PO and its matched losses over κ at fixed settings."
+    if study.redrawn and not results.of_stage("redrawn"):
+        text += "\n\n**Not run yet:** configurations drawn anew for each seed."
+    if missing:
+        text += (
+            f"\n\n**The study is not complete:** {missing} cells (task, method, noise) have "
+            f"fewer than {study.seeds} seeds or none. Everything below is from what there is; a "
+            "dash is what is missing."
+        )
+    return text
+
+
+def verdict(results: Results) -> str:
+    """Return γ-PO against what it is to be held against, with tests of difference and equality."""
+    rows: list[tuple[str, list[Comparison | None]]] = []
+    equal = (
+        ("equal settings", 0.0, "search"),
+        ("equal settings, κ ≥ 1", 1.0, "search"),
+        ("equal settings drawn anew, κ ≥ 1", 1.0, "redrawn"),
+    )
+    tuned = (
+        ("tuned once for all seeds", WAYS["shared"]),
+        ("tuned by each seed", WAYS["last"]),
+        ("tuned by each seed, drawn anew", {"stage": "redrawn"}),
+    )
+    tasks = results.study.tasks
+    for ours, base in FAMILIES.items():
+        for theirs, (words, least, stage) in itertools.product((f"matched-{base}", base), equal):
+            within = (least, math.inf)
+            gains = [pooled(results, task, ours, theirs, within, stage) for task in tasks]
+            name = f"{label((ours, theirs))}, {words}"
+            if any(gains) or words == "equal settings":
+                rows.append((name, [compare(g) if g else None for g in gains]))
+        for words, how in tuned:
+            found = []
+            for task in tasks:
+                _, means = over_noises(results, task, (ours, base), **how)
+                first, second = means[ours], means[base]
+                gain = [first[seed] - second[seed] for seed in first.keys() & second.keys()]
+                found.append(compare(gain) if gain else None)
+            if any(found):
+                rows.append((f"{label((ours, base))}, {words}", found))
+    cells = [cell for _, found in rows for cell in found if cell]
+    different = dict(zip(map(id, cells), holm([c.p for c in cells]), strict=True))
+    equivalent = dict(zip(map(id, cells), holm([c.equivalence_p for c in cells]), strict=True))
+
+    def shown(cell: Comparison | None) -> str:
+        if cell is None:
+            return "not run yet"
+        words = ["equivalent"] * (equivalent[id(cell)] < LEVEL)
+        if different[id(cell)] < LEVEL:
+            words.append("better" if cell.mean > 0 else "worse")
+        text = f"{number(cell.mean, 2, True)} ± {number(cell.half, 2)}"
+        return f"{text} ({number(cell.detectable, 2)}): {', '.join(words) or 'open'}"
+
+    count = results.study.seeds
+    return markdown(
+        [f"difference, {seeds(count)}", *results.study.tasks],
+        ([name, *map(shown, found)] for name, found in rows),
+    )
+
+
+def pooled(
+    results: Results, task: str, ours: str, theirs: str,
+    within: tuple[float, float] = (0, math.inf), stage: str = "search",
+) -> list[float]:  # fmt: skip
+    """Return by seed the mean gain at equal settings over the configurations with κ in a range."""
+    gains = results.at_equal_settings(task, ours, theirs, stage)
+    means = []
+    for seed in range(results.study.seeds):
+        kappas = results.kappas(ours, seed + 1 if stage == "redrawn" else 0)
+        kept = [
+            gain.get(seed)
+            for gain, kappa in zip(gains, kappas, strict=True)
+            if within[0] <= kappa < within[1]
+        ]
+        known = [gain for gain in kept if gain is not None]
+        if known and len(known) == len(kept):
+            means.append(float(np.mean(known)))
+    return means
+
+
+def by_kappa(results: Results) -> str:
+    """Return gains at equal settings, separated by the strength of the configurations."""
+    rows = []
+    for (ours, base), task in itertools.product(FAMILIES.items(), results.study.tasks):
+        for theirs in (f"matched-{base}", base):
+            if theirs not in results.methods():
+                continue
+            row = [f"{label((ours, theirs))}, {task}"]
+            for within in (*used(results), (0.0, math.inf)):
+                gains = pooled(results, task, ours, theirs, within)
+                row.append(pair(*interval(gains), sign=True, digits=2))
+            rows.append(row)
+    kappas = results.kappas(next(iter(FAMILIES)))
+    head = [
+        f"{number_of_kappa(low)} ≤ κ < {number_of_kappa(high)} "
+        f"({sum(low <= k < high for k in kappas)})"
+        for low, high in used(results)
+    ]
+    return markdown([f"difference, {seeds(results.study.seeds)}", *head, "all"], rows)
+
+
+def number_of_kappa(kappa: float) -> str:
+    return f"{kappa:g}"
+
+
+def used(results: Results) -> list[tuple[float, float]]:
+    """Return the ranges of κ that hold a configuration."""
+    kappas = results.kappas(next(iter(FAMILIES)))
+    return [(low, high) for low, high in RANGES if any(low <= k < high for k in kappas)]
+
+
+def over_kappa(results: Results) -> str:
+    """Return γ-PO − its matched losses where κ alone changes."""
+    if not results.of_stage("kappa"):
+        return "Not run yet."
+    runs = {plan.key(run): run for run in results.of_stage("kappa")}
+    rows = []
+    for task, (ours, *matched) in itertools.product(
+        results.study.tasks, plan.KAPPA_METHODS.values()
+    ):
+        planned = list(plan.over_kappa(results.study, results.records, task))
+        for theirs in matched:
+            row = [f"{label((ours, theirs))}, {task}"]
+            for kappa in results.study.kappas:
+                tau = float(f"{plan.KAPPA_GAMMA0**2 / kappa:.6g}")
+                points: dict[str, dict[int, list[float]]] = {ours: {}, theirs: {}}
+                for spec in planned:
+                    run = runs.get(plan.key(spec))
+                    if run and spec["settings"].get("tau") == tau and spec["method"] in points:
+                        value = 100 * plan.score(run["result"], "noisy", "last", "test")
+                        points[spec["method"]].setdefault(spec["seed"], []).append(value)
+                means = [{s: float(np.mean(v)) for s, v in p.items()} for p in points.values()]
+                row.append(pair(*paired(*means)[:2], sign=True, digits=2))
+            rows.append(row)
+    head = [f"κ = {kappa:g}" for kappa in results.study.kappas]
+    return markdown([f"difference, {seeds(results.study.seeds)}", *head], rows)
+
+
+def choices(results: Results) -> str:
+    """Return which configuration is chosen for all seeds, with the κ of γ-PO's."""
+    noises, rows = results.noisy(), []
+
+    def chosen(task: str, method: str, noise: tuple[str, float]) -> tuple[int, dict] | None:
+        runs = plan.choose_for_all(results.study, results.records, task, method, *noise)
+        if not runs:
+            return None
+        tried = plan.configurations(method, task, results.study.configurations)
+        return tried.index(runs[0]["settings"]) + 1, runs[0]["settings"]
+
+    for (ours, base), task in itertools.product(FAMILIES.items(), results.study.tasks):
+        row = [f"{METHODS[ours].label}, {task}"]
+        for noise in noises:
+            mine, other = chosen(task, ours, noise), chosen(task, base, noise)
+            if not mine or not other:
+                row.append("–")
+                continue
+            kappa = mine[1]["gamma0"] ** 2 / mine[1]["tau"]
+            row.append(f"{mine[0]} (κ = {kappa:.2g}); {other[0]}")
+        rows.append(row)
+    head = f"number of the setting, {seeds(results.study.seeds)}"
+    return markdown([head, *map(noise_name, noises)], rows)
+
+
+def configurations(results: Results) -> str:
+    """Return the settings that γ-PO and its bases share."""
+    rows = []
+    study = results.study
+    columns = [
+        (task, plan.configurations("gamma-dpo", task, study.configurations)) for task in study.tasks
+    ]
+    for k in range(study.configurations):
+        first = columns[0][1][k]
+        cells = [f"{tried[k]['lr']:.2g}, {tried[k]['beta']:.2g}" for _, tried in columns]
+        kappa = first["gamma0"] ** 2 / first["tau"]
+        rows.append(
+            [str(k + 1), *cells, f"{first['gamma0']:.2g}", f"{first['tau']:.2g}", f"{kappa:.2g}"]
+        )
+    head = [f"learning rate, β: {task}" for task in study.tasks]
+    return markdown(["setting", *head, "γ0 (SimPO's margin)", "τ", "κ"], rows)
+
+
+def references(results: Results) -> str:
+    """Return what the policy ranks right before any training, in per cent."""
+    runs = results.of_stage("reference")
+    if not runs:
+        return "Not run yet."
+    cells = []
+    for task in results.study.tasks:
+        values = [100 * run["result"]["ranking"] for run in runs if run["task"] == task]
+        cells.append(pair(*interval(values)))
+    count = len({run["seed"] for run in runs})
+    return markdown(
+        [f"without training, {seeds(count)}", *results.study.tasks],
+        [["by the policy's log-probability", *cells],
+         ["by the reward relative to the reference", *["50.0"] * len(cells)]],
+    )  # fmt: skip
+
+
+def gains(results: Results) -> str:
+    """Return the mean gain of each γ method over the noisy cells, and how many it won and lost."""
+    tasks, rows = results.study.tasks, []
+    for names in pairings(results.methods()):
+        if names[0] not in OURS:
+            continue
+        for way, how in WAYS.items():
+            row = [label(names), way]
+            for task in tasks:
+                found = compared(results, task, names, **how).items()
+                cells = [f for noise, f in found if noise[1] > 0 and not math.isnan(f[2])]
+                better = sum(gain > 0 and p < LEVEL for gain, _, p in cells)
+                worse = sum(gain < 0 and p < LEVEL for gain, _, p in cells)
+                _, means = over_noises(results, task, names, **how)
+                mean = pair(*paired(means[names[0]], means[names[1]])[:2], sign=True)
+                row.append(f"{mean}; {better}, {worse} of {len(cells)}" if cells else "–")
+            rows.append(row)
+    return markdown([f"difference, {seeds(results.study.seeds)}", "chosen", *tasks], rows)
+
+
+def overall(results: Results, of: str) -> str:
+    """Mean accuracy over the noisy cells that all methods have, by task."""
+    head, columns = [f"method, {seeds(results.study.seeds)}"], []
+    for task, (way, how) in itertools.product(results.study.tasks, WAYS.items()):
+        count, means = over_noises(results, task, results.methods(), of=of, **how)
+        head.append(f"{task}, {way} ({count})")
+        columns.append(means)
+    rows = [
+        [method.label, *(pair(*interval(means[m].values())) for means in columns)]
+        for m, method in results.methods().items()
+    ]
+    return markdown(head, rows)
+
+
+def accuracies(results: Results) -> str:
+    def table(task: str, **how: Any) -> str:
+        rows = [
+            [method.label, *(
+                pair(*interval(results.accuracy(task, m, *noise, **how).values()))
+                for noise in results.noises()
+            )]
+            for m, method in results.methods().items()
+        ]  # fmt: skip
+        head = f"method, {seeds(results.study.seeds)}"
+        return markdown([head, *map(noise_name, results.noises())], rows)
+
+    return folded(results, table)
+
+
+def differences(results: Results) -> str:
+    def table(task: str, **how: Any) -> str:
+        rows = []
+        for names in pairings(results.methods()):
+            found = compared(results, task, names, **how).values()
+            cells = [pair(*f[:2], sign=True) + ("*" if f[2] < LEVEL else "") for f in found]
+            rows.append([label(names), *cells])
+        head = f"difference, {seeds(results.study.seeds)}"
+        return markdown([head, *map(noise_name, results.noises())], rows)
+
+    return folded(results, table)
+
+
+def folded(results: Results, table: Callable[..., str]) -> str:
+    """Return a table for each task and way of choosing, to be unfolded by the reader."""
+    fold = '<details markdown="1"><summary>{}, {}</summary>\n\n{}\n\n</details>'
+    return "\n\n".join(
+        fold.format(task, way, table(task, **how))
+        for task, (way, how) in itertools.product(results.study.tasks, WAYS.items())
+    )
+
+
+def selection(results: Results) -> str:
+    """Return what choosing on clean validation labels would have gained, over the noisy cells."""
+    rows = []
+    for m, method in results.methods().items():
+        row = [method.label]
+        for task, checkpoint in itertools.product(results.study.tasks, ("last", "best")):
+            gains = []
+            for noise in results.noises():
+                clean, noisy = (
+                    results.accuracy(task, m, *noise, labels=labels, checkpoint=checkpoint)
+                    for labels in ("clean", "noisy")
+                )
+                if clean and noisy and noise[1] > 0:
+                    gains.append(np.mean(list(clean.values())) - np.mean(list(noisy.values())))
+            row.append(number(float(np.mean(gains)) if gains else None, 1, True))
+        rows.append(row)
+    columns = itertools.product(results.study.tasks, ("last", "best"))
+    head = f"method, {seeds(results.study.seeds)}"
+    return markdown([head, *(", ".join(column) for column in columns)], rows)
+
+
+def columns_of(results: Results, rates: Sequence[float]) -> list[tuple[str, tuple[str, float]]]:
+    noises = [noise for noise in results.noises() if noise[1] in rates]
+    return list(itertools.product(results.study.tasks, noises))
+
+
+def last(values: Sequence[Any]) -> Any:
+    return values[-1] if values else None
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def weights(results: Results) -> str:
+    """Return the ratio of weights in training, and where γ-PO's is above its base's."""
+    columns, ratios = columns_of(results, (0.2, 0.4)), {}
+    for m, (task, noise) in itertools.product(results.methods(), columns):
+        runs = results.repeated("trace", task, m, *noise).values()
+        pairs = [last(run["weights"]) for run in runs]
+        known = mean_of(w[0] / w[1] for w in pairs if w and w[0] and w[1])
+        ratios[m, task, noise] = known
+    rows = [
+        [method.label, *(number(ratios[m, task, noise], 2) for task, noise in columns)]
+        for m, method in results.methods().items()
+    ]
+    head = f"method, {seeds(results.study.seeds)}"
+    text = markdown([head, *(f"{task}, {noise_name(noise)}" for task, noise in columns)], rows)
+    for ours, base in FAMILIES.items():
+        both = [(ratios.get((ours, *c)), ratios.get((base, *c))) for c in columns]
+        known = [(first, second) for first, second in both if first and second]
+        above = sum(first > second for first, second in known)
+        text += f"\n\n{label((ours, base))}: higher in {above} of {len(known)} cells."
+    return text
+
+
+def suppression(results: Results) -> str:
+    """Return how much the margins change the ratio of weights at the gaps that training saw."""
+    columns, rows, changes = columns_of(results, (0.2, 0.4)), [], []
+    for m in FAMILIES:
+        row = [METHODS[m].label]
+        for task, noise in columns:
+            run = traced(results, task, m, noise)
+            if not run:
+                row.append("–")
+                continue
+            gamma0 = results.chosen(task, m, *noise, seed=0)["settings"]["gamma0"]
+            gaps, flipped, margins, _ = map(np.array, run["pairs"][-1])
+            centre = 0.0 if METHODS[m].averaged else gamma0
+            ratios = []
+            for shift in (gamma0 - centre, margins - centre):
+                weight = expit(shift - gaps)
+                ratios.append(weight[flipped == 1].mean() / weight[flipped == 0].mean())
+            row.append(" → ".join(number(ratio, 2) for ratio in ratios))
+            changes.append(ratios[1] / ratios[0] - 1)
+        rows.append(row)
+    head = f"method, {seeds(1)}"
+    text = markdown([head, *(f"{task}, {noise_name(noise)}" for task, noise in columns)], rows)
+    same = sum(abs(change) < 0.01 for change in changes)
+    lower, higher = (sum(s * change >= 0.01 for change in changes) for s in (-1, 1))
+    return (
+        f"{text}\n\nChanged by less than 1 % in {same} of {len(changes)} cells, lower by more in "
+        f"{lower}, higher by more in {higher}."
+    )
+
+
+def traced(results: Results, task: str, method: str, noise: tuple[str, float]) -> Any:
+    run = results.repeated("trace", task, method, *noise).get(0)
+    return run if run and run["pairs"] else None
+
+
+def detection(results: Results) -> str:
+    columns = columns_of(results, (0.2, 0.4))
+    rows = []
+    for m, method in results.methods().items():
+        names = {"auc_loss": "loss", "auc_margin": "margin", "auc_smoothing": "implied smoothing"}
+        for name, label in names.items():
+            if name != "auc_loss" and m not in OURS:
+                continue
+            row = [f"{method.label}: {label}"]
+            for task, noise in columns:
+                runs = results.repeated("trace", task, m, *noise).values()
+                row.append(number(mean_of(last(run[name]) for run in runs), 3))
+            rows.append(row)
+    head = [
+        f"ranking, {seeds(results.study.seeds)}",
+        *(f"{task}, {noise_name(noise)}" for task, noise in columns),
+    ]
+    return markdown(head, rows)
+
+
+def costs(results: Results) -> str:
+    records = sorted(results.of_stage("cost"), key=lambda r: r["result"]["parameters"])
+    if not records:
+        return "Not measured yet."
+    times = [r["result"]["microseconds"] for r in records]
+    head = [
+        "method",
+        *(f"{r['task']} ({r['result']['parameters']:,} parameters)" for r in records),
+    ]
+    rows = [
+        [method.label, *(
+            f"{t[m]['0.5'] / 1000:.2f} ms, {t[m]['0.5'] / t['dpo']['0.5']:.2f}" if m in t else "–"
+            for t in times
+        )]
+        for m, method in results.methods().items()
+    ]  # fmt: skip
+    return markdown(head, rows)
+
+
+def loops(results: Results) -> str:
+    rows = []
+    for record in results.of_stage("loop"):
+        gamma0, tau, result = record["gamma0"], record["tau"], record["result"]
+        both = [
+            [number(100 * r["top_tenth"]), number(r["negative"], 2), number(r["largest"], 2)]
+            for r in (result["exact"], result["loop"])
+        ]
+        rows.append([
+            f"{gamma0:g}, {tau:g}, {gamma0**2 / tau:.3g}", number(result["error"], 4),
+            number(result["one_step_more"], 4), number(100 * result["out_of_order"]),
+            *(f"{exact}; {loop}" for exact, loop in zip(*both, strict=True)),
+        ])  # fmt: skip
+    head = ["γ0, τ, κ", "largest error / γ0", "moved by one more step / γ0",
+            "% of pairs of gaps out of order", "% of the budget in the top tenth: exact; loop",
+            "mean margin of negative gaps / γ0: exact; loop",
+            "largest / γ0: exact; loop"]  # fmt: skip
+    return markdown(head, rows) if rows else "Not run yet."
+
+
+def change_name(change: dict[str, Any]) -> str:
+    return ", ".join(f"{k} = {v}" for k, v in change.items()) or "as chosen: accuracy"
+
+
+def ablations(results: Results) -> str:
+    study = results.study
+    columns = list(itertools.product(study.tasks, plan.ABLATION_METHODS, study.ablation_noises))
+    changes = [c for name in study.changes if name != "grid" for c in plan.CHANGES[name]]
+    rows = []
+    for change in changes:
+        row = [change_name(change)]
+        for task, method, noise in columns:
+            values = results.ablation(task, method, noise, change)
+            base = results.ablation(task, method, noise, {})
+            gain = interval(values.values()) if not change else paired(values, base)[:2]
+            row.append(pair(*gain, sign=bool(change)))
+        rows.append(row)
+    head = [f"{t}, {METHODS[m].label}, {noise_name(n)}" for t, m, n in columns]
+    return markdown([f"change, {seeds(study.ablation_seeds)}", *head], rows)
+
+
+def grid(results: Results) -> str:
+    """Compare settings on their mean over flip rates, and each tau on that over gamma0 as well."""
+    study, rows = results.study, []
+    for m, task in itertools.product(plan.ABLATION_METHODS, study.tasks):
+        fields = {
+            (change["gamma0"], change["tau"]): mean_by_seed(
+                [results.ablation(task, m, noise, change) for noise in study.ablation_noises]
+            )
+            for change in plan.GRID
+        }
+        taus = [mean_by_seed([fields[g, tau] for g in plan.GAMMA0S]) for tau in plan.TAUS]
+        gains = [paired(mean, taus[-1])[:2] for mean in taus[:-1]]
+        best = max(fields, key=lambda field: interval(fields[field].values())[0])
+        gains.append(paired(fields[best], fields[DEFAULT])[:2])
+        cells = [pair(*gain, sign=True) for gain in gains]
+        if fields[best]:
+            cells[-1] += " at {:g}, {:g}".format(*best)
+        rows.append([f"{METHODS[m].label}, {task}", *cells])
+    head = [f"τ = {tau:g}" for tau in plan.TAUS[:-1]]
+    head = [seeds(study.ablation_seeds), *head]
+    return markdown([*head, "best field − field {:g}, {:g}".format(*DEFAULT)], rows)

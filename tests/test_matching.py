@@ -1,0 +1,196 @@
+"""The logistic loss that γ-PO amounts to, and settings for a wanted one."""
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+import oracles
+import pytest
+import strategies
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gamma_loss import MatchedLoss, choose_settings, match_logistic, solve_margins
+
+optimize = pytest.importorskip("scipy.optimize")
+GAPS = np.random.default_rng(0).normal(1.0, 3.0, 200)
+
+
+def normal_gaps(mean, deviation, count=4000):
+    """Gaps at the middles of so many equal shares of a normal distribution."""
+    places = (np.arange(count) + 0.5) / count
+    return mean + deviation * np.array([NormalDist().inv_cdf(p) for p in places])
+
+
+def weights(gaps, gamma0, tau, centered):
+    margins = oracles.margins(gaps, gamma0, tau)[0]
+    return oracles.sigmoid(margins - gaps - (gamma0 if centered else 0)).astype(float)
+
+
+@pytest.mark.parametrize(
+    ("gamma0", "tau", "centered", "expected"),
+    [
+        (4.0, 10.0, False, (1.01, 3.28, 0.73, 5e-4)),
+        (3.0, 3.0, False, (1.03, 2.02, 0.55, 2e-3)),
+        (4.0, 10.0, True, (1.01, -0.25, 0.94, 2e-4)),
+        (2.0, 0.5, False, (1.23, 0.39, 0.27, 2e-2)),
+    ],
+)
+def test_normal_gaps(gamma0, tau, centered, expected):
+    match = match_logistic(normal_gaps(1, 3), gamma0=gamma0, tau=tau, centered=centered)
+    assert [round(value, 2) for value in match[:3]] == list(expected[:3])
+    assert float(f"{match.unexplained:.0e}") == expected[3]
+
+
+def test_far_from_a_logistic_loss():
+    match = match_logistic(normal_gaps(2, 6), gamma0=4.0, tau=0.1)
+    assert round(match.unexplained, 2) == 0.23
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize(("gamma0", "tau"), [(4.0, 10.0), (3.0, 3.0), (1.0, 0.2), (0.375, 10.0)])
+def test_agrees_with_another_fit(gamma0, tau, centered):
+    target = weights(GAPS, gamma0, tau, centered)
+
+    def errors(at):
+        return at[0] * oracles.sigmoid(at[1] - at[2] * GAPS).astype(float) - target
+
+    fits = [
+        optimize.least_squares(errors, [1.0, d, b], xtol=1e-15, ftol=1e-15, gtol=1e-15)
+        for d in (-1.0, 3.0) for b in (0.3, 1.0)
+    ]  # fmt: skip
+    fit = min(fits, key=lambda fit: fit.cost)
+    match = match_logistic(GAPS, gamma0=gamma0, tau=tau, centered=centered)
+    # A minimum to 1e-12 of its value is found to the square root of that, times its curvature.
+    np.testing.assert_allclose(match[:3], fit.x, rtol=1e-4, atol=1e-5)
+    found = np.mean(errors(match[:3]) ** 2) / target.var()
+    assert match.unexplained == pytest.approx(found, rel=1e-6, abs=1e-15)
+    assert match.unexplained <= 2 * fit.cost / len(GAPS) / target.var() * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_weak_setting_is_the_logistic_loss_itself(centered):
+    match = match_logistic(GAPS, gamma0=2.0, tau=4e6, centered=centered)  # κ = 1e-6
+    # Margins differ by at most κ, so the three numbers by a few times that.
+    np.testing.assert_allclose(match[:3], [1.0, 0.0 if centered else 2.0, 1.0], atol=1e-5)
+    assert match.unexplained < 1e-10
+
+
+def test_a_strong_setting_is_the_linear_loss():
+    """Where the budget lets every gap reach one level, all weights become equal."""
+    gaps = np.random.default_rng(0).uniform(-1, 1, 200)
+    strong = weights(gaps, 3.0, 1e-4, False)  # κ = 9e4
+    assert np.ptp(strong) < 1e-3
+    factors = [
+        match_logistic(gaps, gamma0=3.0, tau=9 / kappa).beta_factor for kappa in (1, 10, 100, 1000)
+    ]
+    assert factors == sorted(factors, reverse=True)
+    assert factors[-1] < 0.05
+
+
+@pytest.mark.parametrize("gaps", [[0.0] * 5, [1.5], [0.1 + 0.2, 0.3]])
+def test_equal_gaps(gaps):
+    match = match_logistic(np.array(gaps), gamma0=2.0, tau=0.1)
+    assert match == pytest.approx(MatchedLoss(1.0, 2.0, 1.0, 0.0))
+    assert match_logistic(np.array(gaps), gamma0=2.0, tau=0.1, centered=True).margin == (
+        pytest.approx(0.0, abs=1e-12)
+    )
+
+
+@pytest.mark.parametrize(
+    "gaps", [[1.0, 2.0], [-1e4, 1e4], [0.0, 1e-6, 2e-6], [700.0, 710.0, 720.0], [-800.0, -1.0, 3.0]]
+)
+@pytest.mark.parametrize(("gamma0", "tau"), [(4.0, 10.0), (4.0, 1e-3), (50.0, 1.0), (0.1, 10.0)])
+def test_hard_pools_give_finite_numbers(gaps, gamma0, tau):
+    for centered in (False, True):
+        match = match_logistic(np.array(gaps), gamma0=gamma0, tau=tau, centered=centered)
+        assert all(map(math.isfinite, match))
+        assert match.scale > 0
+        assert 0 <= match.unexplained <= 1 + 1e-9
+
+
+@given(strategies.pools(), strategies.gamma0s, strategies.taus, st.booleans())
+def test_any_pool_gives_finite_numbers(gaps, gamma0, tau, centered):
+    match = match_logistic(gaps, gamma0=gamma0, tau=tau, centered=centered)
+    assert all(map(math.isfinite, match))
+    assert match.scale > 0
+    assert 0 <= match.unexplained <= 1 + 1e-6
+
+
+def test_every_library(library):
+    gaps = np.append(GAPS, [np.nan, np.inf])  # which take no part
+    expected = match_logistic(GAPS, gamma0=3.0, tau=3.0)
+    found = match_logistic(library.array(gaps), gamma0=3.0, tau=3.0)
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert {type(value) for value in found} == {float}
+    chosen = choose_settings(library.array(gaps, "float32"), gamma0=2.0, spread=0.3)
+    assert chosen["tau"] == pytest.approx(
+        choose_settings(GAPS, gamma0=2.0, spread=0.3)["tau"], rel=1e-5
+    )
+
+
+def test_gaps_that_carry_a_gradient(torch):
+    gaps = torch.tensor(GAPS).requires_grad_()
+    assert match_logistic(gaps, gamma0=3.0, tau=3.0) == match_logistic(GAPS, gamma0=3.0, tau=3.0)
+
+
+# --- settings for a wanted effect ---
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.25, 1.0])
+def test_chosen_spread(spread):
+    settings = choose_settings(GAPS, gamma0=2.0, spread=spread)
+    assert settings["gamma0"] == 2.0
+    margins = oracles.margins(GAPS, settings["gamma0"], settings["tau"])[0]
+    assert float(margins.std()) == pytest.approx(spread, rel=1e-8)
+
+
+@pytest.mark.parametrize(("factor", "centered"), [(0.95, False), (0.5, False), (0.9, True)])
+def test_chosen_beta_factor(factor, centered):
+    settings = choose_settings(GAPS, gamma0=2.0, beta_factor=factor, centered=centered)
+    match = match_logistic(GAPS, **settings, centered=centered)
+    assert match.beta_factor == pytest.approx(factor, rel=1e-6)
+    weaker = match_logistic(GAPS, gamma0=2.0, tau=1.1 * settings["tau"], centered=centered)
+    assert weaker.beta_factor > factor  # the weakest setting that does it
+
+
+def test_gamma0_is_the_median_gap_unless_given():
+    settings = choose_settings(GAPS, spread=0.2)
+    assert settings["gamma0"] == np.median(GAPS)
+    assert solve_margins(GAPS, **settings).margins.std() == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="gamma0 must be given"):
+        choose_settings(-np.abs(GAPS), spread=0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "one of the two"),
+        ({"spread": 0.1, "beta_factor": 0.9}, "one of the two"),
+        ({"spread": 50.0}, r"spread can be at most \d"),
+        ({"beta_factor": 0.1, "gamma0": 1.0}, r"beta_factor can be at least 0\.\d"),
+        ({"beta_factor": 1.0}, "beta_factor must be"),
+        ({"spread": 0.0}, "spread must be"),
+        ({"spread": 0.1, "gamma0": -1.0}, "gamma0 must be"),
+    ],
+)
+def test_what_cannot_be_had_is_said(options, message):
+    with pytest.raises(ValueError, match=message):
+        choose_settings(GAPS, **options)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "error"),
+    [
+        ([1.0, 2.0], TypeError),
+        (np.array([1, 2]), TypeError),
+        (np.ones((2, 2)), ValueError),
+        (np.array([]), ValueError),
+        (np.array([np.nan, np.inf]), ValueError),
+    ],
+)
+def test_bad_gaps(gaps, error):
+    with pytest.raises(error, match="reward_gaps"):
+        match_logistic(gaps, gamma0=1.0, tau=1.0)
+    with pytest.raises(error, match="reward_gaps"):
+        choose_settings(gaps, spread=0.1)
