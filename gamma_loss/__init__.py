@@ -1,6 +1,6 @@
 """γ-PO: preference losses with exact dynamic target margins, for torch, NumPy and JAX.
 
-The reference implementation of Sun et al., *Robust Preference Optimization via Dynamic Target
+An independent implementation of Sun et al., *Robust Preference Optimization via Dynamic Target
 Margins*, Findings of ACL 2025, arXiv:2506.03690. Importing it imports no array library; each one
 is used when its arrays arrive, and torch also when a module or `sequence_logps`
 is asked for.
