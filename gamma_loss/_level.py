@@ -86,8 +86,7 @@ class Level(NamedTuple):
 def bend(xp: Namespace, gaps: Array) -> Array:
     """Return the y with ``y tanh((y - g) / 2) = 1``, to 1.6 %.
 
-    From ``y (y - g) = z coth(z / 2)``, with a right-hand side that is right for g → ±∞. Between it
-    and the true bend D changes by less than 2e-4 of itself, which is as good as not bending.
+    Between it and the true bend D changes by less than 2e-4 of itself, as good as not bending.
     """
     h = gaps + 1
     y = (gaps + xp.sqrt(gaps * gaps + 8 + 2 * (xp.sqrt(h * h + 2) - h))) * 0.5
@@ -106,10 +105,8 @@ def with_bend(pairs: Pairs) -> Pairs:
 def first_level(
     gamma0: Array, a: Array, count: Array, of_p: Array, of_q: Array, least: Array, largest: Array
 ) -> Level:
-    """Return the level of Newton's step from equal margins, inside the first bracket.
-
-    ν lies in the range of a σ(γ0 - g), of which the extremes are given, and no x is above N.
-    """
+    """Return the level of Newton's step from equal margins, inside the first bracket."""
+    # ν lies in the range of a σ(γ0 - g), of which the extremes are given, and no x is above N.
     xp = numbers_namespace(a)
     far = xp.log1p(a) + 50  # beyond it a σ(λ) is 0 or a to well below rounding error
     low, high = clip(xp, least, -far, far), clip(xp, largest, -far, far)
@@ -132,8 +129,8 @@ def side_of(level: Level) -> tuple[Array, Array]:
 def first_guess(pairs: Pairs, at: Array, s: Array, k: Array) -> Array:
     """Return the closer to 0 of two u, exact as κ → 0 and as κ → ∞.
 
-    Where u leaves 0, z leaves γ0 - g towards λ and never passes it. So the root is between 0 and
-    what u would be with z left where it is, and between 0 and what moves z all the way.
+    Where u leaves 0, z leaves γ0 - g towards λ and never passes it: so the root is between 0 and
+    either, what u would be with z left where it is, and what moves z all the way.
     """
     xp = solver_namespace(pairs.start)
     stays = k - signed(s, pairs.a * sigmoid(signed(s, pairs.start)))
@@ -215,7 +212,10 @@ def level_step(
 def what_is_left(pairs: Pairs, y: Array, move: Array) -> Array:
     """Bound |x - x*| / (1 + x*) after a Newton step, or return inf where that was too far."""
     xp, reach = solver_namespace(y), move + y * move
-    left = xp.max(move * reach * (y / (pairs.gamma0 + y)))
+    share = y / (pairs.gamma0 + y)
+    left = xp.max(move * reach * share)
+    # An x below e^-50 has no say, unless a step makes it e^10 times as large.
+    reach = reach * clip(xp, share * 1e22, xp.full_like(y, CLOSE / 10), xp.ones_like(y))
     return xp.where(xp.max(xp.abs(reach)) <= CLOSE, left, math.inf * pairs.a)
 
 
