@@ -47,7 +47,7 @@ from gamma_loss._arrays import (
 )
 
 CLOSE = 0.3  # |du| (1 + y) up to which du² (1 + y) bounds the distance to the root
-FAR = 2.0  # |du| (1 + y) from which the next step is a careful one at once
+FAR = 2.0  # |du| (1 + y) from which the next step is a careful one
 NEAR = 0.05  # |log mean x| from which on a step may be the last
 _TINY = 1e-30  # of which float32 still knows the reciprocal times 1e5
 

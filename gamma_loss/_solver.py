@@ -21,7 +21,6 @@ from gamma_loss._arrays import (
     total,
 )
 from gamma_loss._level import (
-    CLOSE,
     FAR,
     Level,
     Pairs,
@@ -56,7 +55,6 @@ class State(NamedTuple):
     budget: Array  # N γ0
     u: Array
     level: Level
-    reach: Array  # the largest |du| (1 + y) of the step before
     far: Array  # whether steps are to be careful
     left: Array  # bound on what is left of |x - x*| / (1 + x*), inf where there is none
     done: Array
@@ -104,7 +102,7 @@ def begin(
     if false is not False:  # a tracer, which takes both ways
         pairs = with_bend(pairs)
     budget = read(sums[0]) * read(gamma0)
-    return State(pairs, budget, u, level, 0 * level.a, false, infinity, false)
+    return State(pairs, budget, u, level, false, infinity, false)
 
 
 def survey(
@@ -132,7 +130,7 @@ def with_most(pairs: Pairs, least_start: Array) -> Pairs:
 
 def advance(state: State, spread: Spread = WHOLE, run: Run = directly) -> State:
     """Take a step of the pairs, and one of the level if its side is proven."""
-    pairs, budget, u, level, reach_before, far, before, _ = state
+    pairs, budget, u, level, far, before, _ = state
     in_parts = spread.parts > 1
     read, eps = reader(u, in_parts), epsilon(u)
     if in_parts:
@@ -146,15 +144,14 @@ def advance(state: State, spread: Spread = WHOLE, run: Run = directly) -> State:
     if in_parts:  # settled; and all have to decide alike
         off, reach = 0 * level.a, 0 * level.a
     level, d_nu, near = level_step(level, excess, rate, off, reach, eps)
+    near = near & (excess * excess <= 16 * eps)  # else more is left than that
 
     u, left = run(follow, pairs, u, step, d_nu, near)
     if near is not False:
         left = spread.extremes(-left, left)[1]
     left = read(left) + 0 * level.a
     done = near & at_rounding(left, before, eps)
-    # A plain step may be tried once where one was too far: docs/theory.md, Proposition 5.
-    far = (reach > FAR) | ((reach > CLOSE) & (reach_before > CLOSE))
-    return State(pairs, budget, u, level, reach, far, left, done)
+    return State(pairs, budget, u, level, reach > FAR, left, done)
 
 
 def look(

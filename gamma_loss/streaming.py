@@ -202,5 +202,5 @@ def _settled(gaps: Floats, gamma0: float, level: Level) -> _solver.State:
     pairs, _, extremes = _solver.survey(gaps, None, *np.array([gamma0, level.a]))
     pairs = _solver.with_most(pairs, extremes[0])
     u = first_guess(pairs, level.at, *side_of(level))
-    state = _solver.State(pairs, 0.0, u, level, 0.0, False, math.inf, False)
+    state = _solver.State(pairs, 0.0, u, level, False, math.inf, False)
     return state._replace(u=_solver.settle(state))
