@@ -114,6 +114,12 @@ def is_free_to_read(array: Array) -> bool:
     return numpy is not None and isinstance(array, numpy.ndarray)
 
 
+def from_numpy(arrays: tuple[Any, ...], like: Array) -> tuple[Array, ...]:
+    """Return NumPy's arrays as torch's, of the dtype of another."""
+    torch = sys.modules["torch"]
+    return tuple(torch.as_tensor(array, dtype=like.dtype) for array in arrays)
+
+
 def is_transforming() -> bool:
     """Whether torch.func is at work; taken as given where torch doesn't tell."""
     tell = getattr(sys.modules["torch"]._C, "_are_functorch_transforms_active", None)

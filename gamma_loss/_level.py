@@ -47,7 +47,7 @@ from gamma_loss._arrays import (
 )
 
 CLOSE = 0.3  # |du| (1 + y) up to which du² (1 + y) bounds the distance to the root
-FAR = 2.0  # |du| (1 + y) from which the next step is a careful one
+FAR = 1.0  # |du| (1 + y) from which a step has to be a careful one
 NEAR = 0.05  # |log mean x| from which on a step may be the last
 _TINY = 1e-30  # of which float32 still knows the reciprocal times 1e5
 
@@ -60,8 +60,6 @@ class Pairs(NamedTuple):
     gamma0: Array
     a: Array
     most: Array  # above every root, and its exponential is finite
-    bend: Array | None = None
-    at_bend: tuple[Array, ...] = ()  # u + s a σ(s z) at the bend, for s = 1 and for s = -1
 
 
 class Step(NamedTuple):
@@ -91,15 +89,6 @@ def bend(xp: Namespace, gaps: Array) -> Array:
     h = gaps + 1
     y = (gaps + xp.sqrt(gaps * gaps + 8 + 2 * (xp.sqrt(h * h + 2) - h))) * 0.5
     return xp.maximum(y, xp.ones_like(y))
-
-
-def with_bend(pairs: Pairs) -> Pairs:
-    """Fill in what careful steps need."""
-    xp, gaps = solver_namespace(pairs.start), pairs.gamma0 - pairs.start
-    y = bend(xp, gaps)
-    z, u = y - gaps, xp.log(y / pairs.gamma0)
-    at_bend = u + pairs.a * sigmoid(z), u - pairs.a * sigmoid(-z)
-    return pairs._replace(bend=u, at_bend=at_bend)
 
 
 def first_level(
@@ -139,35 +128,37 @@ def first_guess(pairs: Pairs, at: Array, s: Array, k: Array) -> Array:
     return xp.where(xp.abs(moves) < xp.abs(stays), moves, stays)
 
 
-def pair_step(pairs: Pairs, u: Array, s: Array, k: Array, far: Array) -> Step:
-    """Take a Newton step of every pair; a careful one where a pair may be ``far`` from its root."""
+def pair_step(pairs: Pairs, u: Array, s: Array, k: Array) -> Step:
+    """Take a Newton step of every pair."""
     change = pairs.gamma0 * solver_namespace(u).expm1(u)
     y = change + pairs.gamma0
     t = sigmoid(signed(s, change + pairs.start))
     at = pairs.a * t
     d = 1 + y * (at - at * t)
-    step = Step(change, y, d, (k - u - signed(s, at)) / d)
-    return step if far is False else careful(pairs, u, s, k, at, step)
+    return Step(change, y, d, (k - u - signed(s, at)) / d)
 
 
-def careful(pairs: Pairs, u: Array, s: Array, k: Array, at: Array, step: Step) -> Step:
+def careful_step(pairs: Pairs, u: Array, s: Array, k: Array, step: Step) -> Array:
     """Lengthen a step where the logarithm's is longer, and end it on the root's side of the bend.
 
     The same root: log(a σ(s z)) = log(s (k - u)). From where the first is larger, it changes on the
     way to the root by at most y a unit of u, or 1 a unit of z, and the second by at most what it
     does here: so this step falls short of the root.
     """
-    xp, (change, y, d, du) = solver_namespace(u), step
+    xp, (change, y, _, du), gaps = solver_namespace(u), step, pairs.gamma0 - pairs.start
     zero = xp.zeros_like(u)
+    at = pairs.a * sigmoid(signed(s, change + pairs.start))
     rest = xp.maximum(signed(s, k - u), zero + _TINY)
     fall = xp.log(xp.maximum(at / rest, zero + _TINY)) * (rest / (1 + y * rest))  # of z, by y
     short = choose(s > 0, lambda: fall, lambda: xp.log1p(xp.maximum(fall, zero)))
     is_larger = xp.maximum(xp.sign(fall), zero)
     du = du - signed(s, is_larger * xp.maximum(short + signed(s, du), zero))
+
+    y = bend(xp, gaps)
+    u_bend, at_bend = xp.log(y / pairs.gamma0), pairs.a * sigmoid(signed(s, y - gaps))
+    side = xp.sign(u_bend + signed(s, at_bend) - k)  # 1 where the root is below the bend
     new = xp.minimum(u + du, pairs.most)
-    side = xp.sign(choose(s > 0, lambda: pairs.at_bend[0], lambda: pairs.at_bend[1]) - k)
-    beyond = side * (new - pairs.bend)  # side is 1 where the root is below the bend
-    return Step(change, y, d, new - side * xp.maximum(beyond, zero) - u)
+    return new - side * xp.maximum(side * (new - u_bend), zero) - u
 
 
 def level_step(

@@ -11,7 +11,10 @@ from gamma_loss._arrays import (
     Array,
     bits,
     epsilon,
+    from_numpy,
     inner,
+    is_free_to_read,
+    is_torch,
     numbers_namespace,
     reader,
     repeat,
@@ -26,6 +29,7 @@ from gamma_loss._level import (
     Pairs,
     Step,
     at_rounding,
+    careful_step,
     certify,
     first_guess,
     first_level,
@@ -33,7 +37,6 @@ from gamma_loss._level import (
     pair_step,
     side_of,
     what_is_left,
-    with_bend,
 )
 from gamma_loss._mild import mild_passes, newton
 from gamma_loss._spread import WHOLE, Spread, count_of, weighted
@@ -55,7 +58,6 @@ class State(NamedTuple):
     budget: Array  # N γ0
     u: Array
     level: Level
-    far: Array  # whether steps are to be careful
     left: Array  # bound on what is left of |x - x*| / (1 + x*), inf where there is none
     done: Array
 
@@ -73,6 +75,10 @@ def solve(
     g0, a = zero + gamma0, zero + gamma0 / tau
     if passes := mild_passes(gamma0, tau, bits(gaps) >= 64):
         return newton(gaps, weights, g0, a, passes, spread)
+    if spread is WHOLE and is_torch(gaps) and is_free_to_read(gaps):
+        # A call of torch takes the host three times as long as one of NumPy.
+        views = gaps.numpy(), None if weights is None else weights.numpy()
+        return from_numpy(solve(*views, gamma0, tau), gaps)
     return finish(iterate(begin(gaps, weights, g0, a, spread), spread), spread)
 
 
@@ -98,11 +104,14 @@ def begin(
     level = first_level(*map(read, (gamma0, a, *sums, *extremes)))
     pairs = with_most(pairs, extremes[0])
     u = run(first_guess, pairs, level.at, *side_of(level))
-    false, infinity = read(a) < 0, 0 * level.a + math.inf
-    if false is not False:  # a tracer, which takes both ways
-        pairs = with_bend(pairs)
-    budget = read(sums[0]) * read(gamma0)
-    return State(pairs, budget, u, level, false, infinity, false)
+    return State(
+        pairs=pairs,
+        budget=read(sums[0]) * read(gamma0),
+        u=u,
+        level=level,
+        left=0 * level.a + math.inf,
+        done=read(a) < 0,
+    )
 
 
 def survey(
@@ -130,17 +139,14 @@ def with_most(pairs: Pairs, least_start: Array) -> Pairs:
 
 def advance(state: State, spread: Spread = WHOLE, run: Run = directly) -> State:
     """Take a step of the pairs, and one of the level if its side is proven."""
-    pairs, budget, u, level, far, before, _ = state
+    pairs, budget, u, level, before, _ = state
     in_parts = spread.parts > 1
     read, eps = reader(u, in_parts), epsilon(u)
     if in_parts:
         u = settle(state)
-    if far is True and pairs.bend is None:
-        pairs = run(with_bend, pairs)
-    step, (excess, rate, off, reach) = run(look, pairs, u, *side_of(level), far)
-    excess, rate = spread.sums(excess, rate)
-    excess, rate, off = (read(number) / budget for number in (excess, rate, off))
-    reach = read(reach)
+    step, sums, reach = step_and_look(pairs, u, level, run)
+    excess, rate = spread.sums(*sums[:2])
+    excess, rate, off = (read(number) / budget for number in (excess, rate, sums[2]))
     if in_parts:  # settled; and all have to decide alike
         off, reach = 0 * level.a, 0 * level.a
     level, d_nu, near = level_step(level, excess, rate, off, reach, eps)
@@ -150,20 +156,45 @@ def advance(state: State, spread: Spread = WHOLE, run: Run = directly) -> State:
     if near is not False:
         left = spread.extremes(-left, left)[1]
     left = read(left) + 0 * level.a
-    done = near & at_rounding(left, before, eps)
-    return State(pairs, budget, u, level, reach > FAR, left, done)
+    return State(pairs, budget, u, level, left, near & at_rounding(left, before, eps))
+
+
+def step_and_look(
+    pairs: Pairs, u: Array, level: Level, run: Run = directly
+) -> tuple[Step, tuple[Array, Array, Array], Array]:
+    """Take a step of the pairs; return also three sums, and how far the pairs reach."""
+    s, k = side_of(level)
+    host = isinstance(level.at, float)
+    step, sums, reach = run(look, pairs, u, s, k, not host)
+    if host and (reach := float(reach)) > FAR:
+        step, sums, reach = run(look, pairs, u, s, k, True)
+        reach = float(reach)
+    return step, sums, reach
 
 
 def look(
-    pairs: Pairs, u: Array, s: Array, k: Array, far: Array
-) -> tuple[Step, tuple[Array, Array, Array, Array]]:
-    """Take a step of the pairs; return also Σ (y - γ0) after it, Σ y / D, the error, its reach."""
-    step = pair_step(pairs, u, s, k, far)
+    pairs: Pairs, u: Array, s: Array, k: Array, care: bool
+) -> tuple[Step, tuple[Array, Array, Array], Array]:
+    """Take a step; return Σ (y - γ0) after it and Σ y / D, what the first is off, and the reach."""
+    xp, step = solver_namespace(u), pair_step(pairs, u, s, k)
+    if care:
+        step = with_care(pairs, u, s, k, step)
     change, y, d, du = step
-    grown, xp = y * du, solver_namespace(u)
+    grown = y * du
     excess = total(weighted(pairs.weights, change + grown))
     rate, reach = total(weighted(pairs.weights, y / d)), du + grown
-    return step, (excess, rate, total(grown * reach), xp.max(xp.abs(reach)))
+    return step, (excess, rate, total(grown * reach)), xp.max(xp.abs(reach))
+
+
+def with_care(pairs: Pairs, u: Array, s: Array, k: Array, step: Step) -> Step:
+    """Make the steps careful that are too far for plain ones."""
+    xp = solver_namespace(u)
+    far = xp.abs(step.du + step.y * step.du) > FAR
+    if not is_free_to_read(u):
+        return step._replace(du=xp.where(far, careful_step(pairs, u, s, k, step), step.du))
+    some = pairs._replace(weights=None, start=pairs.start[far])
+    step.du[far] = careful_step(some, u[far], s, k, Step(*(each[far] for each in step)))
+    return step
 
 
 def follow(pairs: Pairs, u: Array, step: Step, d_nu: Array, near: Array) -> tuple[Array, Array]:
@@ -180,20 +211,12 @@ def settle(state: State) -> Array:
 
 
 def _settle_pass(state: State) -> State:
-    pairs, u, level, far, before = state.pairs, state.u, state.level, state.far, state.left
-    if far is True and pairs.bend is None:
-        pairs = with_bend(pairs)
-    step = pair_step(pairs, u, *side_of(level), far)
-    xp, left = solver_namespace(u), what_is_left(pairs, step.y, step.du)
-    left = reader(u, isinstance(level.at, float))(left) + 0 * level.a
-    done = at_rounding(left, before, epsilon(u))
-    return state._replace(
-        pairs=pairs,
-        u=xp.minimum(u + step.du, pairs.most),
-        far=left == math.inf,
-        left=left,
-        done=done,
-    )
+    pairs, _, u, level, before, _ = state
+    step, _, _ = step_and_look(pairs, u, level)
+    left = what_is_left(pairs, step.y, step.du)
+    left = (float(left) if isinstance(level.at, float) else left) + 0 * level.a
+    u = solver_namespace(u).minimum(u + step.du, pairs.most)
+    return state._replace(u=u, left=left, done=at_rounding(left, before, epsilon(u)))
 
 
 def is_done(state: State) -> Array:

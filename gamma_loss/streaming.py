@@ -193,7 +193,7 @@ def _survey(gaps: Floats, gamma0: float, a: float) -> tuple[float, ...]:
 def _look(gaps: Floats, gamma0: float, level: Level) -> tuple[float, ...]:
     """Settle the pairs of a block, and return what the level and the certificate need of them."""
     state, (s, k) = _settled(gaps, gamma0, level), side_of(level)
-    _, (excess, rate, _, _) = _solver.look(state.pairs, state.u, s, k, False)
+    _, (excess, rate, _), _ = _solver.look(state.pairs, state.u, s, k, False)
     wrong = certify(state.pairs, state.u, s, k, np.float64(0.0)).max()
     return gaps.size, gaps.sum(), excess, rate, 0.0, wrong
 
@@ -202,5 +202,5 @@ def _settled(gaps: Floats, gamma0: float, level: Level) -> _solver.State:
     pairs, _, extremes = _solver.survey(gaps, None, *np.array([gamma0, level.a]))
     pairs = _solver.with_most(pairs, extremes[0])
     u = first_guess(pairs, level.at, *side_of(level))
-    state = _solver.State(pairs, 0.0, u, level, False, math.inf, False)
+    state = _solver.State(pairs, 0.0, u, level, math.inf, False)
     return state._replace(u=_solver.settle(state))
