@@ -105,7 +105,7 @@ def test_bad_chunks():
 # --- the program ---
 
 
-def run(*arguments, ranks=1, **settings):
+def run(*arguments, ranks=1, program=(PROGRAM,)):
     """Start the program, for several ranks with the environment that torchrun makes."""
     root = str(PROGRAM.parents[2])  # of what is tested here, whatever is installed
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": root}
@@ -117,12 +117,11 @@ def run(*arguments, ranks=1, **settings):
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
     processes = [
         subprocess.Popen(
-            [sys.executable, PROGRAM, *map(str, arguments)],
+            [sys.executable, *program, *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env={**environment, "RANK": str(rank)},
-            **settings,
         )
         for rank in range(ranks)
     ]
@@ -276,20 +275,25 @@ def test_arrays_that_hold_no_gaps(tmp_path, content, words, ranks):
     assert names(tmp_path) == ["gaps.npy", "out.npy"]
 
 
+SMALL_FILES = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""  # the system refuses to let a file grow, as it does on a full disk
+
+
 @pytest.mark.parametrize("suffix", ["npy", "parquet"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_full_disk_loses_nothing(gaps_file, tmp_path, suffix, ranks):
     if suffix == "parquet":
         pytest.importorskip("pyarrow")
-    resource = pytest.importorskip("resource")
+    pytest.importorskip("resource")
     file, _ = gaps_file
     out = tmp_path / f"out.{suffix}"
     out.write_text("of yesterday")
 
-    def small_files():  # the system refuses to let a file grow, as it does on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-
-    done = run(file, *options(MILD, out), ranks=ranks, preexec_fn=small_files)
+    done = run(file, *options(MILD, out), ranks=ranks, program=("-c", SMALL_FILES, PROGRAM))
     assert "File too large" in complaint(done)
     assert out.read_text() == "of yesterday"
     assert names(tmp_path) == ["gaps.npy", out.name]
