@@ -114,10 +114,11 @@ def is_free_to_read(array: Array) -> bool:
     return numpy is not None and isinstance(array, numpy.ndarray)
 
 
-def from_numpy(arrays: tuple[Any, ...], like: Array) -> tuple[Array, ...]:
-    """Return NumPy's arrays as torch's, of the dtype of another."""
-    torch = sys.modules["torch"]
-    return tuple(torch.as_tensor(array, dtype=like.dtype) for array in arrays)
+def from_numpy(*arrays: Any) -> tuple[Array, ...]:
+    """Return NumPy's arrays and numbers as torch's, on the CPU and of the dtype of the first."""
+    numpy, torch = sys.modules["numpy"], sys.modules["torch"]
+    dtype = arrays[0].dtype
+    return tuple(torch.from_numpy(numpy.asarray(array, dtype=dtype)) for array in arrays)
 
 
 def is_transforming() -> bool:

@@ -78,7 +78,7 @@ def solve(
     if spread is WHOLE and is_torch(gaps) and is_free_to_read(gaps):
         # A call of torch takes the host three times as long as one of NumPy.
         views = gaps.numpy(), None if weights is None else weights.numpy()
-        return from_numpy(solve(*views, gamma0, tau), gaps)
+        return from_numpy(*solve(*views, gamma0, tau))
     return finish(iterate(begin(gaps, weights, g0, a, spread), spread), spread)
 
 

@@ -89,6 +89,16 @@ def test_autocast_changes_nothing(torch, triton, device, impl, dtype, setting):
     torch.testing.assert_close(inside, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("setting", [MILD, HARD])
+@pytest.mark.parametrize("impl", ["eager", "compile"])
+def test_a_default_device_leaves_no_trace(torch, compiled, impl, setting):
+    gaps = torch.tensor(rows(9))
+    with torch.device("meta"):
+        first = solve_margins(gaps, **setting, impl=impl)
+    assert first.margins.device == first.residual.device == gaps.device
+    torch.testing.assert_close(solve_margins(gaps, **setting, impl=impl), first)
+
+
 AT_SIZE = [  # few distinct gaps, many times over: what sums in float32 get wrong
     ([54.4243, 9991.3], [65_530, 6], 51.3952, 1.42196),
     ([1.7, 9.0], [60_000, 5_536], 3.0, 3.0),

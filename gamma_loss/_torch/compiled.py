@@ -69,8 +69,7 @@ def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 def _kind(argument: Any) -> Any:
     """Return what of an argument changes a program."""
     if isinstance(argument, tuple):
-        kinds = tuple(map(_kind, argument))
-        return kinds
+        return tuple(map(_kind, argument))
     if isinstance(argument, Tensor):  # sizes of 0 and 1 are constants of a program
         return min(argument.numel(), 2) if argument.ndim else ()
     return argument
