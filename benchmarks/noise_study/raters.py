@@ -141,7 +141,7 @@ def load(domain: str) -> tuple[Rated, Tensor]:
         partial = kept.with_suffix(f".{os.getpid()}")
         torch.save(features, partial)
         partial.replace(kept)  # whole or not at all
-    return rated, torch.load(kept)
+    return rated, torch.load(kept, weights_only=True)
 
 
 def embed(texts: list[str], batch: int = 16) -> Tensor:
