@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
+from strategies import HARD, MILD
 
 from gamma_loss import gamma_dpo_loss, gamma_preference_loss, metrics, solve_margins
-
-MILD, HARD = {"gamma0": 4.0, "tau": 10.0}, {"gamma0": 20.0, "tau": 2.0}
 
 
 def rows(shape, seed=0):
