@@ -222,3 +222,21 @@ def test_torch_compile_makes_one_graph(torch, backend):
             state = compiled(gaps, gaps > -1)
             expected.push(gaps, gaps > -1)
             assert contents(state) == contents(expected.context())
+
+
+@pytest.mark.parametrize("kind", ["state", "module"])
+def test_a_queue_is_a_context_with_its_own_mask(kind):
+    torch = pytest.importorskip("torch")
+    state = queue_push(queue_init(torch.zeros(0), 5), torch.tensor([3.0, -1.0]))
+    queue = state
+    if kind == "module":
+        queue = GapQueue(5)
+        queue.push(torch.tensor([3.0, -1.0]))
+    gaps, setting = torch.tensor([0.5, 2.0]), {"gamma0": 4.0, "tau": 0.1}
+    expected = gamma_preference_loss(gaps, context=state.gaps, context_mask=state.mask, **setting)
+    unmasked = gamma_preference_loss(gaps, context=state.gaps, **setting)
+    found = gamma_preference_loss(gaps, context=queue, **setting)
+    torch.testing.assert_close(tuple(found[1]), tuple(expected[1]), rtol=0, atol=0)
+    assert not torch.allclose(found[1].margins, unmasked[1].margins)
+    with pytest.raises(ValueError, match="context_mask must be None for a queue as context"):
+        gamma_preference_loss(gaps, context=queue, context_mask=state.mask, **setting)
