@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+import types
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
@@ -13,6 +14,7 @@ Array: TypeAlias = Any
 Namespace: TypeAlias = Any
 
 _SHORT = 1024  # BLAS sums in some 32 lanes, so adds at most 32 times in a row
+_CAP = 80.0  # float32 knows its exponential
 _ROW = 256  # JAX sums so many in a row at most
 
 State = TypeVar("State", bound=tuple[Any, ...])
@@ -24,10 +26,21 @@ def is_torch(array: object) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
+def is_numpy(array: object) -> bool:
+    """Whether an array or a number is one of NumPy's; NumPy is not imported to find out."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(array, numpy.ndarray | numpy.generic)
+
+
 def is_jax(array: object) -> bool:
     """Whether an array is one of JAX's; JAX is not imported to find out."""
     jax = sys.modules.get("jax")
     return jax is not None and isinstance(array, jax.Array)
+
+
+# By type: to find out takes longer than most operations on a few hundred gaps.
+_namespaces: dict[type, Namespace] = {}
+_solver_namespaces: dict[type, Namespace] = {}
 
 
 def namespace(array: object) -> Namespace:
@@ -37,18 +50,38 @@ def namespace(array: object) -> Namespace:
         import array_api_compat.torch
 
         return array_api_compat.torch
-    import array_api_compat
+    known = _namespaces.get(type(array))
+    if known is None:
+        import array_api_compat
 
-    return array_api_compat.array_namespace(array)
+        known = _namespaces[type(array)] = array_api_compat.array_namespace(array)
+    return known
 
 
 def solver_namespace(array: Array) -> Namespace:
-    """Return the namespace for inner loops over arrays of one dtype.
+    """Return the namespace for inner loops over vectors of one dtype.
 
-    For torch that is torch itself: array-api-compat's functions are the same there, but each looks
-    at the dtypes first, which takes longer than the operation on a few hundred gaps.
+    For torch and NumPy it is not array-api-compat's, whose functions look at their arguments first.
     """
-    return sys.modules["torch"] if is_torch(array) else namespace(array)
+    known = _solver_namespaces.get(type(array))
+    if known is None:
+        if is_torch(array):
+            return sys.modules["torch"]
+        known = _numpy() if is_numpy(array) else namespace(array)
+        _solver_namespaces[type(array)] = known
+    return known
+
+
+@functools.cache
+def _numpy() -> Namespace:
+    """Return NumPy, with the standard's names in old versions, and reductions without a layer."""
+    import array_api_compat.numpy
+    import numpy
+
+    everything = vars(array_api_compat.numpy) | vars(numpy)
+    everything |= {"sum": numpy.add.reduce, "all": numpy.logical_and.reduce}
+    everything |= {"max": numpy.maximum.reduce, "min": numpy.minimum.reduce}
+    return types.SimpleNamespace(**everything)
 
 
 def device(array: Array) -> Any:
@@ -110,15 +143,7 @@ def is_free_to_read(array: Array) -> bool:
             and not torch.compiler.is_compiling()
             and not is_transforming()
         )
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(array, numpy.ndarray)
-
-
-def from_numpy(*arrays: Any) -> tuple[Array, ...]:
-    """Return NumPy's arrays and numbers as torch's, on the CPU and of the dtype of the first."""
-    numpy, torch = sys.modules["numpy"], sys.modules["torch"]
-    dtype = arrays[0].dtype
-    return tuple(torch.from_numpy(numpy.asarray(array, dtype=dtype)) for array in arrays)
+    return is_numpy(array)
 
 
 def is_transforming() -> bool:
@@ -180,9 +205,10 @@ def inner(v: Array, w: Array) -> Array:
     in half precision.
     """
     torch = sys.modules["torch"] if is_torch(v) else None
+    known = not torch.compiler.is_compiling() if torch else is_numpy(v)
     # The size last: in a graph it is a symbol, on which a comparison would be a guard.
-    if torch and not torch.compiler.is_compiling() and v.shape[0] <= _SHORT:
-        return torch.dot(v, w)
+    if known and v.shape[0] <= _SHORT:
+        return solver_namespace(v).dot(v, w)
     return total(v * w)
 
 
@@ -190,11 +216,13 @@ def as_floats(mask: Array, like: Array) -> Array:
     """Return 1 where a mask is true and 0 elsewhere, in the dtype of another array."""
     if is_torch(mask):
         return mask.to(like.dtype)
-    return namespace(mask).astype(mask, like.dtype)
+    return mask.astype(like.dtype) if is_numpy(mask) else namespace(mask).astype(mask, like.dtype)
 
 
 def softplus(xp: Namespace, x: Array) -> Array:
     """log(1 + exp(x)), without overflow."""
+    if is_numpy(x):  # of which logaddexp takes twice the time
+        return xp.maximum(x, 0.0) + xp.log1p(xp.exp(-abs(x)))
     return xp.logaddexp(x, xp.zeros_like(x))
 
 
@@ -204,9 +232,9 @@ def sigmoid(x: Array) -> Array:
         return x.sigmoid()
     if is_jax(x):
         return sys.modules["jax"].nn.sigmoid(x)
-    xp = namespace(x)
-    e = xp.exp(-xp.abs(x))
-    return xp.where(x >= 0, xp.ones_like(e), e) / (1 + e)
+    xp = solver_namespace(x)
+    e = xp.exp(xp.minimum(x, _CAP))
+    return e / (1 + e)
 
 
 def sigmoids(xp: Namespace, x: Array) -> tuple[Array, Array]:

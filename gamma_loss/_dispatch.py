@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gamma_loss import _checks, _solver
+from gamma_loss import _checks, _pool, _solver
 from gamma_loss._arrays import Array, is_jax, is_torch, solver_namespace, total
-from gamma_loss._pool import Problem, as_part, assemble, deliver, weights_of
+from gamma_loss._pool import Problem, Solution, as_part, assemble, deliver, weights_of
 from gamma_loss._spread import GATHER_LIMIT, WHOLE, Parts, Spread
 
 IMPLEMENTATIONS = ("auto", "eager", "compile", "triton")
-
-Solution = tuple[Array, Array, Array]  # margins, ν, certificate
 
 
 def choose(impl: str, gaps: Array, problem: Problem) -> str:
@@ -54,12 +52,6 @@ def _parts(gaps: Array, group: Any) -> Parts:
     return Ranks(group, gaps)
 
 
-def _eager(gaps: Array, problem: Problem) -> Solution:
-    pool = assemble(gaps, problem.beside)
-    margins, *numbers = _solver.solve(pool.gaps, weights_of(pool), problem.gamma0, problem.tau)
-    return deliver(margins, gaps, problem.beside.mask, pool, problem.gamma0), *numbers
-
-
 def _in_parts(gaps: Array, problem: Problem) -> Solution:
     """Gather the parts of a small pool; of a large one exchange sums only."""
     xp, parts = solver_namespace(gaps), _parts(gaps, problem.group)
@@ -77,6 +69,12 @@ def _in_parts(gaps: Array, problem: Problem) -> Solution:
     return deliver(margins, gaps, problem.beside.mask, pool, problem.gamma0), *parts.agreed(
         *numbers
     )
+
+
+def _host(gaps: Array, problem: Problem) -> Solution:
+    from gamma_loss._torch import host
+
+    return host.solve(gaps, problem)
 
 
 def _compile(gaps: Array, problem: Problem) -> Solution:
@@ -98,7 +96,8 @@ def _triton(gaps: Array, problem: Problem) -> Solution:
 
 
 TABLE: dict[str, Callable[[Array, Problem], Solution]] = {
-    "eager": _eager,
+    "eager": _pool.solve,
+    "host": _host,  # torch on the CPU, by NumPy
     "in parts": _in_parts,
     "compile": _compile,  # torch
     "operator": _operator,  # torch: an eager solve that a graph leaves whole

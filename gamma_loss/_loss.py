@@ -6,8 +6,16 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 from gamma_loss import _checks
-from gamma_loss._arrays import Array, Namespace, detach, namespace, sigmoid, softplus
-from gamma_loss._spread import Spread
+from gamma_loss._arrays import (
+    Array,
+    Namespace,
+    as_floats,
+    detach,
+    sigmoid,
+    softplus,
+    solver_namespace,
+)
+from gamma_loss._spread import WHOLE, Spread
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -90,13 +98,26 @@ def logistic(xp: Namespace, s: Array, tilt: float) -> Array:
     return loss + tilt * s if tilt else loss
 
 
+def slopes_of(aux: GammaLossAux, settings: LossSettings) -> Array:
+    """Return the derivatives of a loss with respect to the chosen log-probabilities."""
+    slopes = -settings.beta * aux.pair_weights
+    return slopes / _count(aux.mask, slopes) if settings.reduction == "mean" else slopes
+
+
+def _count(mask: Array, like: Array, spread: Spread = WHOLE) -> Array:
+    """Return how many pairs count, or 1 if there are none, in the dtype of another array."""
+    xp = solver_namespace(like)
+    (pairs,) = spread.sums(xp.sum(as_floats(mask, like)))
+    return xp.maximum(pairs, 0 * pairs + 1)
+
+
 def array_loss(
     logps: Logps, mask: Array | None, settings: LossSettings, solve: Solve, spread: Spread
 ) -> tuple[Array, GammaLossAux]:
     """Compute a loss in array operations. ``solve`` finds the margins of the gaps."""
     beta, gamma0, _, tilt, centered, reduction = settings
     chosen, rejected, *references = logps
-    xp = namespace(chosen)
+    xp = solver_namespace(chosen)
     if rejected is None:
         chosen_rewards, rejected_rewards = chosen, xp.zeros_like(chosen)
     else:
@@ -106,17 +127,18 @@ def array_loss(
     gaps = chosen_rewards - rejected_rewards
     margins, multiplier, residual = solve(gaps)
     shifts = margins - gamma0
-    counted = xp.ones_like(gaps, dtype=xp.bool) if mask is None else mask
+
+    def counted(values: Array) -> Array:
+        return values if mask is None else xp.where(mask, values, xp.zeros_like(values))
 
     # Masked before the loss, so that a masked NaN leaves no NaN in the gradient either.
-    zero = xp.zeros_like(gaps)
-    s = xp.where(counted, gaps, zero) - (shifts if centered else margins)
-    losses = xp.where(counted, logistic(xp, s, tilt), zero)
-    pair_weights = xp.where(counted, sigmoid(-detach(s)) - tilt, zero)
+    s = counted(gaps) - (shifts if centered else margins)
+    losses = counted(logistic(xp, s, tilt))
+    pair_weights = counted(sigmoid(-detach(s)) - tilt)
+    who = xp.ones_like(gaps, dtype=xp.bool) if mask is None else mask
     loss = losses if reduction == "none" else xp.sum(losses)
     if reduction == "mean":
-        (pairs,) = spread.sums(xp.sum(xp.astype(counted, losses.dtype)))
-        loss = spread.parts * loss / xp.maximum(pairs, xp.ones_like(pairs))
+        loss = spread.parts * loss / _count(who, losses, spread)
     return loss, GammaLossAux(
         margins=margins,
         shifts=shifts,
@@ -126,5 +148,5 @@ def array_loss(
         pair_weights=pair_weights,
         residual=residual,
         multiplier=multiplier,
-        mask=counted,
+        mask=who,
     )

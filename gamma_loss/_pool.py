@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from gamma_loss import _checks
+from gamma_loss import _checks, _solver
 from gamma_loss._arrays import (
     Array,
     as_floats,
@@ -31,6 +31,8 @@ class Beside(NamedTuple):
 
 
 ALONE = Beside()
+
+Solution = tuple[Array, Array, Array]  # margins, ν, certificate
 
 
 class Pool(NamedTuple):
@@ -75,6 +77,13 @@ def check(
             _checks.mask("context_mask", context_mask, "context", context, xp)
         size += int(context.shape[0])
     return Problem(gamma0, tau, Beside(mask, context, context_mask), size, group)
+
+
+def solve(gaps: Array, problem: Problem) -> Solution:
+    """Solve a problem whose pool is here in one piece, by array operations."""
+    pool = assemble(gaps, problem.beside)
+    margins, *numbers = _solver.solve(pool.gaps, weights_of(pool), problem.gamma0, problem.tau)
+    return deliver(margins, gaps, problem.beside.mask, pool, problem.gamma0), *numbers
 
 
 def assemble(gaps: Array, beside: Beside = ALONE) -> Pool:

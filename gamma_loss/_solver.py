@@ -11,10 +11,8 @@ from gamma_loss._arrays import (
     Array,
     bits,
     epsilon,
-    from_numpy,
     inner,
     is_free_to_read,
-    is_torch,
     numbers_namespace,
     reader,
     repeat,
@@ -75,10 +73,6 @@ def solve(
     g0, a = zero + gamma0, zero + gamma0 / tau
     if passes := mild_passes(gamma0, tau, bits(gaps) >= 64):
         return newton(gaps, weights, g0, a, passes, spread)
-    if spread is WHOLE and is_torch(gaps) and is_free_to_read(gaps):
-        # A call of torch takes the host three times as long as one of NumPy.
-        views = gaps.numpy(), None if weights is None else weights.numpy()
-        return from_numpy(*solve(*views, gamma0, tau))
     return finish(iterate(begin(gaps, weights, g0, a, spread), spread), spread)
 
 

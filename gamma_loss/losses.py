@@ -389,6 +389,10 @@ def _gamma_loss(
         if operators.can_fuse(problem.size):
             return operators.fused_loss(Logps(*logps.values()), problem.beside, settings)
     upcast = Logps(*(_checks.upcast(xp, array) for array in logps.values()))
+    if impl == "host":
+        from gamma_loss._torch import host
+
+        return host.loss(upcast, problem, settings)
     return array_loss(
         upcast,
         problem.beside.mask,

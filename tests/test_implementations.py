@@ -10,7 +10,13 @@ import oracles
 import pytest
 from strategies import CORNERS, HARD, MILD
 
-from gamma_loss import gamma_dpo_loss, gamma_preference_loss, gamma_simpo_loss, solve_margins
+from gamma_loss import (
+    gamma_dpo_loss,
+    gamma_preference_loss,
+    gamma_simpo_loss,
+    preference_loss,
+    solve_margins,
+)
 from gamma_loss._pool import ALONE, Problem
 
 
@@ -333,11 +339,31 @@ def test_a_bad_pair_shows_in_the_fused_loss_and_nowhere_else(torch, triton, devi
     torch.testing.assert_close(fused, eager, equal_nan=True)
 
 
-def test_a_second_derivative_is_refused_not_wrong(torch, triton, device):
-    gaps = torch.tensor(rows(5), device=device, requires_grad=True)
-    loss, _ = gamma_preference_loss(gaps, **MILD, impl="triton")
-    with pytest.raises(RuntimeError, match=r"a fused loss has no second derivative: take impl="):
-        torch.autograd.grad(loss, gaps, create_graph=True)
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_second_derivatives_hold_the_margins(torch, triton, device, impl, reduction):
+    logps = torch.tensor(rows((4, 6)), device=device).unbind()
+    logps = [row.clone().requires_grad_() for row in logps]
+    mask = torch.arange(6, device=device) != 2
+    loss, aux = gamma_dpo_loss(
+        *logps, beta=0.7, mask=mask, label_smoothing=0.1, reduction=reduction, impl=impl, **HARD
+    )
+
+    def plain(*logps):
+        gaps = 0.7 * ((logps[0] - logps[2]) - (logps[1] - logps[3]))
+        losses = preference_loss(gaps, aux.shifts, label_smoothing=0.1) * mask
+        return {"mean": losses.sum() / 5, "sum": losses.sum(), "none": losses}[reduction]
+
+    tangents = torch.tensor(rows((4, 6), 1), device=device).unbind()
+    found = []
+    for value in (loss, plain(*logps)):
+        slopes = torch.autograd.grad(value, logps, torch.ones_like(value), create_graph=True)
+        along = sum(
+            (slope * tangent).sum() for slope, tangent in zip(slopes, tangents, strict=True)
+        )
+        found.append((slopes, torch.autograd.grad(along, logps)))
+    assert max(each.abs().max() for each in found[1][1]) > 1e-3
+    torch.testing.assert_close(found[0], found[1])
 
 
 @pytest.mark.parametrize("setting", [MILD, HARD])

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gamma_loss import _solver
+from gamma_loss import _pool
 from gamma_loss._arrays import is_transforming
-from gamma_loss._loss import GammaLossAux, Logps, LossSettings, Rows, array_loss
+from gamma_loss._loss import GammaLossAux, Logps, LossSettings, Rows, array_loss, slopes_of
 from gamma_loss._mild import mild_passes
-from gamma_loss._pool import Beside, Problem, assemble, deliver, weights_of
+from gamma_loss._pool import Beside, Problem
 from gamma_loss._spread import WHOLE
+from gamma_loss._torch import host
+from gamma_loss._torch.gradient import scaled, with_slopes
 from gamma_loss._torch.library import register
 from gamma_loss.kernels.outputs import Outputs
 
@@ -36,8 +38,9 @@ def choose(impl: str, gaps: Tensor, problem: Problem) -> str:
     In a graph being traced, mild settings become part of it. Others would be a loop in it, and
     become one operator.
     """
+    eager = "host" if host.can_take(gaps, problem.size) else "eager"
     if problem.gamma0 == 0:
-        return "eager"
+        return eager
     if impl == "triton" and _launcher(gaps.device):
         return "triton"
     if torch.compiler.is_compiling():
@@ -45,9 +48,9 @@ def choose(impl: str, gaps: Tensor, problem: Problem) -> str:
         in_graph = impl == "eager" or mild_passes(problem.gamma0, problem.tau, double)
         return "eager" if in_graph else "operator"
     if impl == "compile":
-        return "compile" if problem.size > 1 else "eager"
+        return "compile" if problem.size > 1 else eager
     kernels = impl == "auto" and gaps.device.type in ("cuda", "xpu") and _launcher(gaps.device)
-    return "triton" if kernels else "eager"
+    return "triton" if kernels else eager
 
 
 def can_fuse(size: int) -> bool:
@@ -68,12 +71,16 @@ def solve(gaps: Tensor, problem: Problem, kernel: bool) -> tuple[Tensor, Tensor,
 def fused_loss(logps: Logps, beside: Beside, settings: LossSettings) -> tuple[Tensor, GammaLossAux]:
     """Loss and what it knows, by one operator."""
     # A graph gets the operator with a gradient of its own. Called eagerly, that takes several times
-    # as long on the host as the class below.
+    # as long on the host as the slopes.
     compiling = torch.compiler.is_compiling()
-    apply: Any = _differentiable_loss_operator if compiling else _FusedLoss.apply
-    loss, rows, certificate, mask = apply(*logps, *beside, *settings)
+    if compiling:
+        outputs = _differentiable_loss_operator(*logps, *beside, *settings)
+    else:
+        with torch.no_grad():
+            outputs = _loss_operator(*logps, *beside, *settings)
+    loss, rows, certificate, mask = outputs
     named, (multiplier, residual) = Rows(*rows.unbind()), certificate.unbind()
-    return loss, GammaLossAux(
+    aux = GammaLossAux(
         margins=named.margins,
         shifts=named.shifts,
         reward_gaps=named.reward_gaps,
@@ -84,6 +91,10 @@ def fused_loss(logps: Logps, beside: Beside, settings: LossSettings) -> tuple[Te
         multiplier=multiplier,
         mask=mask,
     )
+    if compiling:
+        return loss, aux
+    slopes = named.chosen_slopes, named.rejected_slopes
+    return with_slopes(loss, slopes, aux, logps, settings), aux
 
 
 def _launcher(device: torch.device) -> ModuleType | None:
@@ -137,14 +148,8 @@ def _solve(
         if result is not None:
             margins, certificate = result
             return margins, certificate
-    margins, *numbers = _eager(gaps, Problem(gamma0, tau, beside, 0))
+    margins, *numbers = _pool.solve(gaps, Problem(gamma0, tau, beside, 0))
     return margins, torch.stack(numbers)
-
-
-def _eager(gaps: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    pool = assemble(gaps, problem.beside)
-    margins, *numbers = _solver.solve(pool.gaps, weights_of(pool), problem.gamma0, problem.tau)
-    return deliver(margins, gaps, problem.beside.mask, pool, problem.gamma0), *numbers
 
 
 def _loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -160,11 +165,9 @@ def _loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return outputs
     problem = Problem(settings.gamma0, settings.tau, beside, 0)
     upcast = Logps(*(each if each is None else each.to(outputs.rows.dtype) for each in logps))
-    solve = lambda gaps: _eager(gaps, problem)  # noqa: E731
+    solve = lambda gaps: _pool.solve(gaps, problem)  # noqa: E731
     loss, aux = array_loss(upcast, beside.mask, settings, solve, WHOLE)
-    slopes = -settings.beta * aux.pair_weights
-    if settings.reduction == "mean":
-        slopes = slopes / aux.mask.sum().clamp(min=1)
+    slopes = slopes_of(aux, settings)
     known = {name: value for name, value in aux._asdict().items() if name in Rows._fields}
     rows = torch.stack(Rows(chosen_slopes=slopes, rejected_slopes=-slopes, **known))
     return loss, rows, torch.stack([aux.multiplier, aux.residual]), aux.mask.clone()
@@ -207,24 +210,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     """Scale the gradient, which has been ready since the forward pass."""
     rows = Rows(*ctx.saved_tensors[0].unbind())
-    chosen, rejected = gradient * rows.chosen_slopes, gradient * rows.rejected_slopes
-    of_inputs = zip((chosen, rejected, rejected, chosen), ctx.needs_input_grad[:4], strict=True)
     others = len(Beside._fields) + len(LossSettings._fields)
-    return *(each if wanted else None for each, wanted in of_inputs), *[None] * others
-
-
-class _FusedLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = _loss_operator(*arguments)
-        _keep(ctx, arguments, result)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True: the slopes would count as constants
-            raise RuntimeError("a fused loss has no second derivative: take impl='eager'")
-        return _backward(ctx, *gradients)
+    return *scaled(ctx, gradient, (rows.chosen_slopes, rows.rejected_slopes)), *[None] * others
 
 
 _LOSS_ARGUMENTS = (
