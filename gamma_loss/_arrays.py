@@ -29,7 +29,7 @@ def is_torch(array: object) -> bool:
 def is_numpy(array: object) -> bool:
     """Whether an array or a number is one of NumPy's; NumPy is not imported to find out."""
     numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(array, numpy.ndarray | numpy.generic)
+    return numpy is not None and isinstance(array, (numpy.ndarray, numpy.generic))
 
 
 def is_jax(array: object) -> bool:
