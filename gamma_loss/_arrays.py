@@ -147,9 +147,15 @@ def is_free_to_read(array: Array) -> bool:
 
 
 def is_transforming() -> bool:
-    """Whether torch.func is at work; taken as given where torch doesn't tell."""
-    tell = getattr(sys.modules["torch"]._C, "_are_functorch_transforms_active", None)
-    return tell is None or bool(tell())
+    """Whether torch.func, forward mode or a dispatch mode is at work, or torch doesn't tell."""
+    torch = sys.modules["torch"]
+    tell = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return (
+        tell is None
+        or bool(tell())
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def repeat(

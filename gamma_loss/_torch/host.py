@@ -17,11 +17,12 @@ from gamma_loss._torch.gradient import with_slopes
 
 # From here on torch shares an operation among threads.
 _LIMIT = 32_768
+_PLAIN = torch.Tensor, torch.nn.Parameter  # of which NumPy sees all
 
 
 def can_take(gaps: Tensor, size: int) -> bool:
     """Whether a pool of a size is one to solve here."""
-    return size < _LIMIT and is_free_to_read(gaps)
+    return size < _LIMIT and type(gaps) in _PLAIN and is_free_to_read(gaps)
 
 
 def solve(gaps: Tensor, problem: Problem) -> Solution:
