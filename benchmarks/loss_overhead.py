@@ -7,8 +7,8 @@
   reference logratios))`` and its mean, eager and compiled by torch.compile. γ-DPO runs eager with
   each ``impl`` of the solve, and as a whole inside a caller's torch.compile; it returns its ``aux``
   as well.
-- ``parts``: what of eager γ-DPO goes where, on the CPU: each part is called by itself on what the
-  whole hands to it, in turn with the others.
+- ``parts``: what of eager γ-DPO goes where, on the CPU: from ever smaller pieces of it, called in
+  turn.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from torch.nn import functional as F
 
 from benchmarks import _harness as harness
 from benchmarks._harness import Call, Result
-from gamma_loss import _dispatch, gamma_dpo_loss, losses
+from gamma_loss import _pool, gamma_dpo_loss
 from gamma_loss._loss import Logps, LossSettings, array_loss
 from gamma_loss._pool import ALONE, Problem
 from gamma_loss._spread import WHOLE
+from gamma_loss._torch import host
 
 SIZES = (2, 8, 32, 256, 2304)
 PARTS_SIZE = 256
@@ -104,50 +105,27 @@ def measure_parts(args: argparse.Namespace, seconds: float) -> list[Result]:
     """Time the parts of eager γ-DPO by themselves."""
     logps, loss = batch(PARTS_SIZE, "cpu"), gamma_dpo("eager")
     settings = LossSettings(BETA, GAMMA0, TAU, 0.0, True, "mean")
-
-    def arithmetic() -> tuple[Tensor, Tensor, Tensor]:
-        chosen, rejected = BETA * (logps[0] - logps[2]), BETA * (logps[1] - logps[3])
-        return chosen, rejected, chosen - rejected
-
-    *rewards, gaps = arithmetic()
     problem = Problem(GAMMA0, TAU, ALONE, PARTS_SIZE)
-    solved = _dispatch.solve("eager", gaps, problem)
-    counted = torch.ones(PARTS_SIZE, dtype=torch.bool)
-
-    def aux() -> Any:
-        weights = torch.where(counted, (solved[0] - gaps.detach()).sigmoid(), 0.0)
-        return weights, [each.detach() for each in (gaps, *rewards)]
-
-    def checks() -> None:
-        losses.array_loss = lambda *_, **__: (None, None)
-        try:
-            loss(*logps)
-        finally:
-            losses.array_loss = array_loss
-
+    views = [each.numpy(force=True) for each in logps]
+    gaps = BETA * ((views[0] - views[2]) - (views[1] - views[3]))
+    solved = _pool.solve(gaps, problem)
     calls: dict[str, Call] = {
         "DPO, both": lambda: torch.autograd.grad(dpo(*logps), logps[:2]),
-        "forward": lambda: loss(*logps),
         "both": lambda: torch.autograd.grad(loss(*logps), logps[:2]),
-        "arithmetic": arithmetic,
-        "solve": lambda: _dispatch.solve("eager", gaps, problem),
-        "aux": aux,
-        "checks": checks,
-        "all but checks and solve": lambda: array_loss(
-            Logps(*logps), None, settings, lambda gaps: solved, WHOLE
-        ),
+        "forward": lambda: loss(*logps),
+        "all but checks": lambda: host.loss(Logps(*logps), problem, settings),
+        "solve": lambda: _pool.solve(gaps, problem),
+        "loss": lambda: array_loss(Logps(*views), None, settings, lambda _: solved, WHOLE),
     }
     rows, _ = harness.compare(args, calls, seconds)
     us = {name: row["microseconds"]["0.5"] for name, row in rows.items()}
     parts = {
-        "log-probabilities to gaps": us["arithmetic"],
-        "checks and the choice of a solver": us["checks"],
+        "checks and the choice of a solver": us["forward"] - us["all but checks"],
+        "tensors to NumPy's arrays and back": us["all but checks"] - us["solve"] - us["loss"],
         "solve": us["solve"],
-        "loss": us["all but checks and solve"] - us["arithmetic"] - us["aux"],
-        "aux": us["aux"],
+        "loss and aux": us["loss"],
         "backward": us["both"] - us["forward"],
     }
-    parts["more in turn than by themselves"] = us["both"] - sum(parts.values())
     return [{"pairs": PARTS_SIZE, "parts": parts, "whole": us["both"], "dpo": us["DPO, both"]}]
 
 

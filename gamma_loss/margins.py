@@ -74,9 +74,9 @@ def solve_margins(
     impl : {"auto", "eager", "compile", "triton"}
         How to solve; all agree to rounding error.
 
-        - "eager": array operations one by one; outside mild settings, for a torch tensor on the
-          CPU, NumPy's on a view of it, which take the host less time. Inside torch.compile or
-          jax.jit they become part of the caller's graph.
+        - "eager": array operations one by one; for a pool of up to 32,767 gaps of torch on the CPU
+          NumPy's on views of them, which take the host less time. Inside torch.compile or jax.jit
+          they become part of the caller's graph.
         - "compile" (torch): the same through torch.compile, compiled at the first call for a kind
           of pool (dtype, device, masks), not for a size or for values of gamma0 and tau.
         - "triton" (torch, on a GPU that Triton knows): one launch of a kernel for a pool of up to
