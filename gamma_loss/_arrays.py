@@ -63,10 +63,10 @@ def solver_namespace(array: Array) -> Namespace:
 
     For torch and NumPy it is not array-api-compat's, whose functions look at their arguments first.
     """
+    if is_torch(array):  # before any look at what is known: a graph would be guarded by that
+        return sys.modules["torch"]
     known = _solver_namespaces.get(type(array))
     if known is None:
-        if is_torch(array):
-            return sys.modules["torch"]
         known = _numpy() if is_numpy(array) else namespace(array)
         _solver_namespaces[type(array)] = known
     return known
@@ -150,11 +150,12 @@ def is_transforming() -> bool:
     """Whether torch.func, forward mode or a dispatch mode is at work, or torch doesn't tell."""
     torch = sys.modules["torch"]
     tell = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return (
-        tell is None
-        or bool(tell())
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
+    if tell is None or bool(tell()):
+        return True
+    if torch.compiler.is_compiling():  # which is a mode itself, and can't read the rest
+        return False
+    return torch.autograd.forward_ad._current_level >= 0 or (
+        torch._C._len_torch_dispatch_stack() > 0
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from scipy.stats import qmc
@@ -287,22 +287,23 @@ def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
     ]
     for noises in (UNIFORM[:3], UNIFORM[3:] + AMBIGUOUS, CALLS + RATERS):
         for task in study.tasks:
-            cells = itertools.product(
-                range(study.seeds), [n for n in noises if n in study.noises], METHODS
-            )
-            yield [s for seed, noise, m in cells for s in search(study, task, m, *noise, seed)]
+            yield _searches(study, task, METHODS, noises, "search")
+            yield list(over_kappa(study, records, task))
+        for task in study.tasks:
             yield list(traces(study, records, task))
             yield list(ablations(study, records, task))
-            yield list(over_kappa(study, records, task))
-            cells = itertools.product(
-                range(study.seeds), [n for n in noises if n in study.noises and n[1]], REDRAWN
-            )
-            if study.redrawn:
-                yield [
-                    s
-                    for seed, noise, m in cells
-                    for s in search(study, task, m, *noise, seed, stage="redrawn")
-                ]
+    for task in study.tasks * study.redrawn:
+        yield _searches(study, task, REDRAWN, [n for n in study.noises if n[1]], "redrawn")
+
+
+def _searches(
+    study: Study, task: str, methods: Iterable[str], noises: Iterable[tuple[str, float]], stage: str
+) -> list[Spec]:
+    noises = [noise for noise in noises if noise in study.noises]
+    cells = itertools.product(range(study.seeds), noises, methods)
+    return [
+        s for seed, noise, method in cells for s in search(study, task, method, *noise, seed, stage)
+    ]
 
 
 def expected(study: Study) -> dict[str, int]:

@@ -35,7 +35,7 @@ class _WithSlopes(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *logps, loss, chosen_slopes, rejected_slopes, ctx.aux, ctx.settings = arguments
         ctx.save_for_backward(chosen_slopes, rejected_slopes, *logps)
-        result: Tensor = loss
+        result: Tensor = loss.clone()  # an input returned as it came could not be changed in place
         return result
 
     @staticmethod
