@@ -154,9 +154,9 @@ def is_transforming() -> bool:
         return True
     if torch.compiler.is_compiling():  # which is a mode itself, and can't read the rest
         return False
-    return torch.autograd.forward_ad._current_level >= 0 or (
-        torch._C._len_torch_dispatch_stack() > 0
-    )
+    level: int = torch.autograd.forward_ad._current_level
+    modes: int = torch._C._len_torch_dispatch_stack()
+    return level >= 0 or modes > 0
 
 
 def repeat(
