@@ -346,7 +346,8 @@ class Method(NamedTuple):
     label: str
     loss: Callable[..., Any]  # a function of (logps, **settings), or a class of the settings
     settings: tuple[str, ...]  # besides beta
-    averaged: bool = False  # whether it takes averaged log-probabilities and ranks by d, not h
+    averaged: bool = False  # whether log-probabilities are means over a response's tokens
+    relative: bool = True  # to the reference: whether pairs are ranked by h, or by d
 
     def make(self, **settings: float) -> Callable[[Logps], Tensor]:
         """Return the loss as a function of the log-probabilities alone, with a fresh memory."""
@@ -368,18 +369,25 @@ METHODS = {
     "holder-dpo": Method("Hölder-DPO", holder_dpo, ("exponent",)),
     "re-po": Method("RE-PO", REPO, ("eta0", "momentum")),
     "gamma-dpo": Method("γ-DPO", GammaDPO, ("gamma0", "tau")),
+    "gamma-dpo-averaged": Method("γ-DPO, averaged", GammaDPO, ("gamma0", "tau"), averaged=True),
     "gamma-dpo-published": Method("γ-DPO, 20-step loop", PublishedGammaDPO, ("gamma0", "tau")),
     "matched-dpo": Method("matched DPO", MatchedDPO, ("gamma0", "tau")),
     "matched-dpo-once": Method("matched DPO, once", MatchedDPOOnce, ("gamma0", "tau")),
-    "simpo": Method("SimPO", simpo, ("margin",), averaged=True),
-    "alpha-dpo": Method("α-DPO", AlphaDPO, ("alpha", "margin"), averaged=True),
-    "amapo": Method("AMaPO", amapo, (), averaged=True),
-    "gamma-simpo": Method("γ-SimPO", GammaSimPO, ("gamma0", "tau"), averaged=True),
+    "simpo": Method("SimPO", simpo, ("margin",), averaged=True, relative=False),
+    "alpha-dpo": Method("α-DPO", AlphaDPO, ("alpha", "margin"), averaged=True, relative=False),
+    "amapo": Method("AMaPO", amapo, (), averaged=True, relative=False),
+    "gamma-simpo": Method("γ-SimPO", GammaSimPO, ("gamma0", "tau"), averaged=True, relative=False),
     "gamma-simpo-published": Method(
-        "γ-SimPO, 20-step loop", PublishedGammaSimPO, ("gamma0", "tau"), averaged=True
+        "γ-SimPO, 20-step loop",
+        PublishedGammaSimPO,
+        ("gamma0", "tau"),
+        averaged=True,
+        relative=False,
     ),
-    "matched-simpo": Method("matched SimPO", MatchedSimPO, ("gamma0", "tau"), averaged=True),
+    "matched-simpo": Method(
+        "matched SimPO", MatchedSimPO, ("gamma0", "tau"), averaged=True, relative=False
+    ),
     "matched-simpo-once": Method(
-        "matched SimPO, once", MatchedSimPOOnce, ("gamma0", "tau"), averaged=True
+        "matched SimPO, once", MatchedSimPOOnce, ("gamma0", "tau"), averaged=True, relative=False
     ),
 }

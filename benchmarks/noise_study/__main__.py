@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from benchmarks import _harness as harness
 from benchmarks.noise_study import plan, report
-from benchmarks.noise_study.plan import LARGE, PEOPLE, QUICK, Records, Study, key
+from benchmarks.noise_study.plan import LARGE, QUICK, STUDIES, Records, Study, key
 from benchmarks.noise_study.train import Spec, run
 
 ROOT = Path(__file__).parents[2]
@@ -121,9 +121,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="flips as in the published code too: whole micro-batches, drawn at each call",
     )
     add(
-        "--raters",
-        action="store_true",
-        help="the study with labels by real annotators, in a file of its own; needs a network once",
+        "--study",
+        choices=tuple(STUDIES),
+        default="tasks",
+        help="raters: labels by real annotators; language: the same for a language model; each in "
+        "a file of its own, and in need of a network once",
     )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a larger model, fewer runs")
     add("--results", type=Path, help="the file that runs are appended to and reports read")
@@ -138,22 +140,24 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     results, docs = ROOT / "benchmarks" / "results", ROOT / "docs"
     if args.quick:
         results = docs = Path(tempfile.mkdtemp())
-    elif args.raters:  # the pages in docs/ are about the small tasks
-        results = docs = results / "noise_study_raters"
-    elif args.device == "cuda":
+    elif args.device == "cuda":  # the pages in docs/ are about what ran on a CPU
         results = docs = results / "noise_study_cuda"
-    args.results = args.results or results / "noise_study.jsonl"
+    suffix = "" if args.study == "tasks" else f"_{args.study}"
+    args.results = args.results or results / f"noise_study{suffix}.jsonl"
     args.docs = args.docs or docs
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    study = QUICK if args.quick else LARGE if args.device == "cuda" else Study()
-    if args.raters:
-        study = PEOPLE
-        if args.quick:
-            study = QUICK._replace(tasks=PEOPLE.tasks, noises=PEOPLE.noises, ablation_noises=())
+    study = STUDIES[args.study]
+    if args.quick:
+        study = QUICK
+        if args.study != "tasks":
+            like = STUDIES[args.study]
+            study = study._replace(tasks=like.tasks, noises=like.noises, ablation_noises=())
+    elif args.device == "cuda":
+        study = LARGE if args.study == "tasks" else study._replace(size="large")
     study = study._replace(device=args.device, seeds=args.seeds or study.seeds)
     if args.published_noise:
         study = study._replace(noises=study.noises + plan.CALLS)
@@ -162,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         complete = carry_out(study, args.results, args.workers, args.hours)
         print(f"{'Complete' if complete else 'Stopped'}: {args.results}")
     if args.command != "run":
-        report.write(study, read(args.results), args.docs)
+        report.write(study, read(args.results), args.docs, args.study)
         print(f"Report: {args.docs / 'reproduction.md'}")
     return 0 if complete else 3
 

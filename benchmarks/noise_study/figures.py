@@ -22,6 +22,7 @@ WIDTH, HEIGHT = 9.0, 2.7  # inches, of a page and of a row
 GREY = "#888888"
 STYLE = {
     "dpo": ("#777777", "-"), "gamma-dpo": ("#0072b2", "-"), "gamma-dpo-published": ("#0072b2", ":"),
+    "gamma-dpo-averaged": ("#56b4e9", "-."),
     "simpo": ("#555555", "-"), "gamma-simpo": ("#d55e00", "-"),
     "gamma-simpo-published": ("#d55e00", ":"), "margin-dpo": ("#999999", "--"),
     "cdpo": ("#009e73", "--"), "rdpo": ("#009e73", ":"), "ipo": ("#cc79a7", "-"),
@@ -102,8 +103,8 @@ def draw_accuracy(results: Results, path: Path) -> None:
     kinds = sorted({kind for kind, _ in results.study.noises}, reverse=True)
     rows = list(itertools.product(results.study.tasks, kinds))
     with figure(path, len(rows), 2, sharey="row") as axes:
-        for (row, (task, kind)), (column, averaged) in itertools.product(
-            enumerate(rows), enumerate((False, True))
+        for (row, (task, kind)), (column, relative) in itertools.product(
+            enumerate(rows), enumerate((True, False))
         ):
             ax = axes[row, column]
             # Without flips there is nothing that could be uniform or not.
@@ -111,7 +112,7 @@ def draw_accuracy(results: Results, path: Path) -> None:
             for m, method in results.methods().items():
                 points = [(n[1], *interval(results.accuracy(task, m, *n).values())) for n in noises]
                 points = sorted(p for p in points if not math.isnan(p[1]))
-                if method.averaged == averaged and points:
+                if method.relative == relative and points:
                     x, y, half = map(np.array, zip(*points, strict=True))
                     colour, line = STYLE[m]
                     ours = m in OURS
@@ -135,13 +136,13 @@ def draw_rewards(results: Results, path: Path) -> None:
     """Distribution of reward gaps on clean test pairs: the paper's Figure 2."""
     tasks, noise = results.study.tasks, figure_noise(results)
     with figure(path, 2, len(tasks)) as axes:
-        for (row, averaged), (column, task) in itertools.product(
-            enumerate((False, True)), enumerate(tasks)
+        for (row, relative), (column, task) in itertools.product(
+            enumerate((True, False)), enumerate(tasks)
         ):
             ax = axes[row, column]
             for m in SHOWN:
                 run = traced(results, task, m, noise)
-                if METHODS[m].averaged == averaged and run:
+                if METHODS[m].relative == relative and run:
                     gaps = np.array(run["test_gaps"])
                     gaps = gaps / np.abs(gaps).mean()  # beta is each method's own
                     colour, line = STYLE[m]
@@ -180,8 +181,8 @@ def draw_weights(results: Results, path: Path) -> None:
     """Pair weight of flipped over that of clean pairs, over training."""
     tasks, noise = results.study.tasks, figure_noise(results)
     with figure(path, 2, len(tasks)) as axes:
-        for (row, averaged), (column, task) in itertools.product(
-            enumerate((False, True)), enumerate(tasks)
+        for (row, relative), (column, task) in itertools.product(
+            enumerate((True, False)), enumerate(tasks)
         ):
             ax = axes[row, column]
             for m, method in results.methods().items():
@@ -189,7 +190,7 @@ def draw_weights(results: Results, path: Path) -> None:
                     r for r in results.repeated("trace", task, m, *noise).values()
                     if r["weights"] and not r["diverged"] and all(all(w) for w in r["weights"])
                 ]  # fmt: skip
-                if method.averaged != averaged or not runs:
+                if method.relative != relative or not runs:
                     continue
                 ratios = np.mean([[w[0] / w[1] for w in r["weights"]] for r in runs], 0)
                 colour, line = STYLE[m]

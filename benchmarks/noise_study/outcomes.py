@@ -93,8 +93,9 @@ class Results:
         return [noise for noise in self.noises() if noise[1] > 0]
 
     def at_equal_settings(
-        self, task: str, ours: str, theirs: str, stage: str = "search"
-    ) -> list[dict[int, float]]:
+        self, task: str, ours: str, theirs: str, stage: str = "search",
+        noises: Sequence[tuple[str, float]] = (), of: str = "test",
+    ) -> list[dict[int, float]]:  # fmt: skip
         """Return for each configuration the gain of one method on another, by seed.
 
         In percentage points at the last checkpoint, mean over the noisy cells, between runs that
@@ -109,12 +110,12 @@ class Results:
                     plan.search(self.study, task, name, *noise, seed, stage)
                     for name in (ours, theirs)
                 ]
-                for noise in self.noisy()
+                for noise in noises or self.noisy()
             ]
             for k, gain in enumerate(gains):
                 runs = [[self.records.get(plan.key(specs[k])) for specs in cell] for cell in cells]
                 if runs and all(map(all, runs)):
-                    points = [[accuracy_of(run) for run in cell] for cell in runs]
+                    points = [[accuracy_of(run, of) for run in cell] for cell in runs]
                     gain[seed] = float(np.mean([first - second for first, second in points]))
         return gains
 
@@ -125,9 +126,9 @@ class Results:
         return [s["gamma0"] ** 2 / s["tau"] for s in settings]
 
 
-def accuracy_of(run: Any) -> float:
-    """Return a run's accuracy on test pairs at the last checkpoint, in per cent."""
-    return 100 * plan.score(run["result"], "noisy", "last", "test")
+def accuracy_of(run: Any, of: str = "test") -> float:
+    """Return a run's accuracy on test pairs, or clear ones, at the last checkpoint, in per cent."""
+    return 100 * plan.score(run["result"], "noisy", "last", of)
 
 
 # --- statistics ---
@@ -203,8 +204,8 @@ def holm(p: Sequence[float]) -> list[float]:
 
 def pairings(methods: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what is compared: all with DPO, or with SimPO where the reward has no reference."""
-    baselines = {False: "dpo", True: "simpo"}
-    peers = [(name, baselines[method.averaged]) for name, method in methods.items()]
+    baselines = {True: "dpo", False: "simpo"}
+    peers = [(name, baselines[method.relative]) for name, method in methods.items()]
     pairs = [(name, f"{name}-published") for name in FAMILIES]
     pairs += [(name, f"matched-{base}") for name, base in FAMILIES.items()]
     known = [(ours, theirs) for ours, theirs in peers + pairs if {ours, theirs} <= methods.keys()]

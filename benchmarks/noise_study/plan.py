@@ -18,10 +18,13 @@ from benchmarks.noise_study.train import Spec
 CONFIGURATIONS = 12  # tried for each method, task, noise and seed
 
 # Spaces that configurations are drawn from: logarithmic, except those marked False.
-LEARNING_RATE = dict.fromkeys(TASKS, (1e-4, 3e-2)) | {"bytes": (1e-4, 1e-2)}
-BETA = dict.fromkeys(TASKS, (0.1, 3.0)) | {"bytes": (0.05, 1.0)}
+LEARNING_RATE = dict.fromkeys(TASKS, (1e-4, 3e-2)) | {
+    "bytes": (1e-4, 1e-2),
+    "reviews": (1e-5, 3e-4),
+}
+BETA = dict.fromkeys(TASKS, (0.1, 3.0)) | {"bytes": (0.05, 1.0), "reviews": (0.05, 0.5)}
 # Averaging takes beta times the response's length.
-RESPONSE_LENGTH = dict.fromkeys(TASKS, 1) | {"bytes": 24}
+RESPONSE_LENGTH = dict.fromkeys(TASKS, 1) | {"bytes": 24, "reviews": 24}
 SPACE = {
     "margin": (0.25, 8.0, True),
     "gamma0": (0.25, 8.0, True),
@@ -79,12 +82,14 @@ class Study(NamedTuple):
     seeds: int = 5
     configurations: int = CONFIGURATIONS
     tasks: tuple[str, ...] = ("digits", "diabetes", "bytes")
+    methods: tuple[str, ...] = tuple(name for name in METHODS if name != "gamma-dpo-averaged")
     noises: tuple[tuple[str, float], ...] = NOISES
     ablation_noises: tuple[tuple[str, float], ...] = ABLATION_NOISES
     ablation_seeds: int = 3
     changes: tuple[str, ...] = tuple(CHANGES)
     kappas: tuple[float, ...] = KAPPAS
     redrawn: bool = True  # whether a few methods also get configurations of each seed's own
+    traced: bool = True  # whether chosen runs are done again and watched
     cost_seconds: float = 30.0
 
 
@@ -99,11 +104,21 @@ LARGE = Study(
 PEOPLE = Study(
     seeds=10, tasks=tuple(DOMAINS), noises=(("uniform", 0.0), *RATERS), ablation_noises=()
 )
+# The same pairs with a language model as the policy: fewer methods, settings and seeds.
+LANGUAGE = Study(
+    seeds=3, configurations=3, tasks=("reviews",), noises=PEOPLE.noises, ablation_noises=(),
+    kappas=(), redrawn=False, traced=False, cost_seconds=0.0,
+    methods=("dpo", "gamma-dpo", "gamma-dpo-averaged", "matched-dpo", "ropo", "holder-dpo", "re-po",
+             "simpo", "gamma-simpo", "matched-simpo"),
+)  # fmt: skip
 QUICK = Study(
     size="quick", seeds=1, configurations=1, tasks=("digits", "bytes"),
     noises=(("uniform", 0.4), ("ambiguous", 0.4)), ablation_noises=(("uniform", 0.4),),
     ablation_seeds=1, changes=("as chosen", "gradient"), kappas=(10.0,), cost_seconds=0.2,
 )  # fmt: skip
+
+
+STUDIES = {"tasks": Study(), "raters": PEOPLE, "language": LANGUAGE}
 
 
 def key(spec: Spec) -> str:
@@ -218,8 +233,8 @@ def score(result: dict[str, Any], labels: str, checkpoint: str, of: str | None =
 
 def traces(study: Study, records: Records, task: str) -> Iterator[Spec]:
     """Do the runs chosen on noisy labels at the last checkpoint again, and watch their pairs."""
-    noises = [noise for noise in study.noises if noise[1] in TRACED_RATES]
-    for seed, noise, method in itertools.product(range(study.seeds), noises, METHODS):
+    noises = [noise for noise in study.noises if noise[1] in TRACED_RATES and study.traced]
+    for seed, noise, method in itertools.product(range(study.seeds), noises, study.methods):
         chosen = choose(study, records, task, method, *noise, seed)
         if chosen:
             base = spec(study, "trace", task, method, *noise, seed)
@@ -274,6 +289,7 @@ def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
         {"stage": "cost", "size": study.size, "device": study.device, "task": task, "seed": 0,
          "budget": study.cost_seconds}
         for task in sorted(study.tasks, key=list(reversed(TASKS)).index)
+        if study.cost_seconds
     ]  # fmt: skip
     yield [
         {
@@ -287,7 +303,7 @@ def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
     ]
     for noises in (UNIFORM[:3], UNIFORM[3:] + AMBIGUOUS, CALLS + RATERS):
         for task in study.tasks:
-            yield _searches(study, task, METHODS, noises, "search")
+            yield _searches(study, task, study.methods, noises, "search")
             yield list(over_kappa(study, records, task))
         for task in study.tasks:
             yield list(traces(study, records, task))
@@ -309,12 +325,14 @@ def _searches(
 def expected(study: Study) -> dict[str, int]:
     """Return how many runs each task will have."""
     searched = len(study.noises) * study.configurations
-    traced = sum(rate in TRACED_RATES for _, rate in study.noises)
+    traced = sum(rate in TRACED_RATES for _, rate in study.noises) * study.traced
     changed = sum(len(CHANGES[name]) for name in study.changes)
     ablated = len(study.ablation_noises) * len(ABLATION_METHODS) * study.ablation_seeds
     swept = sum(noise in study.noises for noise in KAPPA_NOISES) * study.seeds
     swept *= bool(study.kappas) + len(study.kappas) * sum(map(len, KAPPA_METHODS.values()))
     noisy = sum(rate > 0 for _, rate in study.noises) * study.configurations
     anew = len(REDRAWN) * study.seeds * noisy if study.redrawn else 0
-    count = len(METHODS) * study.seeds * (searched + traced) + ablated * changed + swept + anew
+    count = (
+        len(study.methods) * study.seeds * (searched + traced) + ablated * changed + swept + anew
+    )
     return dict.fromkeys(study.tasks, count)

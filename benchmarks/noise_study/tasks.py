@@ -12,6 +12,8 @@
 ``movies``, ``tweets``, ``products``, ``editorials``: which of two texts people find more positive,
 by one rater or by the others (`raters`). The difference is that of mean ratings.
 
+``reviews``: the same with a language model as the policy (`language`).
+
 In the tables the policy is a small network's score, a log-probability up to a constant that the
 two sides of a pair share (only their difference enters a loss), and the reference is the network
 after a little regression on few labelled items.
@@ -22,6 +24,8 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -33,7 +37,7 @@ from sklearn import datasets
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.noise_study import raters
+from benchmarks.noise_study import language, raters
 
 PROMPT_BYTES = 16  # the last of the example's 40, for speed
 
@@ -58,7 +62,18 @@ SIZES = {
 }
 for size in SIZES.values():  # the raters' tasks are tables too
     size |= dict.fromkeys(raters.DOMAINS, size["digits"])
+SIZES["quick"]["reviews"] = {"layers": 1, "pairs": 8, "steps": 2, "batch": 4, "samples": 2}
+SIZES["full"]["reviews"] = {"layers": 2, "pairs": 480, "steps": 60, "batch": 16, "samples": 64}
+SIZES["large"]["reviews"] = {
+    "layers": 30,
+    "pairs": 8000,
+    "steps": 1000,
+    "batch": 16,
+    "samples": 512,
+}
 TASKS = tuple(SIZES["full"])
+CHECKPOINTS = 6
+RESPONSE_TOKENS = 32  # that a language model may write
 MICRO_BATCH = 2  # pairs of a loss call in three of the four published settings
 RATER_KINDS = ("rater", "as often")
 LABELLED_ITEMS = 40  # that the reference of a table has learned from
@@ -70,6 +85,7 @@ class Split(NamedTuple):
     inputs: Tensor  # (pairs, 2, ...)
     difference: Tensor  # (pairs,), how much better, > 0
     reference: Tensor  # (pairs, 2), log-probabilities under the reference
+    tokens: Tensor  # (pairs, 2), of the responses: what an averaged log-probability is divided by
     by_rater: Tensor | None = None  # (pairs,), whether the one rater's label is wrong
 
     def __len__(self) -> int:
@@ -82,9 +98,10 @@ class Task(NamedTuple):
     train: Split
     validation: Split
     test: Split
-    length: int  # tokens of a response: what an averaged log-probability is divided by
     steps: int
     batch: int
+    checkpoints: int = CHECKPOINTS  # at which a run is evaluated
+    sample: Callable[[nn.Module], dict[str, float]] | None = None  # what a policy writes
 
 
 @functools.lru_cache(maxsize=32)
@@ -92,6 +109,8 @@ def load(name: str, size: str, seed: int, device: str) -> Task:
     """Make a task: data, splits and reference, all from the seed."""
     if name == "bytes":
         return byte_task(SIZES[size][name], seed, device)
+    if name == "reviews":
+        return review_task(SIZES[size][name], seed, device)
     make = rater_task if name in raters.DOMAINS else table_task
     return make(name, SIZES[size][name], seed, device)
 
@@ -177,13 +196,14 @@ def byte_task(size: dict[str, int], seed: int, device: str) -> Task:
         pairs = job.make_pairs(source, count, generator)
         tokens = pairs.tokens[:, :, -PROMPT_BYTES - length :].to(device)
         difference = (tokens[:, 0] != tokens[:, 1]).sum(1).cpu().float()
-        return Split(tokens, difference, in_slices(logps, reference, tokens))
+        logged = in_slices(logps, reference, tokens)
+        return Split(tokens, difference, logged, torch.full_like(logged, length))
 
     count = size["pairs"]
     train = split(pair_text[:cut], count)
     validation = split(pair_text[cut:], count // 2)
     test = split(test_text, count * 2 // 3)
-    return Task(reference, logps, train, validation, test, length, size["steps"], size["batch"])
+    return Task(reference, logps, train, validation, test, size["steps"], size["batch"])
 
 
 def table_task(name: str, size: dict[str, int], seed: int, device: str) -> Task:
@@ -206,13 +226,14 @@ def table_task(name: str, size: dict[str, int], seed: int, device: str) -> Task:
         pairs = torch.where((values[:, 0] > values[:, 1])[:, None], pairs, pairs.flip(1))
         inputs = features[pairs]
         difference = (values[:, 0] - values[:, 1]).abs()
-        return Split(inputs, difference, in_slices(score, reference, inputs))
+        logged = in_slices(score, reference, inputs)
+        return Split(inputs, difference, logged, torch.ones_like(logged))
 
     count = size["pairs"]
     train = split(bounds[0], bounds[1], count)
     validation = split(bounds[1], bounds[2], count // 2)
     test = split(bounds[2], bounds[3], count)
-    return Task(reference, score, train, validation, test, 1, size["steps"], size["batch"])
+    return Task(reference, score, train, validation, test, size["steps"], size["batch"])
 
 
 def rater_task(domain: str, size: dict[str, int], seed: int, device: str) -> Task:
@@ -230,13 +251,47 @@ def rater_task(domain: str, size: dict[str, int], seed: int, device: str) -> Tas
     def split(first: int, last: int, count: int) -> Split:
         pairs = raters.draw(rated.ratings, order[first:last], count, generator)
         inputs = features[pairs.items]
-        return Split(inputs, pairs.difference, in_slices(score, reference, inputs), pairs.wrong)
+        logged = in_slices(score, reference, inputs)
+        return Split(inputs, pairs.difference, logged, torch.ones_like(logged), pairs.wrong)
 
     count = size["pairs"]
     train = split(bounds[0], bounds[1], count)
     validation = split(bounds[1], bounds[2], count // 2)
     test = split(bounds[2], bounds[3], count)
-    return Task(reference, score, train, validation, test, 1, size["steps"], size["batch"])
+    return Task(reference, score, train, validation, test, size["steps"], size["batch"])
+
+
+def review_task(size: dict[str, int], seed: int, device: str) -> Task:
+    """Pairs of responses of a language model; those that train it are rated at most 1 apart."""
+    rated = raters.read(raters.fetch(), "movies")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rated.texts), generator=generator)
+    bounds = [0, len(order) * 3 // 5, len(order) * 3 // 4, len(order)]
+    count = size["pairs"]
+    within = {
+        "train": (count, 1.0),
+        "validation": (count // 4, 1.0),
+        "test": (count // 2, math.inf),
+    }
+    drawn = [
+        raters.draw(rated.ratings, order[first:last], pairs, generator, apart)
+        for (first, last), (pairs, apart) in zip(
+            itertools.pairwise(bounds), within.values(), strict=True
+        )
+    ]
+    used = torch.cat([pairs.items for pairs in drawn]).unique()
+    reviews = language.prepare([rated.texts[i] for i in used], size["layers"], device)
+    reference = reviews.reference(size["layers"]).requires_grad_(False)
+
+    def split(pairs: raters.Pairs) -> Split:
+        inputs = torch.searchsorted(used, pairs.items).to(device)
+        logged = in_slices(reviews.logps, reference, inputs)
+        return Split(inputs, pairs.difference, logged, reviews.lengths()[inputs], pairs.wrong)
+
+    return Task(
+        reference, reviews.logps, *map(split, drawn), size["steps"], size["batch"], checkpoints=2,
+        sample=functools.partial(reviews.sample, count=size["samples"], longest=RESPONSE_TOKENS),
+    )  # fmt: skip
 
 
 def score(model: nn.Module, inputs: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ from benchmarks.noise_study.variants import GammaVariant
 from benchmarks.published import published_margins
 from gamma_loss import label_smoothing_from_shift, solve_margins
 
-CHECKPOINTS = 6
 # Added to a run's seed, for streams of random numbers that have nothing to do with each other.
 FLIPS, VALIDATION_FLIPS, BATCHES = 10_000, 20_000, 30_000
 TRACED = 250  # pairs of a traced interval that the figures get
@@ -51,7 +50,7 @@ def method_of(spec: Spec) -> tuple[Method, dict[str, Any]]:
     del settings["lr"]
     if spec["stage"] == "ablation":
         settings |= spec["change"]
-        method = method._replace(loss=functools.partial(GammaVariant, averaged=method.averaged))
+        method = method._replace(loss=functools.partial(GammaVariant, relative=method.relative))
     return method, settings
 
 
@@ -75,8 +74,7 @@ def train(spec: Spec) -> dict[str, Any]:
     optimizer = torch.optim.Adam(model.parameters(), lr=spec["settings"]["lr"])
     order = torch.Generator().manual_seed(spec["seed"] + BATCHES)  # the same for every method
     calls = torch.Generator().manual_seed(spec["seed"] + FLIPS)
-    scale = 1 / task.length if method.averaged else 1.0
-    at = {round(task.steps * (i + 1) / CHECKPOINTS) for i in range(CHECKPOINTS)}
+    at = {round(task.steps * (i + 1) / task.checkpoints) for i in range(task.checkpoints)}
 
     traced = spec["stage"] == "trace"
     names = ["test", "ranking", "noisy", "clean"]
@@ -94,8 +92,9 @@ def train(spec: Spec) -> dict[str, Any]:
         if spec["kind"] == "call":
             flipped = flips_of_a_call(len(index), spec["rate"], calls)
         swap = flipped.to(device)
-        policy = labelled(task.logps(model, task.train.inputs[on_device]) * scale, swap)
-        reference = labelled(task.train.reference[on_device] * scale, swap)
+        tokens = task.train.tokens[on_device] if method.averaged else 1
+        policy = labelled(task.logps(model, task.train.inputs[on_device]) / tokens, swap)
+        reference = labelled(task.train.reference[on_device] / tokens, swap)
         policy.retain_grad()
         logps = Logps(*policy.unbind(1), *reference.unbind(1))
         loss = compute_loss(logps)
@@ -109,7 +108,7 @@ def train(spec: Spec) -> dict[str, Any]:
         spent += time.perf_counter() - began
 
         if traced:
-            gaps = settings["beta"] * (logps.d if method.averaged else logps.h).detach()
+            gaps = settings["beta"] * (logps.h if method.relative else logps.d).detach()
             assert policy.grad is not None
             weights = -policy.grad[:, 0] * task.batch / settings["beta"]
             seen.append((gaps.cpu(), weights.cpu(), flipped))
@@ -120,6 +119,12 @@ def train(spec: Spec) -> dict[str, Any]:
                 trace(*(torch.cat(parts) for parts in zip(*seen, strict=True)), spec, curves)
                 seen = []
     result = {**curves, "diverged": diverged, "step_seconds": float(f"{spent / step:.3g}")}
+    if task.sample and not diverged:
+        result |= task.sample(model)
+        if "gamma0" in settings:
+            logps = in_slices(task.logps, model, task.train.inputs)
+            gaps = settings["beta"] * gaps_of(task.train, logps, method)
+            result["spread"] = spread(torch.where(wrong.to(device), -gaps, gaps), settings)
     if traced and spec["seed"] == 0:
         result["test_gaps"] = rounded(test_gaps(task, model, spec))
     return result
@@ -145,14 +150,22 @@ def trace(
         curves["pairs"].append([rounded(column[:TRACED]) for column in columns])
 
 
+def spread(gaps: Tensor, settings: dict[str, Any]) -> float:
+    """Return how much the margins of a pool differ: their standard deviation over gamma0."""
+    margins = solve_margins(gaps, gamma0=settings["gamma0"], tau=settings["tau"]).margins
+    return decimal(margins.std() / settings["gamma0"])
+
+
 def labelled(logps: Tensor, swap: Tensor) -> Tensor:
     """Columns (chosen, rejected) as the labels have it, from (better, worse)."""
     return torch.where(swap[:, None], logps.flip(1), logps)
 
 
 def gaps_of(split: Split, logps: Tensor, method: Method) -> Tensor:
-    """What a method ranks a pair by: log-probabilities, less the reference's if it has one."""
-    own = logps if method.averaged else logps - split.reference
+    """What a method ranks a pair by: log-probabilities, less the reference's if it is relative."""
+    own = logps - split.reference if method.relative else logps
+    if method.averaged:
+        own = own / split.tokens
     return own[:, 0] - own[:, 1]
 
 
@@ -203,8 +216,7 @@ def test_gaps(task: Task, model: nn.Module, spec: Spec) -> Tensor:
     """Reward gaps of the first test pairs, in reward units."""
     method, settings = method_of(spec)
     logps = in_slices(task.logps, model, task.test.inputs)
-    scale = 1 / task.length if method.averaged else 1.0
-    return (settings["beta"] * scale * gaps_of(task.test, logps, method))[: 2 * TRACED]
+    return (settings["beta"] * gaps_of(task.test, logps, method))[: 2 * TRACED]
 
 
 def cost(spec: Spec) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from gamma_loss import preference_loss, solve_margins
 
 
 class GammaVariant:
-    """γ-PO, as `GammaDPO` (``averaged=False``) or `GammaSimPO` unless an option says otherwise.
+    """γ-PO, as `GammaDPO` or `GammaSimPO` (``relative=False``) unless an option says otherwise.
 
     ``centered``: subtract γ - γ0 or γ. ``queue_size``: gaps remembered. ``sample``: how many of
     them, drawn at random, join a solve (None: all). ``differentiable``: let the gradient through
@@ -18,19 +18,19 @@ class GammaVariant:
     """
 
     def __init__(
-        self, *, beta: float, gamma0: float, tau: float, averaged: bool = False,
+        self, *, beta: float, gamma0: float, tau: float, relative: bool = True,
         centered: bool | None = None, queue_size: int = CONTEXT, sample: int | None = None,
         differentiable: bool = False, label_smoothing: float = 0.0, robust: bool = False,
     ) -> None:  # fmt: skip
-        self.beta, self.gamma0, self.tau, self.averaged = beta, gamma0, tau, averaged
-        self.centered = not averaged if centered is None else centered
+        self.beta, self.gamma0, self.tau, self.relative = beta, gamma0, tau, relative
+        self.centered = relative if centered is None else centered
         self.queue_size, self.sample = queue_size, sample
         self.differentiable = differentiable
         self.smoothing = {"label_smoothing": label_smoothing, "robust": robust}
         self.queue: Tensor | None = None
 
     def __call__(self, logps: Logps) -> Tensor:
-        gaps = self.beta * (logps.d if self.averaged else logps.h)
+        gaps = self.beta * (logps.h if self.relative else logps.d)
         context = self.queue
         if context is not None and self.sample is not None:
             context = context[torch.randperm(len(context))[: self.sample]]

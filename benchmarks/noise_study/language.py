@@ -1,0 +1,130 @@
+"""A language model as the policy: SmolLM2-135M, of which the last layers are trained.
+
+The prompt asks for a sentence of a film review, the responses are two such sentences, and labels
+are people's (`raters`). States before the trained layers are computed once for each text. What is
+trained runs in float32, so log-probabilities are those of the whole model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.noise_study import raters
+from gamma_loss.torch import sequence_logps
+
+PROMPT = "<|im_start|>user\nWrite one sentence of a film review.<|im_end|>\n<|im_start|>assistant\n"
+END = "<|im_end|>"
+PAIRS = 8  # whose logits are held at once where no gradient is wanted
+
+
+class Tail(nn.Module):
+    """The last layers of a language model and its final norm. The head stays as it is."""
+
+    def __init__(self, layers: nn.ModuleList, norm: nn.Module) -> None:
+        super().__init__()
+        self.layers, self.norm = layers, norm
+
+
+class Reviews(NamedTuple):
+    """Texts as responses to the prompt, up to the layers that are trained."""
+
+    model: Any  # whole, with the reference's layers
+    tokenizer: Any
+    tokens: Tensor  # (texts, longest), the prompt's first
+    kept: Tensor  # (texts, longest), which are tokens of a response
+    states: Tensor  # (texts, longest, width)
+
+    def lengths(self) -> Tensor:
+        """Return how many tokens each response has, its end among them."""
+        return self.kept.sum(1)
+
+    def reference(self, layers: int) -> Tail:
+        """Return a copy of the last layers."""
+        inner = self.model.model
+        return copy.deepcopy(Tail(inner.layers[-layers:], inner.norm))
+
+    def logps(self, tail: nn.Module, pairs: Tensor) -> Tensor:
+        """Return summed log-probabilities, (pairs, 2), of pairs of texts."""
+        if torch.is_grad_enabled():
+            return self._logps(tail, pairs)
+        return torch.cat([self._logps(tail, part) for part in pairs.split(PAIRS)])
+
+    def _logps(self, tail: nn.Module, pairs: Tensor) -> Tensor:
+        texts = pairs.flatten()
+        kept = self.kept[texts]
+        longest = int(kept.any(0).nonzero().max()) + 1
+        hidden, kept = self.states[texts, :longest], kept[:, :longest]
+        position = torch.arange(longest, device=hidden.device)[None]
+        rotation = self.model.model.rotary_emb(hidden, position)
+        for layer in tail.layers:  # causal: padding comes last, and is seen by nothing
+            hidden = layer(hidden, position_ids=position, position_embeddings=rotation)
+        first = int(kept.any(0).nonzero().min())
+        logits = self.model.lm_head(tail.norm(hidden[:, first - 1 :]))
+        tokens = self.tokens[texts, first - 1 : longest]
+        return sequence_logps(logits, tokens, kept[:, first - 1 :]).view(-1, 2)
+
+    @torch.no_grad()
+    def sample(self, tail: nn.Module, count: int, longest: int) -> dict[str, float]:
+        """Return the sentiment of what a policy writes, and its divergence from the reference.
+
+        Both are means over ``count`` samples: the compound score of vaderSentiment 3.3.2, a list of
+        words with rules, from -1 to 1; and log π − log π_ref in nats a response.
+        """
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+        inner, head = self.model.model, len(tail.layers)
+        own = inner.layers, inner.norm
+        prompt = self.tokenizer([PROMPT] * count, return_tensors="pt").to(self.model.device)
+        try:
+            inner.layers = nn.ModuleList([*own[0][:-head], *tail.layers])
+            inner.norm = tail.norm
+            torch.manual_seed(0)  # the same luck for every policy
+            tokens = self.model.generate(
+                **prompt, do_sample=True, top_k=0, max_new_tokens=longest,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )  # fmt: skip
+            ratio = self._of_tokens(tokens)
+        finally:
+            inner.layers, inner.norm = own
+        ratio -= self._of_tokens(tokens)
+        analyser = SentimentIntensityAnalyzer()
+        start = prompt["input_ids"].shape[1]
+        texts = self.tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)
+        scores = [analyser.polarity_scores(text)["compound"] for text in texts]
+        return {
+            "sentiment": round(sum(scores) / count, 4),
+            "divergence": round(ratio.mean().item(), 4),
+        }
+
+    def _of_tokens(self, tokens: Tensor) -> Tensor:
+        start = int((self.kept[0]).nonzero().min())
+        ends = (tokens == self.tokenizer.convert_tokens_to_ids(END)).int()
+        ends[:, :start] = 0
+        written = ends.cumsum(1) - ends == 0  # up to the first end, with it
+        written[:, :start] = False
+        parts = zip(tokens.split(PAIRS), written.split(PAIRS), strict=True)
+        return torch.cat([sequence_logps(self.model(t).logits, t, w) for t, w in parts])
+
+
+def prepare(
+    texts: list[str], layers: int, device: str, load: Callable[[], Any] = raters.language_model
+) -> Reviews:
+    """Compute the states of texts before the last layers."""
+    model, tokenizer = load()
+    model = model.to(device).requires_grad_(False)
+    encoded = tokenizer([PROMPT + text + END for text in texts], return_tensors="pt", padding=True)
+    tokens, present = encoded["input_ids"].to(device), encoded["attention_mask"].bool().to(device)
+    kept = present.clone()
+    kept[:, : len(tokenizer(PROMPT)["input_ids"])] = False
+    states = []
+    with torch.no_grad():
+        for part in tqdm(tokens.split(16), desc="states", disable=None):
+            outputs = model.model(part, output_hidden_states=True)
+            states.append(outputs.hidden_states[-1 - layers])
+    return Reviews(model, tokenizer, tokens, kept, torch.cat(states))
