@@ -22,9 +22,9 @@ from gamma_loss import PUBLISHED_SETTINGS  # noqa: E402
 
 TINY = plan.Study(
     size="quick", seeds=2, configurations=2, tasks=("digits",), noises=(("uniform", 0.4),),
-    ablation_noises=(), kappas=(10.0,), redrawn=False, cost_seconds=0.0,
+    ablation_noises=(), kappas=(10.0,), redrawn=False, cost_seconds=0.1,
+    methods=("dpo", "gamma-dpo", "simpo", "gamma-simpo"),
 )  # fmt: skip
-FEW = {name: METHODS[name] for name in ("dpo", "gamma-dpo", "simpo", "gamma-simpo")}
 COST = {
     "machine": "a machine",
     "parameters": 1,
@@ -123,7 +123,7 @@ def test_a_run_repeats_itself():
     assert first.pop("step_seconds") > 0
     second.pop("step_seconds")
     assert first == second
-    assert len(first["test"]) == train.CHECKPOINTS
+    assert len(first["test"]) == tasks.CHECKPOINTS
 
 
 def test_flips_of_a_call_are_drawn_at_every_call(monkeypatch):
@@ -142,7 +142,7 @@ def test_flips_of_a_call_are_drawn_at_every_call(monkeypatch):
     monkeypatch.setattr(train, "load", lambda *arguments: changed)
     monkeypatch.setattr(train, "make_loss", watch)
     result = train.run({**a_spec("simpo"), "stage": "search", "kind": "call"})["result"]
-    assert result["test"] == [1.0] * train.CHECKPOINTS  # test labels are clean
+    assert result["test"] == [1.0] * tasks.CHECKPOINTS  # test labels are clean
     assert all(torch.equal(flips[::2], flips[1::2]) for flips in seen)
     assert len({tuple(flips.tolist()) for flips in seen}) > 1
     assert 0.2 < torch.cat(seen).double().mean() < 0.6
@@ -151,7 +151,7 @@ def test_flips_of_a_call_are_drawn_at_every_call(monkeypatch):
 @pytest.mark.parametrize("name", ["gamma-dpo", "matched-dpo"])
 def test_pairs_are_kept_for_the_figures_only(name):
     result = train.run(a_spec(name))["result"]
-    kept = train.CHECKPOINTS if name in train.FIGURED else 0
+    kept = tasks.CHECKPOINTS if name in train.FIGURED else 0
     assert len(result["pairs"]) == kept
 
 
@@ -168,9 +168,9 @@ def test_pair_weights_are_those_of_dpo():
     spec = a_spec()
     spec["settings"] = {**spec["settings"], "lr": 0.0}
     result = train.run(spec)["result"]
-    assert result["weights"] == [[0.5, 0.5]] * train.CHECKPOINTS
-    assert result["test"] == [0.5] * train.CHECKPOINTS
-    assert result["auc_loss"] == [0.5] * train.CHECKPOINTS
+    assert result["weights"] == [[0.5, 0.5]] * tasks.CHECKPOINTS
+    assert result["test"] == [0.5] * tasks.CHECKPOINTS
+    assert result["auc_loss"] == [0.5] * tasks.CHECKPOINTS
 
 
 def test_area_under_the_curve():
@@ -225,7 +225,7 @@ def test_settings_drawn_anew():
     few = TINY._replace(redrawn=True)
     planned = [s for block in plan.blocks(few, {}) for s in block]
     anew = [s for s in planned if s.get("stage") == "redrawn"]
-    assert len(anew) == len(plan.REDRAWN) * 2 * 2  # for each of two seeds two configurations
+    assert len(anew) == len(plan.CORE) * 2 * 2  # for each of two seeds two configurations
     assert plan.expected(few)["digits"] - plan.expected(TINY)["digits"] == len(anew)
 
 
@@ -386,7 +386,6 @@ def test_the_study_on_a_gpu_is_the_smaller():
 def done(tmp_path_factory):
     """A whole tiny study of four methods, in one go."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "METHODS", FEW)
         patch.setattr(train, "cost", lambda spec: COST)
         path = tmp_path_factory.mktemp("study") / "results.jsonl"
         assert command.carry_out(TINY, path, workers=1, hours=1.0)
@@ -402,7 +401,6 @@ def comparable(path):
 
 
 def test_what_a_kill_leaves_is_completed_to_the_same_file(done, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "METHODS", FEW)
     monkeypatch.setattr(train, "cost", lambda spec: COST)
     path = tmp_path / "results.jsonl"
     real, calls = train.run, []
@@ -431,7 +429,6 @@ def test_what_a_kill_leaves_is_completed_to_the_same_file(done, tmp_path, monkey
 
 
 def test_stops_in_time_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "METHODS", FEW)
     path = tmp_path / "results.jsonl"
     assert not command.carry_out(TINY, path, workers=1, hours=0.0)
     assert len(comparable(path)) == 1
@@ -450,7 +447,7 @@ def test_estimate_of_the_time_left():
     total = plan.expected(study)["digits"]
     # For each of two seeds two configurations and a trace; at one κ two families of three
     # methods, and SimPO.
-    assert total == 22 * 2 * (2 + 1) + 2 * (2 * 3 + 1)
+    assert total == 4 * 2 * (2 + 1) + 2 * (2 * 3 + 1)
     estimate = command.Estimate(study, {})
     assert estimate.runs() == 2 * total
     for _ in range(10):
@@ -579,7 +576,8 @@ def test_holm():
 
 def test_report_from_the_file_alone(done, tmp_path):
     records = command.read(done)
-    report.write(TINY, records, tmp_path)
+    study = TINY._replace(methods=plan.Study().methods)
+    report.write(study, records, tmp_path)
     page = (tmp_path / "reproduction_tables.md").read_text()
     assert "a machine" in page
     assert "**Not run yet:** DPO, fixed margin, cDPO" in page
@@ -594,7 +592,7 @@ def test_report_from_the_file_alone(done, tmp_path):
         assert picture.startswith("<svg")
         assert "currentColor" in picture  # so that it is legible in the dark
         assert "#000000" not in picture
-    report.write(TINY, records, tmp_path)
+    report.write(study, records, tmp_path)
     assert (tmp_path / "reproduction_tables.md").read_text() == page
     records.pop(plan.key(plan.search(TINY, "digits", "dpo", "uniform", 0.4, 1)[0]))
     assert "**The study is not complete:** 1 cells" in tables.status(
@@ -606,20 +604,19 @@ def test_report_from_the_file_alone(done, tmp_path):
 
 
 def test_the_pages_are_what_the_results_file_says():
-    path = Path(command.ROOT) / "benchmarks" / "results" / "noise_study.jsonl"
-    results = outcomes.Results(plan.Study(), command.read(path))
-    for name, makers in report.PAGES.items():
-        page = (report.DOCS / name).read_text(encoding="utf-8")
-        for table, make in makers.items():
-            assert f"<!-- {table} -->\n\n{make(results)}\n\n<!-- /{table} -->" in page, table
+    pages = {name: (report.DOCS / name).read_text(encoding="utf-8") for name in report.TASKS}
+    for study, makers_by_page in report.PAGES.items():
+        records = command.read(command.results_file(study))
+        results = outcomes.Results(plan.STUDIES[study], records)
+        for name, makers in makers_by_page.items():
+            for table, make in makers.items():
+                filled = f"<!-- {table} -->\n\n{make(results)}\n\n<!-- /{table} -->"
+                assert filled in pages[name], table
     for figure in report.FIGURES:
-        assert f'picture("reproduction_{figure}.svg"' in "".join(
-            (report.DOCS / name).read_text(encoding="utf-8") for name in report.PAGES
-        )
+        assert f'picture("reproduction_{figure}.svg"' in "".join(pages.values())
 
 
 def test_command_line(tmp_path, monkeypatch, capsys, done):
-    monkeypatch.setattr(plan, "METHODS", FEW)
     monkeypatch.setattr(command, "QUICK", TINY)
     monkeypatch.setattr(train, "cost", lambda spec: COST)
     results = tmp_path / "results.jsonl"

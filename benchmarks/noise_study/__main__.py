@@ -23,6 +23,11 @@ from benchmarks.noise_study.plan import LARGE, QUICK, STUDIES, Records, Study, k
 from benchmarks.noise_study.train import Spec, run
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def results_file(study: str, folder: Path = RESULTS) -> Path:
+    return folder / ("noise_study.jsonl" if study == "tasks" else f"noise_study_{study}.jsonl")
 
 
 def read(path: Path) -> Records:
@@ -137,13 +142,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"argument --workers: must be at least 1, got {args.workers}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch finds no CUDA device")
-    results, docs = ROOT / "benchmarks" / "results", ROOT / "docs"
+    results, docs = RESULTS, ROOT / "docs"
     if args.quick:
         results = docs = Path(tempfile.mkdtemp())
     elif args.device == "cuda":  # the pages in docs/ are about what ran on a CPU
         results = docs = results / "noise_study_cuda"
-    suffix = "" if args.study == "tasks" else f"_{args.study}"
-    args.results = args.results or results / f"noise_study{suffix}.jsonl"
+    args.results = args.results or results_file(args.study, results)
     args.docs = args.docs or docs
     return args
 

@@ -70,7 +70,8 @@ ABLATION_NOISES = (("uniform", 0.4), ("uniform", 0.2))
 ABLATION_METHODS = ("gamma-dpo", "gamma-simpo")
 LOOPS = [(4.0, 10.0), (3.0, 3.0), (8.0, 10.0), (4.0, 2.0), (2.0, 0.5), (4.0, 0.5), (8.0, 0.5),
          (4.0, 0.1)]  # fmt: skip
-REDRAWN = ("gamma-dpo", "matched-dpo", "dpo", "gamma-simpo", "matched-simpo", "simpo")
+# What the verdict compares; they are run first, and get configurations drawn anew.
+CORE = ("gamma-dpo", "matched-dpo", "dpo", "gamma-simpo", "matched-simpo", "simpo")
 Records = dict[str, dict[str, Any]]
 
 
@@ -301,15 +302,17 @@ def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
         }
         for task, seed in itertools.product(study.tasks, range(study.seeds))
     ]
+    for task in study.tasks:
+        core = [method for method in CORE if method in study.methods]
+        yield _searches(study, task, core, study.noises, "search")
+        yield list(over_kappa(study, records, task))
     for noises in (UNIFORM[:3], UNIFORM[3:] + AMBIGUOUS, CALLS + RATERS):
         for task in study.tasks:
             yield _searches(study, task, study.methods, noises, "search")
-            yield list(over_kappa(study, records, task))
-        for task in study.tasks:
             yield list(traces(study, records, task))
             yield list(ablations(study, records, task))
     for task in study.tasks * study.redrawn:
-        yield _searches(study, task, REDRAWN, [n for n in study.noises if n[1]], "redrawn")
+        yield _searches(study, task, CORE, [n for n in study.noises if n[1]], "redrawn")
 
 
 def _searches(
@@ -331,7 +334,7 @@ def expected(study: Study) -> dict[str, int]:
     swept = sum(noise in study.noises for noise in KAPPA_NOISES) * study.seeds
     swept *= bool(study.kappas) + len(study.kappas) * sum(map(len, KAPPA_METHODS.values()))
     noisy = sum(rate > 0 for _, rate in study.noises) * study.configurations
-    anew = len(REDRAWN) * study.seeds * noisy if study.redrawn else 0
+    anew = len(CORE) * study.seeds * noisy if study.redrawn else 0
     count = (
         len(study.methods) * study.seeds * (searched + traced) + ablated * changed + swept + anew
     )

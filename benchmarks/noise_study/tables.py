@@ -139,7 +139,7 @@ def arms(results: Results) -> str:
             more = {"noises": [noise], "of": of}
             gains = [pooled(results, task, ours, theirs, **more) for task in results.study.tasks]
             words = {"test": "all pairs", "clear": "pairs rated more than 1 apart"}[of]
-            name = f"{label((ours, theirs))}; labels: {noise_name(noise)}; {words}"
+            name = f"{label((ours, theirs))}; labels: {noise_name(noise) if noise[1] else 'clean'}; {words}"
             rows.append((name, [compare(g) if g else None for g in gains]))
     return judged(results, rows)
 
