@@ -358,6 +358,17 @@ def test_gamma_metrics_are_those_of_the_loss(make):
         assert row["gamma/effective_pairs"] == pytest.approx(effective, rel=1e-5)
 
 
+@FAMILIES
+def test_a_run_in_which_nothing_happens_says_so_after_a_hundred_steps(make, family):
+    trainer, config, settings = family
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    trainer = make(trainer, config, **settings, tau=1e9, max_steps=100, **options)
+    with pytest.warns(UserWarning, match=r"this run is (DPO|SimPO) to rounding.* tau = ") as caught:
+        trainer.train()
+    (message,) = [str(each.message) for each in caught if "rounding" in str(each.message)]
+    assert "For the last 200 gaps" in message
+
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 

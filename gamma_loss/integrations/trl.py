@@ -179,6 +179,18 @@ class _GammaTrainer:
 
     gamma_loss: GammaDPOLoss | GammaSimPOLoss
 
+    def _make_loss(self: Any, loss: Any, defaults: Any, **settings: Any) -> None:
+        """Make the loss of the arguments, with our defaults for what a config of TRL's lacks."""
+        for name in ("tau", "centered", "queue_size"):
+            settings[name] = getattr(self.args, name, getattr(defaults, name))
+        self.gamma_loss = loss(
+            beta=self.args.beta,
+            label_smoothing=self.args.label_smoothing,
+            group=dist.group.WORLD if self.accelerator.num_processes > 1 else None,
+            **settings,
+        ).to(self.accelerator.device)
+        self.gamma_loss._unwatched *= self.args.gradient_accumulation_steps
+
     def _gamma_metrics(self: Any, aux: GammaLossAux) -> dict[str, float]:
         """Return the ``gamma/*`` of `metrics` over the pairs of all ranks."""
         columns = [aux.margins, aux.shifts, aux.reward_gaps, aux.pair_weights]
@@ -272,16 +284,8 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
         self.loss_types, self.loss_weights = list(self.loss_types), list(self.loss_weights)
         robust = self.loss_types.pop(places[0]) == "robust"
         self._gamma_weight = self.loss_weights.pop(places[0])
-        self.gamma_loss = GammaDPOLoss(
-            beta=args.beta,
-            gamma0=getattr(args, "gamma0", GammaDPOConfig.gamma0),
-            tau=getattr(args, "tau", GammaDPOConfig.tau),
-            centered=getattr(args, "centered", GammaDPOConfig.centered),
-            label_smoothing=args.label_smoothing,
-            robust=robust,
-            queue_size=getattr(args, "queue_size", GammaDPOConfig.queue_size),
-            group=dist.group.WORLD if self.accelerator.num_processes > 1 else None,
-        ).to(self.accelerator.device)
+        gamma0 = getattr(args, "gamma0", GammaDPOConfig.gamma0)
+        self._make_loss(GammaDPOLoss, GammaDPOConfig, gamma0=gamma0, robust=robust)
 
     def compute_loss(
         self,
@@ -372,15 +376,7 @@ class GammaSimPOTrainer(_GammaTrainer, CPOTrainer):
                     f"{name} must be {only!r} for γ-SimPO, got {getattr(args, name)!r}"
                 )
         super().__init__(model, args, **kwargs)
-        self.gamma_loss = GammaSimPOLoss(
-            beta=self.args.beta,
-            gamma0=self.args.simpo_gamma,
-            tau=getattr(self.args, "tau", GammaSimPOConfig.tau),
-            centered=getattr(self.args, "centered", GammaSimPOConfig.centered),
-            label_smoothing=self.args.label_smoothing,
-            queue_size=getattr(self.args, "queue_size", GammaSimPOConfig.queue_size),
-            group=dist.group.WORLD if self.accelerator.num_processes > 1 else None,
-        ).to(self.accelerator.device)
+        self._make_loss(GammaSimPOLoss, GammaSimPOConfig, gamma0=self.args.simpo_gamma)
 
     @staticmethod
     def get_batch_logps(
