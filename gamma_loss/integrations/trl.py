@@ -174,8 +174,27 @@ class GammaSimPOConfig(CPOConfig):
         self.simpo_gamma = self.gamma0
 
 
+@dataclass
+class _WithMargins:
+    """A collator that also collates the margins of the pairs, where the data has some."""
+
+    collate: Any
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        batch = self.collate(examples)
+        if "margin" in examples[0]:
+            margins = [example["margin"] for example in examples]
+            try:
+                batch["margin"] = torch.tensor(list(map(float, margins)))
+            except (TypeError, ValueError):
+                raise TypeError(
+                    f"the column 'margin' must hold numbers, in reward units, got {margins!r}"
+                ) from None
+        return batch
+
+
 class _GammaTrainer:
-    """What both trainers add to TRL's: metrics over all ranks, and the queue in checkpoints."""
+    """What both trainers add to TRL's: margins of the data, metrics over all ranks, the queue."""
 
     gamma_loss: GammaDPOLoss | GammaSimPOLoss
 
@@ -190,6 +209,12 @@ class _GammaTrainer:
             **settings,
         ).to(self.accelerator.device)
         self.gamma_loss._unwatched *= self.args.gradient_accumulation_steps
+        self.data_collator = _WithMargins(self.data_collator)
+
+    def _set_signature_columns_if_needed(self: Any) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        if "margin" not in self._signature_columns:
+            self._signature_columns.append("margin")
 
     def _gamma_metrics(self: Any, aux: GammaLossAux) -> dict[str, float]:
         """Return the ``gamma/*`` of `metrics` over the pairs of all ranks."""
@@ -227,6 +252,10 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
     the ``gamma/*`` of `metrics`, over the pairs of all ranks and averaged over micro-batches as TRL
     averages its own. Evaluation reads the queue and never writes it; a resumed run goes on with
     the queue of its checkpoint. A pair with a response truncated to nothing takes no part.
+
+    A column ``margin`` of the data gives each pair a target m_i of its own, in reward units. Then
+    γ-PO works on ``g_i - m_i``: the loss is ``-log σ(g_i - m_i - (γ_i - γ0))``, with γ solved over
+    a pool of ``g - m``, which is what the queue holds. TRL's ``rewards/*`` stay those of g.
 
     Parameters
     ----------
@@ -287,6 +316,12 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
         gamma0 = getattr(args, "gamma0", GammaDPOConfig.gamma0)
         self._make_loss(GammaDPOLoss, GammaDPOConfig, gamma0=gamma0, robust=robust)
 
+    def compute_ref_log_probs(self, *arguments: Any) -> Any:
+        """Return TRL's, without the margins that a batch has for the loss."""
+        *model, inputs = arguments
+        inputs = {name: value for name, value in inputs.items() if name != "margin"}
+        return super().compute_ref_log_probs(*model, inputs)
+
     def compute_loss(
         self,
         model: Any,
@@ -295,10 +330,12 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return TRL's loss with γ-DPO in the place of DPO, and log the metrics of both."""
+        inputs = dict(inputs)
+        margins = inputs.pop("margin", 0.0)
         if not self.precompute_ref_logps:
             reference = (self.ref_model or self.model,) if _TAKES_MODEL else ()
             chosen, rejected = self.compute_ref_log_probs(*reference, inputs)
-            inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+            inputs |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         logps: list[torch.Tensor] = []
 
         def listened_to(**kwargs: Any) -> Any:
@@ -323,7 +360,9 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
         has_chosen, has_rejected = inputs["completion_mask"][:, 1:].any(1).chunk(2)
         training = self.model.training
         loss, aux = self.gamma_loss.train(training)(
-            *logps, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"],
+            *logps,
+            inputs["ref_chosen_logps"] + margins / self.beta,  # a gap smaller by the margin
+            inputs["ref_rejected_logps"],
             mask=has_chosen & has_rejected,
         )  # fmt: skip
         for name, value in self._gamma_metrics(aux).items():
@@ -336,7 +375,8 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
 class GammaSimPOTrainer(_GammaTrainer, CPOTrainer):
     """TRL's `CPOTrainer`, training with γ-SimPO.
 
-    As `GammaDPOTrainer`, without a reference model and with log-probabilities averaged over tokens.
+    As `GammaDPOTrainer`, a column ``margin`` included, without a reference model and with
+    log-probabilities averaged over tokens.
 
     Parameters
     ----------
@@ -400,6 +440,7 @@ class GammaSimPOTrainer(_GammaTrainer, CPOTrainer):
             for labels in ("chosen_labels", "rejected_labels")
         )
         self._has_both = has_chosen & has_rejected
+        self._margins = batch.get("margin", 0.0)
         loss, logs = super().get_batch_loss_metrics(model, batch, train_eval)
         prefix = "eval_" if train_eval == "eval" else ""
         return loss, logs | {prefix + k: v for k, v in self._gamma_metrics(self._aux).items()}
@@ -409,8 +450,9 @@ class GammaSimPOTrainer(_GammaTrainer, CPOTrainer):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return γ-SimPO in the place of TRL's losses and rewards."""
         loss, self._aux = self.gamma_loss.train(self.model.training)(
-            policy_chosen_logps, policy_rejected_logps, mask=self._has_both
-        )
+            policy_chosen_logps - self._margins / self.beta,  # a gap smaller by the margin
+            policy_rejected_logps, mask=self._has_both,
+        )  # fmt: skip
         # TRL takes the mean; this is one already, over the pairs that take part on any rank.
         losses = loss.expand(policy_chosen_logps.shape)
-        return losses, self._aux.chosen_rewards, self._aux.rejected_rewards
+        return losses, self._aux.chosen_rewards + self._margins, self._aux.rejected_rewards
