@@ -109,6 +109,7 @@ VARIANTS = [
     *((DPO, options) for options in BOTH),
     (DPO, {"precompute_ref_log_probs": True}),
     (DPO, {"loss_type": "robust", "label_smoothing": 0.1}),
+    (DPO, {"loss_type": "sigmoid_norm", "learning_rate": 0.1}),
     (DPO, {"loss_type": ["sft", "sigmoid"], "loss_weights": [0.3, 0.7]}),
     *((SIMPO, options) for options in BOTH),
     (SIMPO, {"label_smoothing": 0.1, "cpo_alpha": 0.3}),
@@ -160,21 +161,28 @@ def reference_logps(model, rows, average):
     return np.array([[logp(r["prompt"], r[key]) for key in ("chosen", "rejected")] for r in rows]).T
 
 
-FIRST_PRINCIPLES = [(DPO, {}), (DPO, {"precompute_ref_log_probs": True}), (SIMPO, {})]
+FIRST_PRINCIPLES = {
+    "dpo": (DPO, {}),
+    "dpo precomputed": (DPO, {"precompute_ref_log_probs": True}),
+    "dpo normalized": (DPO, {"length_normalize": True, "beta": 5.0}),
+    "simpo": (SIMPO, {}),
+}
 
 
 @pytest.mark.parametrize("of_data", [False, True], ids=["plain", "margins of the data"])
 @pytest.mark.parametrize(
-    ("family", "options"), FIRST_PRINCIPLES, ids=["dpo", "dpo precomputed", "simpo"]
+    ("family", "options"), FIRST_PRINCIPLES.values(), ids=FIRST_PRINCIPLES.keys()
 )
 def test_the_loss_of_an_evaluation_from_first_principles(
     make, model, data, family, options, of_data
 ):
     trainer, config, settings = family
+    settings = {**settings, **options}
+    average = family is SIMPO or "length_normalize" in options
     targets = np.random.default_rng(0).normal(0.5, 1.0, len(data)) if of_data else np.zeros(48)
     rows = data.add_column("margin", targets) if of_data else data
     trained = make(
-        trainer, config, **settings, **options, tau=0.5, queue_size=16,
+        trainer, config, **settings, tau=0.5, queue_size=16,
         train_dataset=rows, eval_dataset=rows,
     )  # fmt: skip
     if family is DPO:  # the same rows, not prepared before; later TRL has no reference for them
@@ -183,10 +191,10 @@ def test_the_loss_of_an_evaluation_from_first_principles(
     context = stored(trained).numpy()
     logs = trained.evaluate()
 
-    rewards = settings["beta"] * reference_logps(trained.model, data, family is SIMPO)
+    rewards = settings["beta"] * reference_logps(trained.model, data, average)
     if family is DPO:
         start = transformers.AutoModelForCausalLM.from_pretrained(model)
-        rewards -= settings["beta"] * reference_logps(start, data, average=False)
+        rewards -= settings["beta"] * reference_logps(start, data, average)
     gaps = rewards[0] - rewards[1]
     pool = np.concatenate([gaps - targets, context])
     margins = oracles.margins(pool, settings["gamma0"], 0.5)[0][: gaps.size]
@@ -194,7 +202,8 @@ def test_the_loss_of_an_evaluation_from_first_principles(
     assert len(context) == 16
     assert np.ptp(margins) > 0.5
     assert logs["eval_loss"] == pytest.approx(np.logaddexp(0, wanted - gaps).mean(), rel=1e-4)
-    assert logs["eval_rewards/margins"] == pytest.approx(gaps.mean(), rel=1e-4)
+    if "length_normalize" not in options:  # TRL's rewards are of sums
+        assert logs["eval_rewards/margins"] == pytest.approx(gaps.mean(), rel=1e-4)
     assert logs["eval_gamma/min"] == pytest.approx(margins.min(), rel=1e-4)
     assert logs["eval_gamma/max"] == pytest.approx(margins.max(), rel=1e-4)
 

@@ -90,6 +90,9 @@ class GammaDPOConfig(DPOConfig):
         Whether the loss subtracts γ_i - γ0 or γ_i, see `gamma_dpo_loss`.
     queue_size : int, default 2048
         How many recent gaps the margins are solved over, see `GammaDPOLoss`.
+    length_normalize : bool, default False
+        Whether log-probabilities, the reference's too, are averaged over the tokens of a response
+        in the place of summed. As in the published code, and as ``loss_type="sigmoid_norm"`` says.
 
     Raises
     ------
@@ -113,6 +116,7 @@ class GammaDPOConfig(DPOConfig):
     tau: float = _option(10.0, _TAU)
     centered: bool = _option(True, _CENTERED)
     queue_size: int = _option(2048, _QUEUE_SIZE)
+    length_normalize: bool = _option(False, "Whether log-probabilities are averaged over tokens.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -272,7 +276,8 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
     ------
     ValueError
         For options that would change what the γ-loss means: f_divergence_type, ld_alpha,
-        use_weighting, and a loss_type without, or with more than, one of "sigmoid" and "robust".
+        use_weighting, and a loss_type that does not hold one of "sigmoid", "sigmoid_norm" and
+        "robust".
 
     Examples
     --------
@@ -303,15 +308,18 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
                 raise ValueError(f"{name} must be {only!r} for γ-DPO, got {getattr(args, name)!r}")
         if getattr(self, "use_liger_kernel", False):  # before TRL 1.15
             raise ValueError("use_liger_kernel must be False: Liger's loss sees one pair at a time")
-        places = [i for i, name in enumerate(args.loss_type) if name in ("sigmoid", "robust")]
+        own = ("sigmoid", "sigmoid_norm", "robust")
+        places = [i for i, name in enumerate(args.loss_type) if name in own]
         if len(places) != 1:
             raise ValueError(
-                "loss_type must hold exactly one of 'sigmoid' and 'robust', whose place γ-DPO "
-                f"takes, got {args.loss_type!r}"
+                f"loss_type must hold exactly one of {own}, whose place γ-DPO takes, "
+                f"got {args.loss_type!r}"
             )
         # TRL goes on to compute the losses beside it.
         self.loss_types, self.loss_weights = list(self.loss_types), list(self.loss_weights)
-        robust = self.loss_types.pop(places[0]) == "robust"
+        place = self.loss_types.pop(places[0])
+        robust = place == "robust"
+        self._normalize = place == "sigmoid_norm" or getattr(args, "length_normalize", False)
         self._gamma_weight = self.loss_weights.pop(places[0])
         gamma0 = getattr(args, "gamma0", GammaDPOConfig.gamma0)
         self._make_loss(GammaDPOLoss, GammaDPOConfig, gamma0=gamma0, robust=robust)
@@ -357,14 +365,18 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
         finally:
             self.precompute_ref_logps = precomputed
 
-        has_chosen, has_rejected = inputs["completion_mask"][:, 1:].any(1).chunk(2)
+        lengths = inputs["completion_mask"][:, 1:].sum(1).chunk(2)
+        references = [inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]]
+        if self._normalize:
+            logps = [x / length.clamp(min=1) for x, length in zip(logps, lengths, strict=True)]
+            references = [x / n.clamp(min=1) for x, n in zip(references, lengths, strict=True)]
         training = self.model.training
         loss, aux = self.gamma_loss.train(training)(
             *logps,
-            inputs["ref_chosen_logps"] + margins / self.beta,  # a gap smaller by the margin
-            inputs["ref_rejected_logps"],
-            mask=has_chosen & has_rejected,
-        )  # fmt: skip
+            references[0] + margins / self.beta,  # a gap smaller by the margin
+            references[1],
+            mask=(lengths[0] > 0) & (lengths[1] > 0),
+        )
         for name, value in self._gamma_metrics(aux).items():
             self._metrics["train" if training else "eval"][name].append(value)
         if return_outputs:
