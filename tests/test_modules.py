@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -225,3 +227,55 @@ def test_wrong_arguments(torch):
 def test_a_name_that_does_not_exist():
     with pytest.raises(AttributeError, match="has no attribute 'GammaFooLoss'"):
         gamma_loss.GammaFooLoss  # noqa: B018
+
+
+def warned(loss_module, batches):
+    """The number of the training forward that warned, and what it said."""
+    found = []
+    for number, batch in enumerate(batches, 1):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loss_module(*batch)
+        found += [(number, str(each.message)) for each in caught]
+    return found
+
+
+@pytest.mark.parametrize("queue_size", [0, 64])
+def test_a_run_in_which_nothing_happens_says_so_once_and_names_a_tau_that_helps(torch, queue_size):
+    batches = [[torch.randn(3) + x for x in (1.0, 0.0, 0.0, 0.0)] for _ in range(250)]
+
+    def module(tau):
+        return GammaDPOLoss(beta=1.0, gamma0=2.0, tau=tau, queue_size=queue_size)
+
+    idle = module(1e5)
+    idle.eval()(*batches[0])  # an evaluation is no step
+    ((number, message),) = warned(idle.train(), batches)
+    assert number == 100
+    assert "gamma0 = 2 and tau = 100000 this run is DPO to rounding" in message
+    better = float(re.search(r"tau = ([\d.e+-]+) would", message)[1])
+    size = int(re.search(r"the last (\d+) gaps", message)[1])
+    assert size == (queue_size or 3)
+    pool = torch.cat([b[0] - b[2] - (b[1] - b[3]) for b in batches[:100]])[-size:]
+    margins = gamma_loss.solve_margins(pool, gamma0=2.0, tau=better).margins
+    assert float(margins.std(correction=0)) == pytest.approx(0.2, rel=0.1)
+    assert warned(module(better), batches) == []
+
+
+@pytest.mark.parametrize(
+    ("gamma0", "words"),
+    [(0.0, "gamma0 must be finite and > 0"), (4.0, "spread can be at most 0 with these gaps")],
+)
+def test_where_no_tau_helps_the_reason_is_said(torch, gamma0, words):
+    loss_module = GammaPreferenceLoss(gamma0=gamma0, tau=1.0, queue_size=0)
+    ((_, message),) = warned(loss_module, [[torch.ones(1)]] * 101)
+    assert "this run is a plain logistic loss to rounding. For the last 1 gaps" in message
+    assert words in message
+
+
+def test_pairs_that_are_masked_or_spread_warn_of_nothing(torch):
+    loss_module = GammaPreferenceLoss(gamma0=4.0, tau=1e6)
+    for _ in range(101):
+        loss_module(torch.ones(2), mask=torch.zeros(2, dtype=torch.bool))
+    assert stored(loss_module) == []
+    gaps = torch.tensor([-2000.0, 2000.0])  # one margin is 0 to rounding
+    assert warned(GammaPreferenceLoss(gamma0=40.0, tau=1e-2), [[gaps]] * 101) == []

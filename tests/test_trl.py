@@ -62,7 +62,9 @@ def data(tmp_path_factory):
 def make(model, data, tmp_path):
     """Build a trainer of a class with a config: one thread, SGD, a log at each step."""
 
-    def make(trainer, config, *, peft=False, out="out", eval_dataset=None, **options):
+    def make(
+        trainer, config, *, peft=False, out="out", train_dataset=data, eval_dataset=None, **options
+    ):
         options = {
             "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "max_steps": 6,
             "per_device_train_batch_size": 4, "per_device_eval_batch_size": 48,
@@ -78,7 +80,7 @@ def make(model, data, tmp_path):
         return trainer(
             model,
             args=config(str(tmp_path / out), **options),
-            train_dataset=data,
+            train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=transformers.AutoTokenizer.from_pretrained(model),
             **extra,
@@ -107,6 +109,7 @@ VARIANTS = [
     *((DPO, options) for options in BOTH),
     (DPO, {"precompute_ref_log_probs": True}),
     (DPO, {"loss_type": "robust", "label_smoothing": 0.1}),
+    (DPO, {"loss_type": "sigmoid_norm", "learning_rate": 0.1}),
     (DPO, {"loss_type": ["sft", "sigmoid"], "loss_weights": [0.3, 0.7]}),
     *((SIMPO, options) for options in BOTH),
     (SIMPO, {"label_smoothing": 0.1, "cpo_alpha": 0.3}),
@@ -158,28 +161,73 @@ def reference_logps(model, rows, average):
     return np.array([[logp(r["prompt"], r[key]) for key in ("chosen", "rejected")] for r in rows]).T
 
 
-@FAMILIES
-def test_the_loss_of_an_evaluation_from_first_principles(make, model, data, family):
+FIRST_PRINCIPLES = {
+    "dpo": (DPO, {}),
+    "dpo precomputed": (DPO, {"precompute_ref_log_probs": True}),
+    "dpo normalized": (DPO, {"length_normalize": True, "beta": 5.0}),
+    "simpo": (SIMPO, {}),
+}
+
+
+@pytest.mark.parametrize("of_data", [False, True], ids=["plain", "margins of the data"])
+@pytest.mark.parametrize(
+    ("family", "options"), FIRST_PRINCIPLES.values(), ids=FIRST_PRINCIPLES.keys()
+)
+def test_the_loss_of_an_evaluation_from_first_principles(
+    make, model, data, family, options, of_data
+):
     trainer, config, settings = family
-    trained = make(trainer, config, **settings, tau=0.5, eval_dataset=data, queue_size=16)
+    settings = {**settings, **options}
+    average = family is SIMPO or "length_normalize" in options
+    targets = np.random.default_rng(0).normal(0.5, 1.0, len(data)) if of_data else np.zeros(48)
+    rows = data.add_column("margin", targets) if of_data else data
+    trained = make(
+        trainer, config, **settings, tau=0.5, queue_size=16,
+        train_dataset=rows, eval_dataset=rows,
+    )  # fmt: skip
+    if family is DPO:  # the same rows, not prepared before; later TRL has no reference for them
+        assert trained.evaluate(rows)["eval_loss"] == trained.evaluate()["eval_loss"]
     trained.train()
     context = stored(trained).numpy()
     logs = trained.evaluate()
 
-    rewards = settings["beta"] * reference_logps(trained.model, data, family is SIMPO)
+    rewards = settings["beta"] * reference_logps(trained.model, data, average)
     if family is DPO:
         start = transformers.AutoModelForCausalLM.from_pretrained(model)
-        rewards -= settings["beta"] * reference_logps(start, data, average=False)
+        rewards -= settings["beta"] * reference_logps(start, data, average)
     gaps = rewards[0] - rewards[1]
-    pool = np.concatenate([gaps, context])
+    pool = np.concatenate([gaps - targets, context])
     margins = oracles.margins(pool, settings["gamma0"], 0.5)[0][: gaps.size]
-    target = margins - settings["gamma0"] if family is DPO else margins
+    wanted = targets + (margins - settings["gamma0"] if family is DPO else margins)
     assert len(context) == 16
     assert np.ptp(margins) > 0.5
-    assert logs["eval_loss"] == pytest.approx(np.logaddexp(0, target - gaps).mean(), rel=1e-4)
-    assert logs["eval_rewards/margins"] == pytest.approx(gaps.mean(), rel=1e-4)
+    assert logs["eval_loss"] == pytest.approx(np.logaddexp(0, wanted - gaps).mean(), rel=1e-4)
+    if "length_normalize" not in options:  # TRL's rewards are of sums
+        assert logs["eval_rewards/margins"] == pytest.approx(gaps.mean(), rel=1e-4)
     assert logs["eval_gamma/min"] == pytest.approx(margins.min(), rel=1e-4)
     assert logs["eval_gamma/max"] == pytest.approx(margins.max(), rel=1e-4)
+
+
+@FAMILIES
+def test_training_stores_gaps_less_the_margins_of_the_data(make, data, family):
+    trainer, config, settings = family
+    options = {"per_device_train_batch_size": 48, "max_steps": 1, "dataloader_num_workers": 1}
+    targets = np.random.default_rng(1).normal(size=48)
+    queues = []
+    for rows in (data, data.add_column("margin", targets)):
+        trained = make(trainer, config, **settings, **options, train_dataset=rows)
+        trained.train()
+        queues.append(stored(trained).numpy())
+    np.testing.assert_allclose(sorted(queues[0] - queues[1]), sorted(targets), atol=1e-5)
+
+
+@FAMILIES
+def test_margins_of_the_data_that_are_no_numbers(make, data, family):
+    trainer, config, settings = family
+    rows = data.add_column("margin", [1.0, *[None] * 47])
+    message = r"the column 'margin' must hold numbers, in reward units, got \[.*None"
+    with pytest.raises(TypeError, match=message):
+        make(trainer, config, **settings, train_dataset=rows).train()
 
 
 @FAMILIES
@@ -358,6 +406,17 @@ def test_gamma_metrics_are_those_of_the_loss(make):
         assert row["gamma/effective_pairs"] == pytest.approx(effective, rel=1e-5)
 
 
+@FAMILIES
+def test_a_run_in_which_nothing_happens_says_so_after_a_hundred_steps(make, family):
+    trainer, config, settings = family
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    trainer = make(trainer, config, **settings, tau=1e9, max_steps=100, **options)
+    with pytest.warns(UserWarning, match=r"this run is (DPO|SimPO) to rounding.* tau = ") as caught:
+        trainer.train()
+    (message,) = [str(each.message) for each in caught if "rounding" in str(each.message)]
+    assert "For the last 200 gaps" in message
+
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -373,6 +432,16 @@ def test_the_recipe_s_code_runs(model, data, tmp_path, monkeypatch):
         exec(compile(block, "trl.md", "exec"), names)
         assert names["trainer"].state.global_step == 2
         assert stored(names["trainer"]).numel() > 0
+
+
+def test_the_recipe_s_rows_train(make):
+    text = (DOCS / "recipes" / "trl.md").read_text()
+    (block,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    rows = [json.loads(line) for line in block.splitlines()] * 4
+    rows = datasets.Dataset.from_list(rows)
+    trainer = make(GammaDPOTrainer, GammaDPOConfig, train_dataset=rows, max_steps=1)
+    trainer.train()
+    assert stored(trainer).tolist() == pytest.approx([-0.5] * 4)  # policy is reference: g = 0
 
 
 def test_the_readme_s_code_runs(model, data, tmp_path, monkeypatch):

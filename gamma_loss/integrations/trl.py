@@ -90,6 +90,9 @@ class GammaDPOConfig(DPOConfig):
         Whether the loss subtracts γ_i - γ0 or γ_i, see `gamma_dpo_loss`.
     queue_size : int, default 2048
         How many recent gaps the margins are solved over, see `GammaDPOLoss`.
+    length_normalize : bool, default False
+        Whether log-probabilities, the reference's too, are averaged over the tokens of a response
+        in the place of summed. As in the published code, and as ``loss_type="sigmoid_norm"`` says.
 
     Raises
     ------
@@ -113,6 +116,7 @@ class GammaDPOConfig(DPOConfig):
     tau: float = _option(10.0, _TAU)
     centered: bool = _option(True, _CENTERED)
     queue_size: int = _option(2048, _QUEUE_SIZE)
+    length_normalize: bool = _option(False, "Whether log-probabilities are averaged over tokens.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,10 +178,47 @@ class GammaSimPOConfig(CPOConfig):
         self.simpo_gamma = self.gamma0
 
 
+@dataclass
+class _WithMargins:
+    """A collator that also collates the margins of the pairs, where the data has some."""
+
+    collate: Any
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        batch = self.collate(examples)
+        if "margin" in examples[0]:
+            margins = [example["margin"] for example in examples]
+            try:
+                batch["margin"] = torch.tensor(list(map(float, margins)))
+            except (TypeError, ValueError):
+                raise TypeError(
+                    f"the column 'margin' must hold numbers, in reward units, got {margins!r}"
+                ) from None
+        return batch
+
+
 class _GammaTrainer:
-    """What both trainers add to TRL's: metrics over all ranks, and the queue in checkpoints."""
+    """What both trainers add to TRL's: margins of the data, metrics over all ranks, the queue."""
 
     gamma_loss: GammaDPOLoss | GammaSimPOLoss
+
+    def _make_loss(self: Any, loss: Any, defaults: Any, **settings: Any) -> None:
+        """Make the loss of the arguments, with our defaults for what a config of TRL's lacks."""
+        for name in ("tau", "centered", "queue_size"):
+            settings[name] = getattr(self.args, name, getattr(defaults, name))
+        self.gamma_loss = loss(
+            beta=self.args.beta,
+            label_smoothing=self.args.label_smoothing,
+            group=dist.group.WORLD if self.accelerator.num_processes > 1 else None,
+            **settings,
+        ).to(self.accelerator.device)
+        self.gamma_loss._unwatched *= self.args.gradient_accumulation_steps
+        self.data_collator = _WithMargins(self.data_collator)
+
+    def _set_signature_columns_if_needed(self: Any) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        if "margin" not in self._signature_columns:
+            self._signature_columns.append("margin")
 
     def _gamma_metrics(self: Any, aux: GammaLossAux) -> dict[str, float]:
         """Return the ``gamma/*`` of `metrics` over the pairs of all ranks."""
@@ -216,6 +257,10 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
     averages its own. Evaluation reads the queue and never writes it; a resumed run goes on with
     the queue of its checkpoint. A pair with a response truncated to nothing takes no part.
 
+    A column ``margin`` of the data gives each pair a target m_i of its own, in reward units. Then
+    γ-PO works on ``g_i - m_i``: the loss is ``-log σ(g_i - m_i - (γ_i - γ0))``, with γ solved over
+    a pool of ``g - m``, which is what the queue holds. TRL's ``rewards/*`` stay those of g.
+
     Parameters
     ----------
     model, ref_model, args, **kwargs
@@ -231,7 +276,8 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
     ------
     ValueError
         For options that would change what the γ-loss means: f_divergence_type, ld_alpha,
-        use_weighting, and a loss_type without, or with more than, one of "sigmoid" and "robust".
+        use_weighting, and a loss_type that does not hold one of "sigmoid", "sigmoid_norm" and
+        "robust".
 
     Examples
     --------
@@ -262,26 +308,27 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
                 raise ValueError(f"{name} must be {only!r} for γ-DPO, got {getattr(args, name)!r}")
         if getattr(self, "use_liger_kernel", False):  # before TRL 1.15
             raise ValueError("use_liger_kernel must be False: Liger's loss sees one pair at a time")
-        places = [i for i, name in enumerate(args.loss_type) if name in ("sigmoid", "robust")]
+        own = ("sigmoid", "sigmoid_norm", "robust")
+        places = [i for i, name in enumerate(args.loss_type) if name in own]
         if len(places) != 1:
             raise ValueError(
-                "loss_type must hold exactly one of 'sigmoid' and 'robust', whose place γ-DPO "
-                f"takes, got {args.loss_type!r}"
+                f"loss_type must hold exactly one of {own}, whose place γ-DPO takes, "
+                f"got {args.loss_type!r}"
             )
         # TRL goes on to compute the losses beside it.
         self.loss_types, self.loss_weights = list(self.loss_types), list(self.loss_weights)
-        robust = self.loss_types.pop(places[0]) == "robust"
+        place = self.loss_types.pop(places[0])
+        robust = place == "robust"
+        self._normalize = place == "sigmoid_norm" or getattr(args, "length_normalize", False)
         self._gamma_weight = self.loss_weights.pop(places[0])
-        self.gamma_loss = GammaDPOLoss(
-            beta=args.beta,
-            gamma0=getattr(args, "gamma0", GammaDPOConfig.gamma0),
-            tau=getattr(args, "tau", GammaDPOConfig.tau),
-            centered=getattr(args, "centered", GammaDPOConfig.centered),
-            label_smoothing=args.label_smoothing,
-            robust=robust,
-            queue_size=getattr(args, "queue_size", GammaDPOConfig.queue_size),
-            group=dist.group.WORLD if self.accelerator.num_processes > 1 else None,
-        ).to(self.accelerator.device)
+        gamma0 = getattr(args, "gamma0", GammaDPOConfig.gamma0)
+        self._make_loss(GammaDPOLoss, GammaDPOConfig, gamma0=gamma0, robust=robust)
+
+    def compute_ref_log_probs(self, *arguments: Any) -> Any:
+        """Return TRL's, without the margins that a batch has for the loss."""
+        *model, inputs = arguments
+        inputs = {name: value for name, value in inputs.items() if name != "margin"}
+        return super().compute_ref_log_probs(*model, inputs)
 
     def compute_loss(
         self,
@@ -291,10 +338,12 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return TRL's loss with γ-DPO in the place of DPO, and log the metrics of both."""
+        inputs = dict(inputs)
+        margins = inputs.pop("margin", 0.0)
         if not self.precompute_ref_logps:
             reference = (self.ref_model or self.model,) if _TAKES_MODEL else ()
             chosen, rejected = self.compute_ref_log_probs(*reference, inputs)
-            inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+            inputs |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         logps: list[torch.Tensor] = []
 
         def listened_to(**kwargs: Any) -> Any:
@@ -316,12 +365,18 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
         finally:
             self.precompute_ref_logps = precomputed
 
-        has_chosen, has_rejected = inputs["completion_mask"][:, 1:].any(1).chunk(2)
+        lengths = inputs["completion_mask"][:, 1:].sum(1).chunk(2)
+        references = [inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]]
+        if self._normalize:
+            logps = [x / length.clamp(min=1) for x, length in zip(logps, lengths, strict=True)]
+            references = [x / n.clamp(min=1) for x, n in zip(references, lengths, strict=True)]
         training = self.model.training
         loss, aux = self.gamma_loss.train(training)(
-            *logps, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"],
-            mask=has_chosen & has_rejected,
-        )  # fmt: skip
+            *logps,
+            references[0] + margins / self.beta,  # a gap smaller by the margin
+            references[1],
+            mask=(lengths[0] > 0) & (lengths[1] > 0),
+        )
         for name, value in self._gamma_metrics(aux).items():
             self._metrics["train" if training else "eval"][name].append(value)
         if return_outputs:
@@ -332,7 +387,8 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
 class GammaSimPOTrainer(_GammaTrainer, CPOTrainer):
     """TRL's `CPOTrainer`, training with γ-SimPO.
 
-    As `GammaDPOTrainer`, without a reference model and with log-probabilities averaged over tokens.
+    As `GammaDPOTrainer`, a column ``margin`` included, without a reference model and with
+    log-probabilities averaged over tokens.
 
     Parameters
     ----------
@@ -372,15 +428,7 @@ class GammaSimPOTrainer(_GammaTrainer, CPOTrainer):
                     f"{name} must be {only!r} for γ-SimPO, got {getattr(args, name)!r}"
                 )
         super().__init__(model, args, **kwargs)
-        self.gamma_loss = GammaSimPOLoss(
-            beta=self.args.beta,
-            gamma0=self.args.simpo_gamma,
-            tau=getattr(self.args, "tau", GammaSimPOConfig.tau),
-            centered=getattr(self.args, "centered", GammaSimPOConfig.centered),
-            label_smoothing=self.args.label_smoothing,
-            queue_size=getattr(self.args, "queue_size", GammaSimPOConfig.queue_size),
-            group=dist.group.WORLD if self.accelerator.num_processes > 1 else None,
-        ).to(self.accelerator.device)
+        self._make_loss(GammaSimPOLoss, GammaSimPOConfig, gamma0=self.args.simpo_gamma)
 
     @staticmethod
     def get_batch_logps(
@@ -404,6 +452,7 @@ class GammaSimPOTrainer(_GammaTrainer, CPOTrainer):
             for labels in ("chosen_labels", "rejected_labels")
         )
         self._has_both = has_chosen & has_rejected
+        self._margins = batch.get("margin", 0.0)
         loss, logs = super().get_batch_loss_metrics(model, batch, train_eval)
         prefix = "eval_" if train_eval == "eval" else ""
         return loss, logs | {prefix + k: v for k, v in self._gamma_metrics(self._aux).items()}
@@ -413,8 +462,9 @@ class GammaSimPOTrainer(_GammaTrainer, CPOTrainer):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return γ-SimPO in the place of TRL's losses and rewards."""
         loss, self._aux = self.gamma_loss.train(self.model.training)(
-            policy_chosen_logps, policy_rejected_logps, mask=self._has_both
-        )
+            policy_chosen_logps - self._margins / self.beta,  # a gap smaller by the margin
+            policy_rejected_logps, mask=self._has_both,
+        )  # fmt: skip
         # TRL takes the mean; this is one already, over the pairs that take part on any rank.
         losses = loss.expand(policy_chosen_logps.shape)
-        return losses, self._aux.chosen_rewards, self._aux.rejected_rewards
+        return losses, self._aux.chosen_rewards + self._margins, self._aux.rejected_rewards

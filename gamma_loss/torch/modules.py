@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from gamma_loss import _checks
 from gamma_loss._torch import distributed
@@ -15,8 +17,13 @@ from gamma_loss.losses import (
     gamma_preference_loss,
     gamma_simpo_loss,
 )
+from gamma_loss.matching import choose_settings
+from gamma_loss.metrics import metrics
 from gamma_loss.queue import QueueState
 from gamma_loss.torch.queue import GapQueue
+
+_WATCHED = 100  # training forwards, after which a loss says whether it has done anything
+_IDLE = 1e-4  # nats: below this KL, margins are within about 1.4 % of gamma0
 
 
 class _QueuedLoss(torch.nn.Module):
@@ -38,6 +45,7 @@ class _QueuedLoss(torch.nn.Module):
         queue_size = _checks.whole_number("queue_size", queue_size, least=0)
         self.queue = GapQueue(queue_size) if queue_size else None
         self._context: QueueState | None = None  # what the last training forward solved over
+        self._unwatched = _WATCHED
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
@@ -45,30 +53,59 @@ class _QueuedLoss(torch.nn.Module):
     def _loss(
         self, *arguments: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, GammaLossAux]:
-        if self.queue is None:
-            return self._function(*arguments, mask=mask, group=self.group, **self.settings)
         again = self.training and _is_recomputation()
-        context = self._context if again and self._context is not None else self.queue.context()
-        gaps, filled = context
-        if self.group is not None:  # every rank holds the whole queue and contributes a part
-            gaps = distributed.share(gaps, self.group)
-            filled = distributed.share(filled, self.group)
+        context, beside = None, {}
+        if self.queue is not None:
+            context = self._context if again and self._context is not None else self.queue.context()
+            gaps, filled = context
+            if self.group is not None:  # every rank holds the whole queue and contributes a part
+                gaps = distributed.share(gaps, self.group)
+                filled = distributed.share(filled, self.group)
+            beside = {"context": gaps, "context_mask": filled}
         loss, aux = self._function(
-            *arguments,
-            context=gaps,
-            context_mask=filled,
-            mask=mask,
-            group=self.group,
-            **self.settings,
+            *arguments, mask=mask, group=self.group, **beside, **self.settings
         )
-        if self.training and not again:
+        if not self.training or again:
+            return loss, aux
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self._context = context
+            self._unwatched -= 1
+        watched = not compiling and self._unwatched == 0
+        if self.queue is not None or watched:
             pushed = torch.where(aux.mask, aux.reward_gaps, torch.nan)
             if self.group is not None:
                 pushed = distributed.gather(pushed, self.group)
-            self.queue.push(pushed)
-            if not torch.compiler.is_compiling():
-                self._context = context
+            if self.queue is not None:
+                self.queue.push(pushed)
+            if watched and (self.group is None or dist.get_rank(self.group) == 0):
+                self._warn_if_idle(
+                    pushed if self.queue is None else self.queue.gaps[self.queue.mask]
+                )
         return loss, aux
+
+    def _warn_if_idle(self, pool: torch.Tensor) -> None:
+        gaps = pool[pool.isfinite()].double().cpu().numpy()
+        gamma0, tau = self.settings["gamma0"], self.settings["tau"]
+        if not gaps.size:
+            return
+        _, aux = gamma_preference_loss(gaps, gamma0=gamma0, tau=tau)
+        kl = float(metrics(aux)["gamma/kl"])
+        if kl >= _IDLE:
+            return
+        try:
+            better = choose_settings(gaps, gamma0=gamma0, spread=gamma0 / 10)["tau"]
+            cure = f"tau = {better:.2g} would spread their margins by a tenth of gamma0"
+        except ValueError as error:
+            cure = f"no tau would spread their margins by a tenth of gamma0: {error}"
+        names = {gamma_dpo_loss: "DPO", gamma_simpo_loss: "SimPO"}
+        base = names.get(self._function, "a plain logistic loss")
+        warnings.warn(
+            f"gamma/kl is {kl:.1e} after a hundred steps of training: with gamma0 = {gamma0:g} and "
+            f"tau = {tau:g} this run is {base} to rounding. For the last {gaps.size} gaps, of mean "
+            f"{gaps.mean():.3g} and standard deviation {gaps.std():.3g}, {cure}",
+            stacklevel=6,
+        )
 
 
 def _is_recomputation() -> bool:
@@ -118,6 +155,10 @@ class GammaDPOLoss(_QueuedLoss):
 
     *A retried step:* take ``saved = copy.deepcopy(loss.state_dict())`` before the step, as for the
     optimizer, and ``loss.load_state_dict(saved)`` before running it again.
+
+    *A run in which γ-PO does nothing:* after a hundred forwards in training (in TRL's trainers,
+    after a hundred steps) the pool's ``gamma/kl`` is looked at once, on the host. Below 1e-4 a
+    UserWarning names a tau that would change it. A compiled module does not look.
 
     *A step that a loss scaler skips:* its gaps stay in the queue. Scaling touches gradients only,
     so they are right, and those that are not finite were never stored.
