@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import sys
@@ -54,6 +55,8 @@ def namespace(array: object) -> Namespace:
     if known is None:
         import array_api_compat
 
+        if is_numpy(array) and hasattr(array, "mask"):  # would be taken for an array without one
+            raise TypeError("masked")
         known = _namespaces[type(array)] = array_api_compat.array_namespace(array)
     return known
 
@@ -94,10 +97,19 @@ def device(array: Array) -> Any:
     return None if is_jax(array) else getattr(array, "device", None)
 
 
+def is_dense(array: Array) -> bool:
+    """Whether an array is not one of torch's sparse or nested tensors."""
+    if not is_torch(array):
+        return True
+    return array.layout is sys.modules["torch"].strided and not array.is_nested
+
+
 def is_real_floating(xp: Namespace, array: Array) -> bool:
-    """Whether an array holds real floats."""
+    """Whether an array holds real floats that its library computes with."""
     if is_torch(array):  # its own answer takes a tenth of the time
         return bool(array.dtype.is_floating_point)
+    if is_numpy(array):  # from 256 on types are not NumPy's, such as bfloat16 of ml_dtypes
+        return bool(array.dtype.kind == "f" and array.dtype.num < 256)
     return bool(xp.isdtype(array.dtype, "real floating"))
 
 
@@ -106,6 +118,15 @@ def isfinite(array: Array) -> Array:
     if is_torch(array):
         return array - array == 0  # two operations, where torch.isfinite takes five
     return namespace(array).isfinite(array)
+
+
+def quiet(array: Array) -> contextlib.AbstractContextManager[Any]:
+    """Have NumPy not warn, in a ``with`` statement, of numbers that are not finite."""
+    if is_torch(array):
+        return contextlib.nullcontext()
+    import numpy
+
+    return numpy.errstate(over="ignore", invalid="ignore")
 
 
 def detach(array: Array) -> Array:

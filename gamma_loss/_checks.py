@@ -6,7 +6,15 @@ import math
 from numbers import Real
 from typing import Any
 
-from gamma_loss._arrays import Array, Namespace, device, is_real_floating, is_torch, namespace
+from gamma_loss._arrays import (
+    Array,
+    Namespace,
+    device,
+    is_dense,
+    is_real_floating,
+    is_torch,
+    namespace,
+)
 
 
 def number(
@@ -18,15 +26,25 @@ def number(
     below: float = math.inf,
 ) -> float:
     """Return a finite hyperparameter as a Python float."""
-    if not isinstance(value, Real):
+    if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number, value = math.inf, f"{type(value).__name__} beyond floats"
     if not (-math.inf < number < math.inf and above < number < below and number >= least):
         bounds = [f"> {above:g}"] * (above > -math.inf) + [f">= {least:g}"] * (least > -math.inf)
         bounds += [f"< {below:g}"] * (below < math.inf)
         wanted = " and ".join(["finite", *bounds])
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        raise ValueError(f"{name} must be {wanted}, got {value}")
     return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return a bool, and refuse what only counts as one."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
 
 
 def whole_number(name: str, value: Any, *, least: int) -> int:
@@ -38,8 +56,10 @@ def whole_number(name: str, value: Any, *, least: int) -> int:
     return value
 
 
-def choice(name: str, value: str, options: tuple[str, ...]) -> None:
+def choice(name: str, value: Any, options: tuple[str, ...]) -> None:
     """Refuse a value that is not among the options."""
+    if not isinstance(value, str):  # an array would not even compare to one truth value
+        raise TypeError(f"{name} must be one of {options}, got {type(value).__name__}")
     if value not in options:
         raise ValueError(f"{name} must be one of {options}, got {value!r}")
 
@@ -52,9 +72,11 @@ def real(**arrays: Array) -> Namespace:
     first_name, first = next(iter(arrays.items()))
     xp = _namespace(first_name, first)
     for name, array in arrays.items():
-        _same_home(name, array, first_name, first, xp)
+        _same_kind(name, array, first_name, first, xp)
         if not is_real_floating(xp, array):
-            raise TypeError(f"{name} must have a real floating dtype, got {array.dtype}")
+            raise TypeError(
+                f"{name} must have a real floating dtype of its library, got {array.dtype}"
+            )
     return xp
 
 
@@ -79,21 +101,24 @@ def pairs(may_be_empty: bool = False, /, **arrays: Array) -> None:
             raise ValueError(f"{name} must be 1-D, one entry a pair, got shape {_shape(array)}")
         if array.shape[0] == 0 and not may_be_empty:
             raise ValueError(f"{name} must hold at least one pair, got shape {_shape(array)}")
-        if array.shape != first.shape:
-            raise ValueError(
-                f"{name} must have the shape of {first_name}, {_shape(first)}, got {_shape(array)}"
-            )
+        _same_shape(name, array, first_name, first)
 
 
 def mask(name: str, mask: Array, of_name: str, of: Array, xp: Namespace) -> None:
     """Check a boolean mask against the array it belongs to."""
-    _same_home(name, mask, of_name, of, xp)
+    _same_kind(name, mask, of_name, of, xp)
     if mask.dtype != xp.bool:
         raise TypeError(f"{name} must have a boolean dtype, got {mask.dtype}")
-    if mask.shape != of.shape:
-        raise ValueError(
-            f"{name} must have the shape of {of_name}, {_shape(of)}, got {_shape(mask)}"
-        )
+    _same_shape(name, mask, of_name, of)
+
+
+def number_or_array(name: str, value: Any, of_name: str, of: Array) -> float | Array:
+    """Return a number, or an array of the shape of another one, `upcast`."""
+    if isinstance(value, Real):
+        return number(name, value)
+    _, (_, array) = floats(**{of_name: of, name: value})
+    _same_shape(name, array, of_name, of)
+    return array
 
 
 def _namespace(name: str, array: Any) -> Namespace:
@@ -105,12 +130,23 @@ def _namespace(name: str, array: Any) -> Namespace:
         ) from None
 
 
-def _same_home(name: str, array: Any, of_name: str, of: Array, xp: Namespace) -> None:
+def _same_shape(name: str, array: Array, of_name: str, of: Array) -> None:
+    if array.shape != of.shape:
+        raise ValueError(
+            f"{name} must have the shape of {of_name}, {_shape(of)}, got {_shape(array)}"
+        )
+
+
+def _same_kind(name: str, array: Any, of_name: str, of: Array, xp: Namespace) -> None:
     if type(array) is not type(of) and _namespace(name, array) is not xp:
         raise TypeError(
             f"{name} must be an array of the same library as {of_name}, "
             f"{type(of).__module__}.{type(of).__name__}, "
             f"got {type(array).__module__}.{type(array).__name__}"
+        )
+    if not is_dense(array):
+        raise TypeError(
+            f"{name} must be dense, got {'a nested tensor' if array.is_nested else array.layout}"
         )
     if device(array) != device(of):
         raise ValueError(

@@ -89,7 +89,7 @@ class GammaLossAux(NamedTuple):
 def tilt_of(label_smoothing: float, robust: bool) -> float:
     """Return the c of ``ℓ(s) + c s``: what both kinds of smoothing are, as ℓ(-s) = ℓ(s) + s."""
     epsilon = _checks.number("label_smoothing", label_smoothing, least=0, below=0.5)
-    return -epsilon / (1 - 2 * epsilon) if robust else epsilon
+    return -epsilon / (1 - 2 * epsilon) if _checks.flag("robust", robust) else epsilon
 
 
 def logistic(xp: Namespace, s: Array, tilt: float) -> Array:

@@ -18,6 +18,7 @@ from gamma_loss._arrays import (
     is_free_to_read,
     isfinite,
     namespace,
+    quiet,
     solver_namespace,
 )
 
@@ -72,6 +73,7 @@ def check(
             raise ValueError("context_mask was given without a context")
     else:
         _checks.real(**{name: gaps, "context": context})
+        context = _checks.upcast(xp, context)  # NumPy knows no bfloat16
         _checks.pairs(group is not None, context=context)
         if context_mask is not None:
             _checks.mask("context_mask", context_mask, "context", context, xp)
@@ -82,7 +84,8 @@ def check(
 def solve(gaps: Array, problem: Problem) -> Solution:
     """Solve a problem whose pool is here in one piece, by array operations."""
     pool = assemble(gaps, problem.beside)
-    margins, *numbers = _solver.solve(pool.gaps, weights_of(pool), problem.gamma0, problem.tau)
+    with quiet(gaps):
+        margins, *numbers = _solver.solve(pool.gaps, weights_of(pool), problem.gamma0, problem.tau)
     return deliver(margins, gaps, problem.beside.mask, pool, problem.gamma0), *numbers
 
 

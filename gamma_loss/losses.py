@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gamma_loss import _checks, _dispatch
-from gamma_loss._arrays import Array
+from gamma_loss._arrays import Array, quiet
 from gamma_loss._loss import (
     REDUCTIONS,
     GammaLossAux,
@@ -325,7 +325,7 @@ def preference_loss(
     Returns
     -------
     array
-        One loss for each gap, in the dtype of the gaps.
+        One loss for each gap; float64 where the gaps or the margins are, else float32.
 
     Raises
     ------
@@ -346,14 +346,10 @@ def preference_loss(
     array([0.4116])
     """
     xp, (gaps,) = _checks.floats(reward_gaps=reward_gaps)
-    if not isinstance(margins, float | int):
-        _, (_, margins) = _checks.floats(reward_gaps=gaps, margins=margins)
-        if margins.shape != gaps.shape:
-            raise ValueError(
-                f"margins must have the shape of reward_gaps, {tuple(gaps.shape)}, "
-                f"got {tuple(margins.shape)}"
-            )
-    return logistic(xp, gaps - margins, tilt_of(label_smoothing, robust))
+    margins = _checks.number_or_array("margins", margins, "reward_gaps", gaps)
+    tilt = tilt_of(label_smoothing, robust)
+    with quiet(gaps):
+        return logistic(xp, gaps - margins, tilt)
 
 
 def _gamma_loss(
@@ -376,12 +372,12 @@ def _gamma_loss(
     """
     beta = _checks.number("beta", beta, above=0)
     _checks.choice("reduction", reduction, REDUCTIONS)
-    tilt = tilt_of(label_smoothing, robust)
+    tilt, centered = tilt_of(label_smoothing, robust), _checks.flag("centered", centered)
     xp = _checks.real(**logps)
     _checks.pairs(group is not None, **logps)
     name, first = next(iter(logps.items()))
     problem = check(name, first, beside, gamma0=gamma0, tau=tau, group=group)
-    settings = LossSettings(beta, problem.gamma0, problem.tau, tilt, bool(centered), reduction)
+    settings = LossSettings(beta, problem.gamma0, problem.tau, tilt, centered, reduction)
     impl = _dispatch.choose(impl, first, problem)
     if impl == "triton":
         from gamma_loss._torch import operators
@@ -393,10 +389,11 @@ def _gamma_loss(
         from gamma_loss._torch import host
 
         return host.loss(upcast, problem, settings)
-    return array_loss(
-        upcast,
-        problem.beside.mask,
-        settings,
-        solve=lambda gaps: _dispatch.solve(impl, gaps, problem),
-        spread=_dispatch.spread_over(first, group),
-    )
+    with quiet(first):
+        return array_loss(
+            upcast,
+            problem.beside.mask,
+            settings,
+            solve=lambda gaps: _dispatch.solve(impl, gaps, problem),
+            spread=_dispatch.spread_over(first, group),
+        )

@@ -26,7 +26,6 @@ the conservative kind and the bounds are derived here.
 from __future__ import annotations
 
 import math
-from numbers import Real
 
 from gamma_loss import _checks
 from gamma_loss._arrays import Array, Namespace, isfinite, sigmoid, softplus
@@ -86,7 +85,7 @@ def label_smoothing_from_shift(
     >>> label_smoothing_from_shift(np.array([2.0, 2.0]), np.array([-0.5, 0.5])).round(4)
     array([ 0.0229, -0.0402])
     """
-    _option("order", order, ORDERS)
+    _checks.choice("order", order, ORDERS)
     m, delta, finite, xp = _arguments(reward_gaps, shift, "shift", kind, match)
     exact = order == "exact"
     p, p_other = sigmoid(-m), sigmoid(m)
@@ -174,27 +173,16 @@ def _arguments(
     reward_gaps: Array, other: Array | float, name: str, kind: str, match: str
 ) -> tuple[Array, Array, Array, Namespace]:
     """Return both in one dtype, with 0 for what is not finite, and where both are finite."""
-    _option("kind", kind, KINDS)
-    _option("match", match, MATCHES)
+    _checks.choice("kind", kind, KINDS)
+    _checks.choice("match", match, MATCHES)
     xp, (m,) = _checks.floats(reward_gaps=reward_gaps)
-    if isinstance(other, Real):
-        other = xp.full_like(m, float(other))
-    else:
-        _, (_, other) = _checks.floats(reward_gaps=m, **{name: other})
-    if other.shape != m.shape:
-        raise ValueError(
-            f"{name} must have the shape of reward_gaps, {tuple(m.shape)}, got {tuple(other.shape)}"
-        )
+    other = _checks.number_or_array(name, other, "reward_gaps", m)
+    if isinstance(other, float):
+        other = xp.full_like(m, other)
     dtype = xp.result_type(m.dtype, other.dtype)
     finite, zero = isfinite(m) & isfinite(other), xp.zeros_like(m, dtype=dtype)
     m, other = (xp.where(finite, xp.astype(x, dtype), zero) for x in (m, other))
     return m, other, finite, xp
-
-
-def _option(name: str, value: str, options: tuple[str, ...]) -> None:
-    if not isinstance(value, str):  # an array would not even compare to one truth value
-        raise TypeError(f"{name} must be one of {options}, got {type(value).__name__}")
-    _checks.choice(name, value, options)
 
 
 def _value_change(xp: Namespace, m: Array, delta: Array) -> Array:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gamma_loss import _pool
-from gamma_loss._arrays import is_free_to_read
+from gamma_loss._arrays import is_free_to_read, quiet
 from gamma_loss._loss import GammaLossAux, Logps, LossSettings, array_loss, slopes_of
 from gamma_loss._pool import Beside, Problem, Solution
 from gamma_loss._spread import WHOLE
@@ -34,14 +34,15 @@ def solve(gaps: Tensor, problem: Problem) -> Solution:
 
 def loss(logps: Logps, problem: Problem, settings: LossSettings) -> tuple[Tensor, GammaLossAux]:
     """Return a loss and what it knows."""
-    viewed = _viewed(problem)
-    value, aux = array_loss(
-        Logps(*map(_view, logps)),
-        viewed.beside.mask,
-        settings,
-        solve=lambda gaps: _pool.solve(gaps, viewed),
-        spread=WHOLE,
-    )
+    viewed, arrays = _viewed(problem), Logps(*map(_view, logps))
+    with quiet(arrays.chosen):
+        value, aux = array_loss(
+            arrays,
+            viewed.beside.mask,
+            settings,
+            solve=lambda gaps: _pool.solve(gaps, viewed),
+            spread=WHOLE,
+        )
     dtype, slopes = aux.margins.dtype, slopes_of(aux, settings)
     numbers = [_tensor(each, dtype) for each in aux[:-1]]
     known = GammaLossAux._make([*numbers, _tensor(aux.mask, bool)])
