@@ -411,8 +411,9 @@ def spread_picture() -> str:
 
 
 def picture(name: str, description: str) -> str:
-    """Return an SVG of this folder, in the text colour of the page that shows it."""
-    return _element((Path(__file__).parent / name).read_text("utf-8"), description)
+    """Return an SVG of this folder or of the results, in the colours of the page that shows it."""
+    places = (folder / name for folder in (Path(__file__).parent, RESULTS))
+    return _element(next(p for p in places if p.is_file()).read_text("utf-8"), description)
 
 
 # --- what loss it is ---
@@ -552,13 +553,15 @@ def _inline(figure: Any, description: str) -> str:
     import matplotlib.pyplot as plt
 
     out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(out, format="svg", metadata={"Date": None})
     plt.close(figure)
-    svg = out.getvalue()
-    return _element(svg[svg.index("<svg") :].replace("#000000", "currentColor"), description)
+    return _element(out.getvalue(), description)
 
 
 def _element(svg: str, description: str) -> str:
+    """Black ink becomes the colour of the text, white paper goes."""
+    svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
+    svg = svg.replace("fill: #ffffff", "fill: none")
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
     return "<figure>" + "".join(svg.splitlines()) + "</figure>"
 
