@@ -124,7 +124,7 @@ def arguments(doc: str, seconds: float, folder: Path | None = None) -> argparse.
         parser.add_argument("--out-dir", type=Path, default=folder, help="write all results here")
     else:
         parser.add_argument(
-            "--out", type=Path, help="write to this .json file, and a .png beside it"
+            "--out", type=Path, help="write to this .json file, and an .svg beside it"
         )
     parser.add_argument(
         "--device",
@@ -463,12 +463,13 @@ def picture(out: Path, record: Result, draw: Callable[..., None], panels: int) -
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "γ"})  # text stays text
     figure, axes = plt.subplots(1, panels, figsize=(2 + 4.5 * panels, 4.5), squeeze=False)
     draw(record, list(axes[0]))
     figure.tight_layout()
-    figure.savefig(out.with_suffix(".png"), dpi=150)
+    figure.savefig(out.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)
-    print(f"Results: {out}, {out.with_suffix('.png')}")
+    print(f"Results: {out}, {out.with_suffix('.svg')}")
 
 
 def bars(axis: Any, labels: Sequence[str], heights: dict[str, Sequence[float | None]]) -> None:

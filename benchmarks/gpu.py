@@ -4,7 +4,7 @@
     python -m benchmarks.gpu --device cpu --quick --out-dir DIRECTORY    a rehearsal without a GPU
 
 Runs ``pytest -m gpu`` and then each benchmark in a process of its own. Writes
-``gpu_tests.txt`` and, for each benchmark, ``NAME_cuda.json`` and ``NAME_cuda.png``; time that runs
+``gpu_tests.txt`` and, for each benchmark, ``NAME_cuda.json`` and ``NAME_cuda.svg``; time that runs
 short costs repetitions, not sizes. The exit status is 0 only if everything ran and passed. The
 rehearsal takes the same steps on the CPU, where the tests that need a GPU are skipped.
 """

@@ -10,7 +10,6 @@ import figures
 import jinja2
 from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import File
 
 JINJA = jinja2.Environment(undefined=jinja2.StrictUndefined)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
@@ -22,14 +21,6 @@ SPACING = {
     r"<mo>(&#x0221E;)</mo>": r"<mi>\1</mi>",
     r'<mo(?: stretchy="false")?>(&#x0007C;)</mo>': r'<mo lspace="0" rspace="0">\1</mo>',
 }
-
-
-def on_files(files: Any, config: Any) -> Any:
-    """Add the benchmarks' pictures as results/*.png."""
-    for picture in sorted(figures.RESULTS.glob("*.png")):
-        name = f"results/{picture.name}"
-        files.append(File.generated(config, name, abs_src_path=str(picture)))
-    return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

@@ -148,10 +148,10 @@ def test_example_draws_what_the_docs_show(torch, monkeypatch, tmp_path):
     plt.close("all")
     drawn = {file.name for file in tmp_path.iterdir()}
     assert drawn == set(
-        re.findall(r"\]\((plots_\w+\.png)\)", (docs / "plots.md").read_text("utf-8"))
+        re.findall(r'picture\("(plots_\w+\.svg)"', (docs / "plots.md").read_text("utf-8"))
     )
-    assert drawn == {file.name for file in docs.glob("plots_*.png")}
-    assert all(file.stat().st_size < 1e5 for file in docs.glob("plots_*.png"))
+    assert drawn == {file.name for file in docs.glob("plots_*.svg")}
+    assert all(file.stat().st_size < 1e5 for file in docs.glob("plots_*.svg"))
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--out-dir", type=Path, default=Path(__file__).parents[1])
     args = parser.parse_args()
     mpl.use("Agg")
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "γ"})  # text stays text
     torch.manual_seed(0)
     true_weights, features = torch.randn(16) / 2, torch.randn(2048, 16)  # chosen minus rejected
     preferred = torch.rand(2048) < torch.sigmoid(features @ true_weights)
@@ -56,8 +57,10 @@ def main() -> None:
 
     gaps, history = train(features)
     _, aux = gamma_preference_loss(gaps, gamma0=GAMMA0, tau=TAU)
-    ax = plot_margins(gaps[~flipped], aux.margins[~flipped], label="clean")
-    plot_margins(gaps[flipped], aux.margins[flipped], gamma0=GAMMA0, ax=ax, label="flipped")
+    ax = plot_margins(gaps[~flipped], aux.margins[~flipped], label="clean", rasterized=True)
+    plot_margins(
+        gaps[flipped], aux.margins[flipped], gamma0=GAMMA0, ax=ax, label="flipped", rasterized=True
+    )
     figures = {"margins": ax}
     edges = torch.linspace(-3, 3.5, 40).tolist()
     figures["reward_gaps"] = ax = plot_reward_gaps(gaps[~flipped], bins=edges, label="clean")
@@ -65,8 +68,8 @@ def main() -> None:
     figures["margin_history"] = plot_margin_history(history, gamma0=GAMMA0)
     figures["smoothing_history"] = plot_smoothing_history(history)
     for name, ax in figures.items():
-        file = args.out_dir / f"plots_{name}.png"
-        ax.figure.savefig(file, dpi=100)
+        file = args.out_dir / f"plots_{name}.svg"
+        ax.figure.savefig(file, dpi=200, metadata={"Date": None})
         print(file)
 
 

@@ -21,22 +21,33 @@ import json
 import sys
 import sysconfig
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
+from tqdm import tqdm as progress
 
-from gamma_loss import gamma_dpo_loss, preference_loss
+from gamma_loss import (
+    MatchedLoss,
+    gamma_dpo_loss,
+    gamma_preference_loss,
+    match_logistic,
+    preference_loss,
+    solve_margins_streaming,
+)
 
+tqdm = partial(progress, disable=None)  # which is: only on a terminal
 PROMPT_BYTES, RESPONSE_BYTES = 40, 24  # of the pairs made here
 LONGEST_BYTES = 256  # of a prompt and of a response from a file
 CORRUPTION = 0.03, 0.6  # the share of replaced bytes, drawn uniformly for each pair
 BATCH_SIZE = 32  # pairs in an alignment step
 RECENT_GAPS = 256  # how many gaps of earlier batches join the margin solve
-EVALUATIONS = 12  # on held-out pairs, in the course of a run
+EVALUATIONS = 12  # in the course of a run, of held-out pairs and of some training pairs:
+WATCHED = 1024
+WEAKER = 10  # how many times tau the picture's second strength has
 FORMATS = ".jpg", ".pdf", ".png", ".svg"  # of matplotlib's those that need nothing else
 METHODS = {"dpo": "DPO", "gamma-dpo": "γ-DPO"}
 
@@ -63,8 +74,8 @@ class Run(NamedTuple):
     steps: list[int]
     accuracies: list[float]  # on held-out pairs, at those steps
     heldout_loss: float
-    gaps: Tensor  # of the training pairs, at the end
-    margins: Tensor
+    gaps: Tensor  # (steps, watched training pairs)
+    margins: Tensor  # of these as one pool at each step; zeros for DPO
     pair_weights: Tensor
     seconds: float
 
@@ -239,10 +250,19 @@ def align(
         chosen, rejected = torch.stack(all_response_logps(model, pairs)) - reference
         return args.beta * (chosen - rejected)
 
-    steps, accuracies = [], []
-    evaluate_at = {round(args.steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
-    bar = tqdm(range(1, args.steps + 1), desc=f"{METHODS[method]:>14}")
+    watched, watched_reference = train.at(slice(WATCHED)), reference[:, :WATCHED]
+    steps, accuracies, history = [], [], []
+    evaluate_at = {round(args.steps * i / EVALUATIONS) for i in range(EVALUATIONS + 1)}
+    bar = tqdm(range(args.steps + 1), desc=f"{METHODS[method]:>14}")
     for step in bar:
+        if step in evaluate_at:
+            accuracy = (reward_gaps(heldout, heldout_reference) > 0).float().mean().item()
+            steps.append(step)
+            accuracies.append(accuracy)
+            history.append(reward_gaps(watched, watched_reference))
+            bar.set_postfix_str(f"held-out accuracy {accuracy:.3f}")
+        if step == args.steps:
+            break
         index = torch.randint(len(train.flipped), (BATCH_SIZE,), generator=generator)
         chosen, rejected = response_logps(model, train.at(index))
         reference_chosen, reference_rejected = reference[:, index]
@@ -262,24 +282,31 @@ def align(
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step in evaluate_at:
-            accuracy = (reward_gaps(heldout, heldout_reference) > 0).float().mean().item()
-            steps.append(step)
-            accuracies.append(accuracy)
-            bar.set_postfix_str(f"held-out accuracy {accuracy:.3f}")
     seconds = time.perf_counter() - began
 
-    gaps = reward_gaps(train, reference)
-    _, aux = gamma_dpo_loss(  # margins over all training pairs at once
-        gaps / args.beta, *torch.zeros((3, *gaps.shape), device=args.device),
-        beta=args.beta, gamma0=args.gamma0 if method == "gamma-dpo" else 0.0, tau=args.tau,
-    )  # fmt: skip
-    heldout_loss = preference_loss(reward_gaps(heldout, heldout_reference)).mean().item()
-    return Run(steps, accuracies, heldout_loss, gaps, aux.margins, aux.pair_weights, seconds)
+    gamma0 = args.gamma0 if method == "gamma-dpo" else 0.0
+    seen = [
+        gamma_preference_loss(gaps, gamma0=gamma0, tau=args.tau, centered=True)[1]
+        for gaps in history
+    ]
+    return Run(
+        steps,
+        accuracies,
+        preference_loss(reward_gaps(heldout, heldout_reference)).mean().item(),
+        torch.stack(history),
+        torch.stack([aux.margins for aux in seen]),
+        torch.stack([aux.pair_weights for aux in seen]),
+        seconds,
+    )
 
 
-def report(runs: dict[str, Run], flipped: Tensor) -> str:
-    """Return the closing table, and one sentence that says what it shows."""
+def contrast(weights: Tensor, flipped: Tensor) -> float:
+    """How many times as hard as the clean pairs the flipped ones pull, on average."""
+    return float(weights[flipped].mean() / weights[~flipped].mean())
+
+
+def report(runs: dict[str, Run], flipped: Tensor, args: argparse.Namespace) -> str:
+    """Return the closing table, and what was seen in words."""
     lines = [
         "",
         f"{'':8}  {'held-out clean pairs':^20}  {'mean pair weight at the end':^30}",
@@ -287,55 +314,119 @@ def report(runs: dict[str, Run], flipped: Tensor) -> str:
         f"  {'seconds':>7}",
     ]
     for method, run in runs.items():
-        wrong, right = run.pair_weights[flipped].mean(), run.pair_weights[~flipped].mean()
-        of_flipped = f"{wrong:8.3f}", f"{wrong / right:10.2f}"
+        weights = run.pair_weights[-1]
+        of_flipped = f"{weights[flipped].mean():8.3f}", f"{contrast(weights, flipped):10.2f}"
         if not flipped.any():
             of_flipped = f"{'-':>8}", f"{'-':>10}"
         lines.append(
             f"{METHODS[method]:8}  {run.accuracies[-1]:9.3f}  {run.heldout_loss:9.3f}  "
-            f"{of_flipped[0]}  {right:8.3f}  {of_flipped[1]}  {run.seconds:7.1f}"
+            f"{of_flipped[0]}  {weights[~flipped].mean():8.3f}  {of_flipped[1]}  {run.seconds:7.1f}"
         )
-    if len(runs) == 2:
-        dpo, gamma = (runs[method].accuracies[-1] for method in METHODS)
-        word = "higher than" if gamma > dpo else "lower than" if gamma < dpo else "equal to"
+    lines += ["", "What was seen:"]
+    if "gamma-dpo" in runs:
+        run = runs["gamma-dpo"]
+        gaps, margins = run.gaps[-1], run.margins[-1]
+        if flipped.any():
+            wrong, right = margins[flipped].mean(), margins[~flipped].mean()
+            before, after = (
+                contrast(weights, flipped)
+                for weights in (torch.sigmoid(-gaps), run.pair_weights[-1])
+            )
+            word = "harder" if after > before else "less"
+            if abs(after / before - 1) < 0.01:
+                word = "about as hard as without"
+            lines += [
+                f"- Flipped pairs ended with a mean margin of {wrong:.2f}, clean ones {right:.2f}.",
+                f"- Flipped pairs pull {after:.2f} times as hard as clean ones; without margins, "
+                f"on the same",
+                f"  gaps, it would be {before:.2f}: here margins let wrong labels pull {word}.",
+            ]
+        match = matched(gaps, args)
         lines += [
-            "",
-            f"In this run γ-DPO's held-out accuracy is {word} DPO's ({gamma:.3f}, {dpo:.3f}). One",
-            "seed and one learning rate are no evidence for or against either.",
+            f"- γ-DPO's pair weights are those of DPO with {match.beta_factor:.2f} times the beta "
+            f"and a margin of {match.margin:.2f},",
+            f"  but for {match.unexplained:.1%} of their variance.",
         ]
+    accuracies = (f"{METHODS[name]} {run.accuracies[-1]:.3f}" for name, run in runs.items())
+    lines += [
+        f"- Accuracy on held-out pairs: {', '.join(accuracies)}. One seed and one learning rate",
+        "  are no evidence for or against either method.",
+    ]
     return "\n".join(lines)
 
 
+def matched(gaps: Tensor, args: argparse.Namespace) -> MatchedLoss:
+    """Find the plain logistic loss that γ-DPO amounts to on these gaps."""
+    return match_logistic(gaps, gamma0=args.gamma0, tau=args.tau, centered=True)
+
+
 def draw(runs: dict[str, Run], flipped: Tensor, args: argparse.Namespace) -> None:
-    """Save the picture: accuracy of each run, and margins against reward gaps."""
+    """Save the picture: margins and weights over training; margins and weights over the gap."""
     import matplotlib as mpl
 
     mpl.use("Agg")
+    mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "γ"}  # text stays text
+    import numpy as np
     from matplotlib import pyplot as plt
 
-    from gamma_loss.plots import COLOURS, plot_margins
+    from gamma_loss.plots import COLOURS
 
-    blue, orange = COLOURS[:2]
-    panels = 1 + ("gamma-dpo" in runs)
-    figure, axes = plt.subplots(1, panels, figsize=(5.6 * panels, 4.2), squeeze=False)
-    left = axes[0, 0]
-    for (method, run), colour in zip(runs.items(), (orange, blue)[-len(runs) :], strict=True):
-        left.plot(run.steps, run.accuracies, "o-", ms=4, color=colour, label=METHODS[method])
-    left.set(xlabel="training step", ylabel="reward accuracy on held-out clean pairs")
-    left.set_title(f"{args.flip:.0%} of the training labels flipped")
-    left.legend(frameon=False)
-    if "gamma-dpo" in runs:
-        run, right, flips = runs["gamma-dpo"], axes[0, 1], flipped.cpu()
-        gaps, margins = run.gaps.cpu(), run.margins.cpu()
-        level = None if flips.any() else args.gamma0  # the last dots' call draws it
-        plot_margins(gaps[~flips], margins[~flips], gamma0=level, label="clean", ax=right)
-        if flips.any():
-            plot_margins(gaps[flips], margins[flips], gamma0=args.gamma0, label="flipped", ax=right)
-        right.set_title(f"γ-DPO's margins at the end (τ = {args.tau:g})")
-        right.legend(frameon=False, title="training pairs", loc="upper left")
-    left.grid(alpha=0.25)
-    left.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
+    flips = flipped.cpu()
+    groups = {"clean": (~flips, COLOURS[0]), "flipped": (flips, COLOURS[1])}
+    groups = {name: group for name, group in groups.items() if group[0].any()}
+    run = runs.get("gamma-dpo")
+    size, rows = ((10.0, 7.6), 2) if run else ((5.6, 4.2), 1)
+    figure, axes = plt.subplots(rows, rows, figsize=size, layout="constrained", squeeze=False)
+
+    over_steps = axes[0, -1]
+    for method, each in runs.items():
+        style = "-" if method == "gamma-dpo" else "--"
+        for name, (group, colour) in groups.items():
+            label = f"{METHODS[method]}, {name}"
+            weights = each.pair_weights.cpu()[:, group].mean(1)
+            over_steps.plot(each.steps, weights, style, color=colour, label=label)
+    over_steps.set(xlabel="training step", ylabel="mean pair weight", ylim=(0, None))
+    over_steps.set_title("How hard pairs pull")
+
+    if run:
+        of_margins, over_gap, of_weights = axes[0, 0], axes[1, 0], axes[1, 1]
+        for name, (group, colour) in groups.items():
+            margins = run.margins.cpu()[:, group]
+            low, middle, high = margins.quantile(torch.tensor([0.1, 0.5, 0.9]), dim=1)
+            of_margins.plot(run.steps, middle, color=colour, label=f"{name}: median, 10 to 90 %")
+            of_margins.fill_between(run.steps, low, high, color=colour, alpha=0.2, lw=0)
+        of_margins.set(xlabel="training step", ylabel="target margin (reward units)")
+        of_margins.set_title("γ-DPO's margins")
+
+        gaps = run.gaps[-1].cpu().double().numpy()
+        wide = np.linspace(gaps.min(), gaps.max(), 200)
+        for tau, style in ((args.tau, "-"), (WEAKER * args.tau, ":")):
+            rule = solve_margins_streaming([gaps], gamma0=args.gamma0, tau=tau)
+            label = f"κ = γ0²/τ = {args.gamma0**2 / tau:.2g}"
+            over_gap.plot(wide, rule.margins(wide), style, color=COLOURS[2], label=label)
+            if tau == args.tau:
+                weights = 1 / (1 + np.exp(wide - rule.margins(wide) + args.gamma0))
+        counts = over_gap.twinx()
+        counts.set_yticks([])
+        for name, (group, colour) in groups.items():
+            counts.hist(gaps[group], 40, color=colour, alpha=0.3, label=f"{name} pairs")
+        counts.spines[:].set_visible(False)
+        counts.legend(frameon=False, loc="lower right")
+        over_gap.set(xlabel="reward gap at the end (reward units)", ylabel="target margin")
+        over_gap.set_title("What κ does to margins, on the same gaps")
+
+        match = matched(run.gaps[-1], args)
+        plain = match.scale / (1 + np.exp(match.beta_factor * wide - match.margin))
+        of_weights.plot(wide, weights, color=COLOURS[2], lw=3, alpha=0.6, label="γ-DPO")
+        label = f"matched logistic loss, β × {match.beta_factor:.2f}"
+        of_weights.plot(wide, plain, ":", color=COLOURS[3], lw=2, label=label)
+        of_weights.plot(wide, 1 / (1 + np.exp(wide)), "--", color=COLOURS[4], label="DPO")
+        of_weights.set(xlabel="reward gap at the end (reward units)", ylabel="pair weight")
+        of_weights.set_title("What loss that is")
+    for ax in axes.flat:
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, loc="upper left" if ax is axes[-1, 0] and run else None)
     figure.savefig(args.out, dpi=150)
 
 
@@ -437,8 +528,9 @@ def main(argv: list[str] | None = None) -> None:
     model = pretrain(text, args, generator)
     methods = list(METHODS) if args.method == "both" else [args.method]
     runs = {method: align(method, model, train, heldout, args) for method in methods}
-    print(report(runs, train.flipped))
-    draw(runs, train.flipped, args)
+    watched = train.flipped[:WATCHED]
+    print(report(runs, watched, args))
+    draw(runs, watched, args)
     print(f"\nPicture: {args.out}")
 
 
