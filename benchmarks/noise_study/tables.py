@@ -139,7 +139,8 @@ def arms(results: Results) -> str:
             more = {"noises": [noise], "of": of}
             gains = [pooled(results, task, ours, theirs, **more) for task in results.study.tasks]
             words = {"test": "all pairs", "clear": "pairs rated more than 1 apart"}[of]
-            name = f"{label((ours, theirs))}; labels: {noise_name(noise) if noise[1] else 'clean'}; {words}"
+            labels = noise_name(noise) if noise[1] else "clean"
+            name = f"{label((ours, theirs))}; labels: {labels}; {words}"
             rows.append((name, [compare(g) if g else None for g in gains]))
     return judged(results, rows)
 
