@@ -49,8 +49,7 @@ class Rows(NamedTuple):
     shifts: Array
     reward_gaps: Array
     pair_weights: Array
-    chosen_slopes: Array  # gradients of the loss with respect to the log-probabilities
-    rejected_slopes: Array
+    slopes: Array  # gradient of the loss with respect to the chosen; minus that of the rejected
     chosen_rewards: Array
     rejected_rewards: Array
 
@@ -98,16 +97,18 @@ def logistic(xp: Namespace, s: Array, tilt: float) -> Array:
     return loss + tilt * s if tilt else loss
 
 
-def slopes_of(aux: GammaLossAux, settings: LossSettings) -> Array:
+def slopes_of(aux: GammaLossAux, mask: Array | None, settings: LossSettings) -> Array:
     """Return the derivatives of a loss with respect to the chosen log-probabilities."""
     slopes = -settings.beta * aux.pair_weights
-    return slopes / _count(aux.mask, slopes) if settings.reduction == "mean" else slopes
+    return slopes / _count(mask, slopes) if settings.reduction == "mean" else slopes
 
 
-def _count(mask: Array, like: Array, spread: Spread = WHOLE) -> Array:
-    """Return how many pairs count, or 1 if there are none, in the dtype of another array."""
+def _count(mask: Array | None, like: Array, spread: Spread = WHOLE) -> Array | int:
+    """Return how many pairs count, or 1 if there are none."""
+    if mask is None and spread is WHOLE:
+        return max(like.shape[0], 1)
     xp = solver_namespace(like)
-    (pairs,) = spread.sums(xp.sum(as_floats(mask, like)))
+    (pairs,) = spread.sums(xp.sum(xp.ones_like(like) if mask is None else as_floats(mask, like)))
     return xp.maximum(pairs, 0 * pairs + 1)
 
 
@@ -135,10 +136,9 @@ def array_loss(
     s = counted(gaps) - (shifts if centered else margins)
     losses = counted(logistic(xp, s, tilt))
     pair_weights = counted(sigmoid(-detach(s)) - tilt)
-    who = xp.ones_like(gaps, dtype=xp.bool) if mask is None else mask
     loss = losses if reduction == "none" else xp.sum(losses)
     if reduction == "mean":
-        loss = spread.parts * loss / _count(who, losses, spread)
+        loss = spread.parts * loss / _count(mask, losses, spread)
     return loss, GammaLossAux(
         margins=margins,
         shifts=shifts,
@@ -148,5 +148,5 @@ def array_loss(
         pair_weights=pair_weights,
         residual=residual,
         multiplier=multiplier,
-        mask=who,
+        mask=xp.ones_like(gaps, dtype=xp.bool) if mask is None else mask,
     )

@@ -10,22 +10,24 @@ from torch import Tensor
 from gamma_loss._loss import GammaLossAux, Logps, LossSettings, array_loss
 from gamma_loss._spread import WHOLE
 
-Slopes = tuple[Tensor, Tensor]  # derivatives with respect to chosen and to rejected
-
 
 def with_slopes(
-    loss: Tensor, slopes: Slopes, aux: GammaLossAux, logps: Logps, settings: LossSettings
+    loss: Tensor, slopes: Tensor, aux: GammaLossAux, logps: Logps, settings: LossSettings
 ) -> Tensor:
-    """Return the loss as a function of log-probabilities to automatic differentiation."""
+    """Return the loss as a function of log-probabilities to automatic differentiation.
+
+    ``slopes`` are its derivatives with respect to the chosen ones.
+    """
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in logps):
         apply: Any = _WithSlopes.apply
-        loss = apply(*logps, loss, *slopes, aux, settings)
+        loss = apply(*logps, (loss, slopes, aux, settings))
     return loss
 
 
-def scaled(ctx: Any, gradient: Tensor, slopes: Slopes) -> list[Tensor | None]:
+def scaled(ctx: Any, gradient: Tensor, slopes: Tensor) -> list[Tensor | None]:
     """Return the gradient of the log-probabilities, which are a function's first inputs."""
-    chosen, rejected = gradient * slopes[0], gradient * slopes[1]
+    chosen = gradient * slopes
+    rejected = -chosen
     of_inputs = zip((chosen, rejected, rejected, chosen), ctx.needs_input_grad, strict=False)
     return [each if wanted else None for each, wanted in of_inputs]
 
@@ -33,19 +35,20 @@ def scaled(ctx: Any, gradient: Tensor, slopes: Slopes) -> list[Tensor | None]:
 class _WithSlopes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *logps, loss, chosen_slopes, rejected_slopes, ctx.aux, ctx.settings = arguments
-        ctx.save_for_backward(chosen_slopes, rejected_slopes, *logps)
-        result: Tensor = loss.clone()  # an input returned as it came could not be changed in place
-        return result
+        *logps, known = arguments
+        loss: Tensor
+        loss, slopes, ctx.aux, ctx.settings = known
+        ctx.save_for_backward(slopes, *logps)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        chosen_slopes, rejected_slopes, *logps = ctx.saved_tensors
+        slopes, *logps = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the slopes are no constants then
             gradients = _differentiable(ctx, logps, gradient)
         else:
-            gradients = scaled(ctx, gradient, (chosen_slopes, rejected_slopes))
-        return *gradients, *[None] * 5
+            gradients = scaled(ctx, gradient, slopes)
+        return *gradients, None
 
 
 def _differentiable(ctx: Any, logps: list[Tensor | None], gradient: Tensor) -> list[Tensor | None]:

@@ -43,11 +43,11 @@ def loss(logps: Logps, problem: Problem, settings: LossSettings) -> tuple[Tensor
             solve=lambda gaps: _pool.solve(gaps, viewed),
             spread=WHOLE,
         )
-    dtype, slopes = aux.margins.dtype, slopes_of(aux, settings)
+    dtype = aux.margins.dtype
+    slopes = _tensor(slopes_of(aux, viewed.beside.mask, settings), dtype)
     numbers = [_tensor(each, dtype) for each in aux[:-1]]
     known = GammaLossAux._make([*numbers, _tensor(aux.mask, bool)])
-    both = _tensor(slopes, dtype), _tensor(-slopes, dtype)
-    return with_slopes(_tensor(value, dtype), both, known, logps, settings), known
+    return with_slopes(_tensor(value, dtype), slopes, known, logps, settings), known
 
 
 def _viewed(problem: Problem) -> Problem:

@@ -93,8 +93,7 @@ def fused_loss(logps: Logps, beside: Beside, settings: LossSettings) -> tuple[Te
     )
     if compiling:
         return loss, aux
-    slopes = named.chosen_slopes, named.rejected_slopes
-    return with_slopes(loss, slopes, aux, logps, settings), aux
+    return with_slopes(loss, named.slopes, aux, logps, settings), aux
 
 
 def _launcher(device: torch.device) -> ModuleType | None:
@@ -167,9 +166,9 @@ def _loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     upcast = Logps(*(each if each is None else each.to(outputs.rows.dtype) for each in logps))
     solve = lambda gaps: _pool.solve(gaps, problem)  # noqa: E731
     loss, aux = array_loss(upcast, beside.mask, settings, solve, WHOLE)
-    slopes = slopes_of(aux, settings)
+    slopes = slopes_of(aux, beside.mask, settings)
     known = {name: value for name, value in aux._asdict().items() if name in Rows._fields}
-    rows = torch.stack(Rows(chosen_slopes=slopes, rejected_slopes=-slopes, **known))
+    rows = torch.stack(Rows(slopes=slopes, **known))
     return loss, rows, torch.stack([aux.multiplier, aux.residual]), aux.mask.clone()
 
 
@@ -209,9 +208,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     """Scale the gradient, which has been ready since the forward pass."""
-    rows = Rows(*ctx.saved_tensors[0].unbind())
+    slopes = Rows(*ctx.saved_tensors[0].unbind()).slopes
     others = len(Beside._fields) + len(LossSettings._fields)
-    return *scaled(ctx, gradient, (rows.chosen_slopes, rows.rejected_slopes)), *[None] * others
+    return *scaled(ctx, gradient, slopes), *[None] * others
 
 
 _LOSS_ARGUMENTS = (

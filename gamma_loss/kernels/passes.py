@@ -270,8 +270,7 @@ def deliver(
                 shifts=shifts,
                 reward_gaps=gaps,
                 pair_weights=weights,
-                chosen_slopes=scale * weights,
-                rejected_slopes=-scale * weights,
+                slopes=scale * weights,
                 chosen_rewards=chosen,
                 rejected_rewards=rejected,
             )
