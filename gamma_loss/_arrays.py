@@ -215,6 +215,9 @@ def total(array: Array) -> Array:
     if is_torch(array):
         torch = sys.modules["torch"]
         if torch.compiler.is_compiling():
+            if array.dtype == torch.float64:
+                array = torch.nn.functional.pad(array, (0, -array.shape[0] % _ROW))
+                array = torch.sum(array.reshape(-1, _ROW), 1)
             return torch.sum(array, dtype=torch.float64).to(array.dtype)
     elif is_jax(array) and array.shape[0] > _ROW:
         jnp = sys.modules["jax"].numpy

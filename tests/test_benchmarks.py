@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic and their peer, without any timing."""
 
+import itertools
 import json
 import random
 import sys
@@ -26,8 +27,9 @@ from benchmarks import (  # noqa: E402
     published,
     sequence_logps,
     solver,
+    worst_case,
 )
-from gamma_loss import solve_margins  # noqa: E402
+from gamma_loss import _mild, solve_margins  # noqa: E402
 
 HERE = Path(published.__file__).parent
 
@@ -298,6 +300,95 @@ def test_accuracy_finds_an_error_that_is_there():
         1.0: {"median": 2.5, "worst": float("inf")},
         9.0: {"median": 0.0, "worst": 0.0},
     }
+
+
+@pytest.fixture
+def by_numpy(monkeypatch):
+    """NumPy's solver, with no other one made, and a clock that tells a second later each time."""
+    monkeypatch.setattr(harness, "implementations", lambda args, interpret: [])
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__, time_ns=lambda: 1)
+    monkeypatch.setattr(worst_case, "time", clock)
+    return worst_case.solvers(SimpleNamespace(device="cpu", left_out={}))["numpy"]
+
+
+def planted(solve):
+    """A solver that is wrong where a gap is next to γ0, more so the larger κ is."""
+
+    def wrong(gaps, gamma0, tau):
+        margins, residual = solve(gaps, gamma0, tau)
+        near = np.abs(gaps - gamma0).min() <= 1e-3
+        return margins * (1 + near * 1e-9 * gamma0**2 / tau), residual
+
+    return wrong
+
+
+def test_worst_case_climbs_to_a_planted_error(by_numpy):
+    solve = planted(by_numpy)
+    worst, looked = worst_case.search(solve, by_numpy, "float64", 60, 64, [], seed=0)
+    assert 50 < looked <= 60
+    for goal, least in {"error": 1e-9, "certificate": 1e3, "disagreement": 1e-9}.items():
+        found, pool = worst[goal]
+        assert found >= least, goal
+        assert worst_case.figures(solve, by_numpy, "float64", pool)[goal] == found
+        assert worst_case.reproduce("numpy", "float64", pool)[goal] <= least * 1e-3
+    start = worst["error"][1]
+    assert worst_case.search(solve, by_numpy, "float64", 0, 64, [start], 0)[1] == 1
+
+
+def test_worst_case_counts_a_failure_as_infinitely_wrong(by_numpy):
+    pool = worst_case.Pool([1.0], [3], 4.0, 10.0)
+    for fails in (lambda *_: 1 / 0, lambda gaps, *_: (gaps * np.nan, 0.0)):
+        found = worst_case.figures(fails, by_numpy, "float32", pool)
+        assert set(found.values()) == {np.inf}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_worst_case_stays_in_the_domain_and_at_the_edges_between_solvers(dtype):
+    rng, edges = np.random.default_rng(0), set()
+    pool = worst_case.drawn(rng, dtype, 500)
+    for _ in range(3000):
+        pool = worst_case.changed(rng, dtype, 500, pool)
+        assert 1 <= len(pool.values) == len(pool.counts) <= worst_case.DISTINCT
+        assert 1 <= sum(pool.counts) <= 500
+        assert min(pool.counts) >= 1
+        assert np.abs(pool.values).max() <= 1e4
+        assert 1e-3 <= pool.gamma0 <= 100
+        assert 1e-3 <= pool.tau <= 1e3
+        assert pool.values == np.asarray(pool.values, dtype).tolist()
+        switched = worst_case.switched(rng, pool)
+        sides = [
+            _mild.mild_passes(pool.gamma0, switched.tau * (1 + t), True) for t in (-1e-6, 1e-6)
+        ]
+        edges.add(tuple(sides))
+    assert {(0, 6), (6, 4)} <= edges
+
+
+def test_worst_case_keeps_pools_and_goes_on_where_it_was(monkeypatch, capsys, tmp_path, by_numpy):
+    out = tmp_path / "worst.json"
+    ways = {"numpy": planted(by_numpy), "streaming": by_numpy}
+    monkeypatch.setattr(worst_case, "solvers", lambda args: ways)
+
+    def run(seconds):
+        monkeypatch.setattr(
+            sys, "argv", ["x/worst_case.py", "--out", str(out), "--seconds", seconds]
+        )
+        worst_case.main()
+        lines = out.with_suffix(".jsonl").read_text().splitlines()
+        return json.loads(out.read_text("utf-8"))["results"], list(map(json.loads, lines))
+
+    rows, kept = run("30")
+    assert [(row["solver"], row["dtype"]) for row in rows] == [
+        ("numpy", "float64"), ("numpy", "float32"), ("streaming", "float64"),
+    ]  # fmt: skip
+    assert rows[0]["error"] == kept[0]["found"]
+    assert "reproduce('numpy', 'float64', Pool(values=[" in capsys.readouterr().out
+    out.write_text(json.dumps({"results": rows[:2]}))  # as if interrupted in the last one
+    again, more = run("30")
+    assert again[:2] == rows[:2]
+    assert more[: len(kept)] == kept
+    assert {each["solver"] for each in more[len(kept) :]} <= {"streaming"}
+    longer, _ = run("45")
+    assert longer[0]["error"] >= rows[0]["error"]
 
 
 @pytest.mark.parametrize("name", harness.HARD)

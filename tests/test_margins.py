@@ -13,6 +13,8 @@ from strategies import CORNERS, gamma0s, pools, taus
 
 from gamma_loss import PUBLISHED_SETTINGS, _mild, _solver, solve_margins
 
+# What benchmarks.worst_case has found.
+WORST = Path(__file__).parents[1] / "benchmarks" / "results" / "worst_case_cpu.jsonl"
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "published_margins.json").read_text())
 
 
@@ -57,6 +59,22 @@ def test_float32_accuracy_in_the_published_settings(solver, name):
         assert error(solution.margins, gaps.astype(np.float64), gamma0, tau) <= 3e-6
 
     check()
+
+
+def test_the_worst_pools_that_were_found(solver):
+    """All of every implementation's, whatever it was that one of them did worst."""
+    for pool in map(json.loads, WORST.read_text("utf-8").splitlines()):
+        if solver.name == "triton" and sum(pool["counts"]) > 1024:  # its interpreter is slow
+            continue
+        gaps = np.repeat(np.asarray(pool["values"], pool["dtype"]), pool["counts"])
+        solution = solver(gaps, gamma0=pool["gamma0"], tau=pool["tau"])
+        x, exact = (
+            np.asarray(margins, dtype=np.longdouble) / pool["gamma0"]
+            for margins in (solution.margins, oracles.margins(gaps, pool["gamma0"], pool["tau"])[0])
+        )
+        bound = {"float64": 1e-13, "float32": 3e-6}[pool["dtype"]]
+        assert np.max(np.abs(x - exact) / (1 + exact)) <= bound, pool
+        assert np.mean(np.abs(x - exact)) <= 2 * np.expm1(float(solution.residual)), pool
 
 
 @pytest.mark.parametrize(("gaps", "gamma0", "tau"), CORNERS)
