@@ -56,8 +56,6 @@ def namespace(array: object) -> Namespace:
     if known is None:
         import array_api_compat
 
-        if is_numpy(array) and hasattr(array, "mask"):  # would be taken for an array without one
-            raise TypeError("masked")
         known = _namespaces[type(array)] = array_api_compat.array_namespace(array)
     return known
 
@@ -94,11 +92,13 @@ def device(array: Array) -> Any:
     return None if is_jax(array) else getattr(array, "device", None)
 
 
-def is_dense(array: Array) -> bool:
-    """Whether an array is not one of torch's sparse or nested tensors."""
+def not_plain(array: Array) -> str:
+    """Say what an array is other than one number at each place, or return ""."""
     if not is_torch(array):
-        return True
-    return array.layout is sys.modules["torch"].strided and not array.is_nested
+        return "a masked array" if hasattr(array, "mask") else ""
+    if array.is_nested:
+        return "a nested tensor"
+    return "" if array.layout is sys.modules["torch"].strided else f"a {array.layout} tensor"
 
 
 def is_real_floating(xp: Namespace, array: Array) -> bool:

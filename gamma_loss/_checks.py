@@ -10,10 +10,10 @@ from gamma_loss._arrays import (
     Array,
     Namespace,
     device,
-    is_dense,
     is_real_floating,
     is_torch,
     namespace,
+    not_plain,
 )
 
 
@@ -130,6 +130,40 @@ def _namespace(name: str, array: Any) -> Namespace:
         ) from None
 
 
+def tensors(**arrays: Any) -> None:
+    """Check that the arrays are torch's."""
+    for name, array in arrays.items():
+        if not is_torch(array):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(array).__name__}")
+        _plain(name, array)
+
+
+def on_host(name: str, values: Any) -> Any:
+    """Return real numbers of any library, or a list of them, as a 1-D array of NumPy's."""
+    import numpy as np
+
+    _plain(name, values)
+    if is_torch(values):  # which may be on a device, carry a gradient, or be of half precision
+        values = values.detach().cpu()
+        values = values.double() if values.is_floating_point() else values
+    try:
+        array = np.asarray(values)
+    except (RuntimeError, TypeError, ValueError) as error:  # such as lists of several lengths
+        raise TypeError(f"{name} must hold real numbers: {error}") from None
+    if array.dtype.kind == "b" or not np.can_cast(array.dtype, np.float64, "same_kind"):
+        raise TypeError(
+            f"{name} must hold real numbers, got {type(values).__name__} of {array.dtype}"
+        )
+    if array.ndim != 1:
+        raise ValueError(f"{name} must be 1-D, one entry a pair, got shape {array.shape}")
+    return array
+
+
+def _plain(name: str, array: Any) -> None:
+    if what := not_plain(array):
+        raise TypeError(f"{name} must be a plain array, got {what}")
+
+
 def _same_shape(name: str, array: Array, of_name: str, of: Array) -> None:
     if array.shape != of.shape:
         raise ValueError(
@@ -144,10 +178,7 @@ def _same_kind(name: str, array: Any, of_name: str, of: Array, xp: Namespace) ->
             f"{type(of).__module__}.{type(of).__name__}, "
             f"got {type(array).__module__}.{type(array).__name__}"
         )
-    if not is_dense(array):
-        raise TypeError(
-            f"{name} must be dense, got {'a nested tensor' if array.is_nested else array.layout}"
-        )
+    _plain(name, array)
     if device(array) != device(of):
         raise ValueError(
             f"{name} must be on the device of {of_name}, {device(of)}, got {device(array)}"

@@ -63,10 +63,11 @@ def check(
     mask, context, context_mask = beside
     if mask is not None:
         _checks.mask("mask", mask, name, gaps, xp)
-    if context is not None and hasattr(context, "gaps"):
+    queue: Any = context if hasattr(context, "gaps") else None
+    if queue is not None:
         if context_mask is not None:
             raise ValueError("context_mask must be None for a queue as context, which has its own")
-        context, context_mask = context.gaps, context.mask
+        context, context_mask = queue.gaps, queue.mask
     size = int(gaps.shape[0])
     if context is None:
         if context_mask is not None:
@@ -75,7 +76,7 @@ def check(
         _checks.real(**{name: gaps, "context": context})
         context = _checks.upcast(xp, context)  # NumPy knows no bfloat16
         _checks.pairs(group is not None, context=context)
-        if context_mask is not None:
+        if queue is not None or context_mask is not None:
             _checks.mask("context_mask", context_mask, "context", context, xp)
         size += int(context.shape[0])
     return Problem(gamma0, tau, Beside(mask, context, context_mask), size, group)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gamma_loss import _checks
-from gamma_loss._arrays import Array, is_torch
+from gamma_loss._arrays import Array
 from gamma_loss.margins import solve_margins
 
 KAPPAS = np.geomspace(1e-3, 1e6, 46)  # among which settings are looked for, five a decade
@@ -94,7 +94,7 @@ def match_logistic(
     >>> print(f"{match.beta_factor:.2f} {match.margin:.1f} {match.unexplained:.4f}")
     0.73 3.3 0.0005
     """
-    gaps = _on_host(reward_gaps)
+    gaps, centered = _on_host(reward_gaps), _checks.flag("centered", centered)
     margins = solve_margins(gaps, gamma0=gamma0, tau=tau).margins
     logits = margins - gaps - (gamma0 if centered else 0.0)
     weights = _sigmoid(logits)
@@ -160,7 +160,7 @@ def choose_settings(
     >>> print(f"{match_logistic(gaps, **settings).beta_factor:.3f}")
     0.500
     """
-    gaps = _on_host(reward_gaps)
+    gaps, centered = _on_host(reward_gaps), _checks.flag("centered", centered)
     if (spread is None) is (beta_factor is None):
         raise ValueError("give spread or beta_factor, one of the two")
     if gamma0 is None:
@@ -250,9 +250,7 @@ def _on_host(reward_gaps: Array) -> Vector:
     """Return the finite gaps as NumPy's float64."""
     _checks.real(reward_gaps=reward_gaps)
     _checks.pairs(reward_gaps=reward_gaps)
-    if is_torch(reward_gaps):  # which may be on a device, carry a gradient, or be of half precision
-        reward_gaps = reward_gaps.detach().double().cpu()
-    gaps = np.asarray(reward_gaps, dtype=np.float64)
+    gaps: Vector = _checks.on_host("reward_gaps", reward_gaps).astype(np.float64)
     gaps = gaps[np.isfinite(gaps)]
     if not gaps.size:
         raise ValueError("reward_gaps must hold a finite gap, got none")

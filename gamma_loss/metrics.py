@@ -41,6 +41,8 @@ def metrics(aux: GammaLossAux) -> dict[str, Array]:
     >>> round(float(logs["rewards/accuracies"]), 3), round(float(logs["gamma/max"]), 3)
     (0.333, 1.43)
     """
+    if not isinstance(aux, GammaLossAux):
+        raise TypeError(f"aux must be a GammaLossAux, got {type(aux).__name__}")
     xp = namespace(aux.margins)
     zero, one = xp.zeros_like(aux.margins), xp.ones_like(aux.residual)
     count = xp.maximum(xp.sum(xp.astype(aux.mask, zero.dtype)), one)

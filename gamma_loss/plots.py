@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from gamma_loss._arrays import Array, is_torch
+from gamma_loss import _checks
+from gamma_loss._arrays import Array, as_floats
 from gamma_loss.losses import GammaLossAux
 
 try:
@@ -74,7 +75,7 @@ def plot_margins(
     if isinstance(pairs, GammaLossAux) is (margins is not None):
         raise TypeError("margins must be given with an array of reward gaps, and not with an aux")
     gaps = _unmasked(pairs, "reward_gaps")
-    heights = _unmasked(pairs, "margins") if margins is None else _numpy("margins", margins)
+    heights = _unmasked(pairs, "margins") if margins is None else _numbers("margins", margins)
     if gaps.shape != heights.shape:
         raise ValueError(f"margins must have the shape of pairs, {gaps.shape}, got {heights.shape}")
     ax = _axes(ax, "reward gap $g_i$ (reward units)", "target margin $γ_i$ (reward units)")
@@ -219,18 +220,13 @@ def plot_smoothing_history(
 def _unmasked(pairs: GammaLossAux | Array, field: str) -> np.ndarray[Any, Any]:
     """Return a field of an aux where its mask is True, or an array as it is."""
     if not isinstance(pairs, GammaLossAux):
-        return _numpy("pairs", pairs)
-    return _numpy(field, getattr(pairs, field))[_numpy("mask", pairs.mask) > 0]
+        return _numbers("pairs", pairs)
+    shown = _numbers("mask", as_floats(pairs.mask, pairs.margins)) > 0
+    return _numbers(field, getattr(pairs, field))[shown]
 
 
-def _numpy(name: str, array: Array) -> np.ndarray[Any, Any]:
-    """Return an array of any library as NumPy's."""
-    if is_torch(array):  # which may be on a device, carry a gradient, or have no dtype of NumPy's
-        array = array.detach().double().cpu()
-    values = np.asarray(array, dtype=np.float64)
-    if values.ndim != 1:
-        raise ValueError(f"{name} must be 1-D, one entry a pair, got shape {values.shape}")
-    return values
+def _numbers(name: str, array: Array) -> np.ndarray[Any, Any]:
+    return _checks.on_host(name, array).astype(np.float64)  # type: ignore[no-any-return]
 
 
 def _rows(

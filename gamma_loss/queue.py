@@ -92,7 +92,11 @@ def queue_push(state: QueueState, gaps: Array, mask: Array | None = None) -> Que
     >>> queue_push(state, np.array([3.0, 4.0])).gaps
     array([2., 3., 4.])
     """
-    xp, (queued, values) = _checks.floats(queue=state.gaps, gaps=gaps)
+    if not hasattr(state, "mask"):
+        raise TypeError(f"state must be a QueueState, got {type(state).__name__}")
+    xp, (queued, values) = _checks.floats(**{"state.gaps": state.gaps, "gaps": gaps})
+    _checks.pairs(**{"state.gaps": queued})
+    _checks.mask("state.mask", state.mask, "state.gaps", queued, xp)
     _checks.pairs(True, gaps=values)
     values = xp.astype(detach(values), queued.dtype)
     keep = xp.isfinite(values)

@@ -61,8 +61,13 @@ class MarginRule(NamedTuple):
         -------
         NumPy array of float64
             NaN where the gap is not finite.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For gaps that are no real numbers, or not 1-D.
         """
-        gaps = np.asarray(reward_gaps, dtype=np.float64)
+        gaps = _checks.on_host("reward_gaps", reward_gaps).astype(np.float64)
         margins = np.full(gaps.shape, np.nan)
         level = Level(self.gamma0 / self.tau, self.level, self.level, self.level, 0.0)
         for start in range(0, gaps.shape[0], _BLOCK):
@@ -107,7 +112,7 @@ def solve_margins_streaming(
     Raises
     ------
     TypeError
-        For chunks that can be read only once, or do not hold real numbers.
+        For chunks that are none or can be read only once, or do not hold real numbers.
     ValueError
         If no gap is finite, for a chunk that is not 1-D, for chunks that change from one reading
         to the next, or a hyperparameter out of its range.
@@ -123,8 +128,8 @@ def solve_margins_streaming(
     """
     gamma0 = _checks.number("gamma0", gamma0, least=0)
     tau = _checks.number("tau", tau, above=0)
-    if iter(chunks) is chunks:
-        raise TypeError("chunks must be readable several times, got an iterator")
+    if not hasattr(chunks, "__iter__") or iter(chunks) is chunks:
+        raise TypeError(f"chunks must be readable several times, got {type(chunks).__name__}")
     a, spread = gamma0 / tau, WHOLE
     if group is not None:
         from gamma_loss._torch.distributed import HostRanks
@@ -171,11 +176,7 @@ def solve_margins_streaming(
 def _blocks(chunks: Iterable[npt.ArrayLike]) -> Iterator[Floats]:
     """Yield the finite gaps, some at a time, in float64."""
     for chunk in chunks:
-        gaps = np.asarray(chunk)
-        if gaps.dtype.kind not in "fiu" or isinstance(chunk, np.ma.MaskedArray):
-            raise TypeError(f"chunks must hold real numbers, got {type(chunk)} of {gaps.dtype}")
-        if gaps.ndim != 1:
-            raise ValueError(f"chunks must be 1-D, got shape {gaps.shape}")
+        gaps = _checks.on_host("chunks", chunk)
         for start in range(0, gaps.shape[0], _BLOCK):
             block = gaps[start : start + _BLOCK].astype(np.float64)
             block = block[np.isfinite(block)]

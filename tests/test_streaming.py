@@ -94,7 +94,7 @@ def test_gamma0_of_zero():
 
 
 def test_bad_chunks():
-    with pytest.raises(TypeError, match="chunks must be readable several times, got an iterator"):
+    with pytest.raises(TypeError, match="chunks must be readable several times, got list_iterator"):
         solve_margins_streaming(iter([np.zeros(2)]), **MILD)
     with pytest.raises(ValueError, match="chunks must hold at least one finite gap, got none"):
         solve_margins_streaming([np.array([np.nan])], **MILD)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gamma_loss import _checks
 from gamma_loss._torch.library import register
 
 # How many logits are in memory a second time at once: on a CPU as its caches hold, elsewhere enough
@@ -83,6 +84,7 @@ def sequence_logps(
     tensor([0.8000])
     """
     _check(logits, labels, mask)
+    average, shift = _checks.flag("average", average), _checks.flag("shift", shift)
     labels = labels.long()
     unused = labels == ignore_index
     if mask is not None:
@@ -181,9 +183,7 @@ def _accumulated(logits: Tensor) -> torch.dtype:
 
 
 def _check(logits: Tensor, labels: Tensor, mask: Tensor | None) -> None:
-    for name, array in (("logits", logits), ("labels", labels), ("mask", mask)):
-        if not isinstance(array, Tensor) and not (name == "mask" and array is None):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(array).__name__}")
+    _checks.tensors(logits=logits, labels=labels)
     if not logits.is_floating_point():
         raise TypeError(f"logits must have a floating dtype, got {logits.dtype}")
     if logits.ndim != 3 or logits.shape[2] == 0:
@@ -192,8 +192,10 @@ def _check(logits: Tensor, labels: Tensor, mask: Tensor | None) -> None:
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels must have an integer dtype, got {labels.dtype}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"mask must have a boolean dtype, got {mask.dtype}")
+    if mask is not None:
+        _checks.tensors(mask=mask)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must have a boolean dtype, got {mask.dtype}")
     for name, array in (("labels", labels), ("mask", mask)):
         if array is None:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -47,15 +48,28 @@ class _QueuedLoss(torch.nn.Module):
         self._context: QueueState | None = None  # what the last training forward solved over
         self._unwatched = _WATCHED
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _QueuedLoss:
+        memo[id(self.group)] = self.group  # a copy is one of the same ranks
+        new = memo[id(self)] = type(self).__new__(type(self))
+        new.__dict__ |= copy.deepcopy(self.__dict__, memo)
+        return new
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 
     def _loss(
-        self, *arguments: torch.Tensor, mask: torch.Tensor | None
+        self, mask: torch.Tensor | None, **arguments: torch.Tensor
     ) -> tuple[torch.Tensor, GammaLossAux]:
+        _checks.tensors(**arguments)
         again = self.training and _is_recomputation()
         context, beside = None, {}
         if self.queue is not None:
+            name, first = next(iter(arguments.items()))
+            if first.device != self.queue.gaps.device:
+                raise ValueError(
+                    f"{name} must be on the device of the module, {self.queue.gaps.device}, which "
+                    f".to() changes, got {first.device}"
+                )
             context = self._context if again and self._context is not None else self.queue.context()
             gaps, filled = context
             if self.group is not None:  # every rank holds the whole queue and contributes a part
@@ -63,7 +77,7 @@ class _QueuedLoss(torch.nn.Module):
                 filled = distributed.share(filled, self.group)
             beside = {"context": gaps, "context_mask": filled}
         loss, aux = self._function(
-            *arguments, mask=mask, group=self.group, **beside, **self.settings
+            **arguments, mask=mask, group=self.group, **beside, **self.settings
         )
         if not self.training or again:
             return loss, aux
@@ -203,9 +217,12 @@ class GammaDPOLoss(_QueuedLoss):
     ) -> tuple[torch.Tensor, GammaLossAux]:
         """Return the ``(loss, aux)`` of `gamma_dpo_loss`."""
         return self._loss(
-            policy_chosen_logps, policy_rejected_logps,
-            reference_chosen_logps, reference_rejected_logps, mask=mask,
-        )  # fmt: skip
+            mask,
+            policy_chosen_logps=policy_chosen_logps,
+            policy_rejected_logps=policy_rejected_logps,
+            reference_chosen_logps=reference_chosen_logps,
+            reference_rejected_logps=reference_rejected_logps,
+        )
 
 
 class GammaSimPOLoss(_QueuedLoss):
@@ -255,7 +272,11 @@ class GammaSimPOLoss(_QueuedLoss):
         mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, GammaLossAux]:
         """Return the ``(loss, aux)`` of `gamma_simpo_loss`."""
-        return self._loss(policy_chosen_logps, policy_rejected_logps, mask=mask)
+        return self._loss(
+            mask,
+            policy_chosen_logps=policy_chosen_logps,
+            policy_rejected_logps=policy_rejected_logps,
+        )
 
 
 class GammaPreferenceLoss(_QueuedLoss):
@@ -299,4 +320,4 @@ class GammaPreferenceLoss(_QueuedLoss):
         self, reward_gaps: torch.Tensor, *, mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, GammaLossAux]:
         """Return the ``(loss, aux)`` of `gamma_preference_loss`."""
-        return self._loss(reward_gaps, mask=mask)
+        return self._loss(mask, reward_gaps=reward_gaps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ from gamma_loss import _checks
 from gamma_loss.queue import QueueState, queue_init, queue_push
 
 _DTYPES = (torch.float32, torch.float64)
+_lock = threading.Lock()  # gaps and mask of a queue belong together
 
 
 class GapQueue(torch.nn.Module):
@@ -92,13 +95,16 @@ class GapQueue(torch.nn.Module):
         mask : boolean Tensor, shape (pairs,), optional
             True for the gaps to store.
         """
-        state = queue_push(QueueState(self.gaps, self.mask), gaps, mask)
-        self.gaps.copy_(state.gaps)
-        self.mask.copy_(state.mask)
+        with _alone():
+            state = queue_push(QueueState(self.gaps, self.mask), gaps, mask)
+            # The mask last: what it says is right of the new gaps as well, if this ends in between.
+            self.gaps.copy_(state.gaps)
+            self.mask.copy_(state.mask)
 
     def context(self) -> QueueState:
         """Return copies of ``(gaps, mask)``: a loss's `context` and `context_mask`."""
-        return QueueState(self.gaps.clone(), self.mask.clone())
+        with _alone():
+            return QueueState(self.gaps.clone(), self.mask.clone())
 
     def sample(self, k: int, *, generator: torch.Generator | None = None) -> QueueState:
         """Draw k of the stored gaps, each at most once and all equally likely.
@@ -148,7 +154,8 @@ class GapQueue(torch.nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        saved = state_dict.get(prefix + "gaps")
+        names = prefix + "gaps", prefix + "mask"
+        saved, mask = map(state_dict.get, names)
         if saved is not None and saved.shape != self.gaps.shape:
             error_msgs.append(
                 f"{prefix or 'the queue '}gaps: the checkpoint's queue has a capacity of "
@@ -156,6 +163,15 @@ class GapQueue(torch.nn.Module):
                 "capacity, or leave the queue's keys out of the state_dict to start it empty."
             )
             return
+        if (
+            saved is not None and mask is not None
+        ):  # whose dtype may be another, and gaps not finite
+            try:
+                empty = queue_init(saved.new_empty(0, dtype=self.gaps.dtype), self.capacity)
+                state_dict |= zip(names, queue_push(empty, saved, mask), strict=True)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{prefix or 'the queue: '}{error}")
+                return
         super()._load_from_state_dict(
             state_dict,
             prefix,
@@ -165,3 +181,8 @@ class GapQueue(torch.nn.Module):
             unexpected_keys,
             error_msgs,
         )
+
+
+def _alone() -> contextlib.AbstractContextManager[Any]:
+    """Keep other threads out, but in a graph, where there are none."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _lock
