@@ -230,6 +230,26 @@ def test_margins_of_the_data_that_are_no_numbers(make, data, family):
         make(trainer, config, **settings, train_dataset=rows).train()
 
 
+@pytest.mark.parametrize(
+    ("family", "term"),
+    [
+        (DPO, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}),
+        (SIMPO, {"cpo_alpha": 1.0}),
+    ],
+    ids=["dpo", "simpo"],
+)
+def test_the_sft_term_holds_up_the_chosen_responses(make, family, term):
+    trainer, config, settings = family
+    settings = {**settings, "max_steps": 40, "per_device_train_batch_size": 48}
+    chosen = []
+    for options in ({}, term):
+        trained = make(trainer, config, **settings, **options)
+        trained.train()
+        chosen.append(curve(trained, "logps/chosen"))
+    assert chosen[0][0] == pytest.approx(chosen[1][0])
+    assert chosen[1][-1] - chosen[0][-1] > 0.1 * abs(chosen[0][0])
+
+
 @FAMILIES
 def test_evaluation_leaves_queue_and_training_alone(make, data, family):
     trainer, config, settings = family

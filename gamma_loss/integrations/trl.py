@@ -366,17 +366,13 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
             self.precompute_ref_logps = precomputed
 
         lengths = inputs["completion_mask"][:, 1:].sum(1).chunk(2)
-        references = [inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]]
+        logps += [inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]]
         if self._normalize:
-            logps = [x / length.clamp(min=1) for x, length in zip(logps, lengths, strict=True)]
-            references = [x / n.clamp(min=1) for x, n in zip(references, lengths, strict=True)]
+            logps = [x / n.clamp(min=1) for x, n in zip(logps, 2 * lengths, strict=True)]
+        logps[2] = logps[2] + margins / self.beta  # a gap smaller by the margin
         training = self.model.training
-        loss, aux = self.gamma_loss.train(training)(
-            *logps,
-            references[0] + margins / self.beta,  # a gap smaller by the margin
-            references[1],
-            mask=(lengths[0] > 0) & (lengths[1] > 0),
-        )
+        mask = (lengths[0] > 0) & (lengths[1] > 0)
+        loss, aux = self.gamma_loss.train(training)(*logps, mask=mask)
         for name, value in self._gamma_metrics(aux).items():
             self._metrics["train" if training else "eval"][name].append(value)
         if return_outputs:
