@@ -242,6 +242,7 @@ def warned(loss_module, batches):
 
 @pytest.mark.parametrize("queue_size", [0, 64])
 def test_a_run_in_which_nothing_happens_says_so_once_and_names_a_tau_that_helps(torch, queue_size):
+    torch.manual_seed(0)
     batches = [[torch.randn(3) + x for x in (1.0, 0.0, 0.0, 0.0)] for _ in range(250)]
 
     def module(tau):
