@@ -536,6 +536,22 @@ def suppression_of_flips() -> str:
     return table(["clean gaps", *names], rows)
 
 
+# --- trainers ---
+
+
+def run_with(name: str) -> str:
+    """Which version of a trainer ran the page's code, with what and when, and how exactly."""
+    record = results("clients")[name]
+    versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
+    runs = "; ".join(run["run"] for run in record["runs"])
+    worst = max(run["largest_difference"] for run in record["runs"])
+    return (
+        f"Run with {record['trainer']} {record['version']} ({versions}) on {record['date']}, a tiny "
+        f"random model on the CPU: {runs}. Logged losses differ from first principles by at most "
+        f"{worst:.0e}. `python -m tests.clients {name}` runs it again."
+    )
+
+
 def _axes() -> Any:
     import matplotlib
 

@@ -16,20 +16,14 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import recipe_ranks
+from pages import PAGES, SETTING, code
 
 from gamma_loss import gamma_dpo_loss, gamma_preference_loss, gamma_simpo_loss, solve_margins
 
 torch = pytest.importorskip("torch")
 
-PAGES = Path(__file__).parents[1] / "docs" / "recipes"
-SETTING = {"gamma0": 4.0, "tau": 10.0}  # of all pages
 ELSEWHERE = {"index", "trl"}  # without code, and with tests of its own
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}  # float32, a few operations apart
-
-
-def code(page, language="python"):
-    text = (PAGES / f"{page}.md").read_text()
-    return "\n".join(re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL))
 
 
 def run(page, edit=lambda text: text):
@@ -402,6 +396,8 @@ def test_llama_factory(stand_in):
         def __init__(self, model, ref_model, finetuning_args, processor, disable_dropout=True, **_):
             self.model, self.finetuning_args = model, finetuning_args
             self.beta = finetuning_args.pref_beta
+            self.loss_type = finetuning_args.pref_loss
+            self.simpo_gamma = finetuning_args.simpo_gamma
             self.ftx_gamma = finetuning_args.pref_ftx
             self.label_smoothing = finetuning_args.dpo_label_smoothing
             self.accelerator = SimpleNamespace(device=torch.device("cpu"))
@@ -415,14 +411,21 @@ def test_llama_factory(stand_in):
     trainer_module = stand_in("llamafactory.train.dpo.trainer", CustomDPOTrainer=CustomDPOTrainer)
     stand_in("llamafactory.train.tuner", run_exp=None)
     run("llama_factory")
-    for ftx in (0.0, 0.5):
-        trainer = trainer_module.CustomDPOTrainer(
+
+    def trained_with(pref_loss, ftx=0.0):
+        return trainer_module.CustomDPOTrainer(
             model=torch.nn.Identity(),
             ref_model=None,
             processor=None,
             args=None,
-            finetuning_args=SimpleNamespace(pref_beta=0.1, pref_ftx=ftx, dpo_label_smoothing=0.0),
-        )
+            finetuning_args=SimpleNamespace(
+                pref_beta=0.1, pref_ftx=ftx, dpo_label_smoothing=0.0, pref_loss=pref_loss,
+                simpo_gamma=4.0,
+            ),
+        )  # fmt: skip
+
+    for ftx in (0.0, 0.5):
+        trainer = trained_with("sigmoid", ftx)
 
         def evaluate(*four, trainer=trainer):
             trainer.model.eval()  # as Trainer.evaluation_loop does
@@ -439,8 +442,65 @@ def test_llama_factory(stand_in):
             trainer.get_batch_loss_metrics,
             loss_fn=expected,
             evaluate=evaluate,
-            queue_of=lambda trainer=trainer: stored(trainer.gamma_dpo),
+            queue_of=lambda trainer=trainer: stored(trainer.gamma_loss),
         )
+
+    policy, _ = logps()
+    loss, chosen, _ = trained_with("simpo").get_batch_loss_metrics(*policy, None, None)
+    expected, aux = gamma_simpo_loss(*policy, beta=0.1, **SETTING)
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    torch.testing.assert_close(chosen, aux.chosen_rewards, **CLOSE)
+    with pytest.raises(ValueError, match="pref_loss must be sigmoid or simpo, got orpo"):
+        trained_with("orpo")
+
+
+def test_ms_swift(stand_in, saved_page):
+    class Trainer:
+        """What the page uses of swift/rlhf_trainers of 4.6.0."""
+
+        def __init__(self, loss_type):
+            self.beta, self.label_smoothing, self.simpo_gamma = 0.1, 0.2, 4.0
+            self.loss_type = loss_type
+            self.model = torch.nn.Identity()
+            self.accelerator = SimpleNamespace(device=torch.device("cpu"))
+
+        def get_batch_loss_metrics(self, *logps):
+            if len(logps) == 2:
+                losses, *rewards = self.cpo_loss(*logps)
+            else:
+                losses, *rewards = self.dpo_loss(*logps, self.loss_type, {})
+            return losses.mean(), *rewards
+
+        def evaluate(self, *logps):
+            self.model.eval()
+            with torch.no_grad():
+                result = self.get_batch_loss_metrics(*logps)
+            self.model.train()
+            return result
+
+    table = {}
+    stand_in("swift.rlhf_trainers", DPOTrainer=Trainer, CPOTrainer=Trainer)
+    stand_in("swift.trainers", TrainerFactory=SimpleNamespace(TRAINER_MAPPING=table))
+    saved_page("ms_swift", "gamma_swift")
+    page = importlib.import_module("gamma_swift")  # as --external_plugins does
+    made = {name: getattr(page, dotted.removeprefix("gamma_swift.")) for name, dotted in table.items()}
+    setting = {"beta": 0.1, "label_smoothing": 0.2, **SETTING}
+
+    trainer = made["dpo"]("sigmoid")
+    assert_is_gamma_dpo(
+        trainer.get_batch_loss_metrics,
+        loss_fn=lambda *four, **context: gamma_dpo_loss(*four, **setting, **context),
+        evaluate=trainer.evaluate,
+        queue_of=lambda: stored(trainer.gamma_loss),
+    )
+    with pytest.raises(ValueError, match="loss_type must be sigmoid"):
+        made["dpo"]("ipo").get_batch_loss_metrics(*logps()[0], *logps()[1])
+
+    policy, _ = logps()
+    loss, *_ = made["cpo"]("simpo").get_batch_loss_metrics(*policy)
+    torch.testing.assert_close(loss, gamma_simpo_loss(*policy, **setting)[0], **CLOSE)
+    with pytest.raises(ValueError, match="loss_type simpo"):
+        made["cpo"]("sigmoid")
 
 
 def test_nemo_rl(stand_in, saved_page):
