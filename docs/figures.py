@@ -608,6 +608,51 @@ def sequence_logps(name: str) -> str:
     )
 
 
+def logps_errors(name: str) -> str:
+    """Largest error of summed log-probabilities, in nats, by way and the logits' dtype."""
+    worst: dict[str, dict[str, float]] = {}
+    for row in results(name)["results"]:
+        for way, measured in row["ways"].items():
+            if measured:
+                of_way = worst.setdefault(way, {})
+                nats = measured["error"]["nats"]
+                of_way[row["dtype"]] = max(nats, of_way.get(row["dtype"], 0.0))
+    dtypes = ("bfloat16", "float32")
+    return table(
+        ["nats", *dtypes],
+        ([way, *(f"{errors[each]:.1g}" for each in dtypes)] for way, errors in worst.items()),
+    )
+
+
+# --- what was run with what ---
+
+# Page, and what was done where no results file says more.
+TRAINERS = {
+    "trl": ("TRL", "run with 1.8.0 and 1.16.0"),
+    "accelerate": ("Accelerate", "run with 1.15.0"),
+    "lightning": ("Lightning", "run with 2.6.6"),
+    "llama_factory": ("LLaMA-Factory", "**not run**; its call, as of 0.9.5, by a stand-in"),
+    "axolotl": ("axolotl", "**not run**; its call, as of 0.18.0, by a stand-in"),
+    "openrlhf": ("OpenRLHF", "**not run**; its call, as of 0.11.0, by a stand-in"),
+    "nemo_rl": ("NeMo-RL", "**not run**; its call, as of 0.7.0, by a stand-in"),
+    "ms_swift": ("ms-swift", "**not run**"),
+    "liger": ("Liger-Kernel", "run with 0.8.5, its fused losses"),
+    "jax": ("optax", "run with 0.2.8"),
+}
+
+
+def trainers() -> str:
+    """What each trainer was run with: from clients.json, which `tests.clients` writes."""
+    found = results("clients") if (RESULTS / "clients.json").is_file() else {}
+    rows = []
+    for page, (name, state) in TRAINERS.items():
+        if run := found.get(page):
+            state = f"run with {run['version']} on {run['date']}"
+        file = Path(__file__).parent / "recipes" / f"{page}.md"
+        rows.append([f"[{name}](recipes/{page}.md)" if file.is_file() else name, state])
+    return table(["trainer", "state, on a CPU"], rows)
+
+
 if __name__ == "__main__":
     readme = RESULTS.parents[1] / "README.md"
     begin, _, rest = readme.read_text("utf-8").partition("<!-- speed -->")

@@ -100,3 +100,13 @@ def test_nothing_is_installed_from_an_index_that_does_not_have_it():
         assert not re.search(
             r"pip install [^#\n]*[\"' ]gamma[-_]loss\b", page.read_text("utf-8")
         ), page
+
+
+def test_the_error_messages_in_headings_are_those_that_are_raised():
+    """Whose words the doctests of `test_code_of_a_page_runs_from_top_to_bottom` check."""
+    _, *sections = re.split(r"^## ", (DOCS / "faq.md").read_text("utf-8"), flags=re.MULTILINE)
+    assert len(sections) > 10
+    for section in sections:
+        heading = re.match(r"`(.*?)(?: ?\.\.\.)?`\n", section)[1]
+        raised = section.partition("Traceback (most recent call last):")[2]
+        assert heading in raised
