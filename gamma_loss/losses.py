@@ -16,6 +16,7 @@ from gamma_loss._loss import (
     tilt_of,
 )
 from gamma_loss._pool import Beside, check
+from gamma_loss._spread import WHOLE
 
 __all__ = [
     "GammaLossAux",
@@ -374,15 +375,23 @@ def _gamma_loss(
 
     ``logps`` has the argument names of its arrays: gaps alone; chosen, rejected; and references.
     """
-    beta = _checks.number("beta", beta, above=0)
-    _checks.choice("reduction", reduction, REDUCTIONS)
-    tilt = tilt_of(label_smoothing, robust)
-    xp = _checks.real(**logps)
-    _checks.pairs(group is not None, **logps)
-    name, first = next(iter(logps.items()))
-    problem = check(name, first, beside, gamma0=gamma0, tau=tau, group=group)
-    settings = LossSettings(beta, problem.gamma0, problem.tau, tilt, bool(centered), reduction)
-    impl = _dispatch.choose(impl, first, problem)
+    try:
+        beta = _checks.number("beta", beta, above=0)
+        _checks.choice("reduction", reduction, REDUCTIONS)
+        tilt = tilt_of(label_smoothing, robust)
+        xp = _checks.real(**logps)
+        _checks.pairs(group is not None, **logps)
+        name, first = next(iter(logps.items()))
+        parts = _dispatch.join(
+            group, first, beta=beta, centered=bool(centered), reduction=reduction,
+            label_smoothing=float(label_smoothing), robust=bool(robust),
+        )  # fmt: skip
+        problem = check(name, first, beside, gamma0=gamma0, tau=tau, group=parts)
+        settings = LossSettings(beta, problem.gamma0, problem.tau, tilt, bool(centered), reduction)
+        impl = _dispatch.choose(impl, first, problem)
+    except Exception as error:
+        _dispatch.fail(group, error)
+        raise
     if impl == "triton":
         from gamma_loss._torch import operators
 
@@ -398,5 +407,5 @@ def _gamma_loss(
         problem.beside.mask,
         settings,
         solve=lambda gaps: _dispatch.solve(impl, gaps, problem),
-        spread=_dispatch.spread_over(first, group),
+        spread=problem.group or WHOLE,
     )

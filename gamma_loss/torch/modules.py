@@ -45,26 +45,30 @@ class _QueuedLoss(torch.nn.Module):
     def _loss(
         self, *arguments: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, GammaLossAux]:
+        ranks = self.group  # every rank holds the whole queue and contributes a part
+        if ranks is not None:
+            size = self.queue.capacity if self.queue is not None else 0
+            ranks = distributed.Ranks(ranks, queue_size=size, training=self.training)
         if self.queue is None:
-            return self._function(*arguments, mask=mask, group=self.group, **self.settings)
+            return self._function(*arguments, mask=mask, group=ranks, **self.settings)
         again = self.training and _is_recomputation()
         context = self._context if again and self._context is not None else self.queue.context()
         gaps, filled = context
-        if self.group is not None:  # every rank holds the whole queue and contributes a part
-            gaps = distributed.share(gaps, self.group)
-            filled = distributed.share(filled, self.group)
+        if ranks is not None:
+            gaps, filled = ranks.share(gaps), ranks.share(filled)
         loss, aux = self._function(
             *arguments,
             context=gaps,
             context_mask=filled,
             mask=mask,
-            group=self.group,
+            group=ranks,
             **self.settings,
         )
         if self.training and not again:
             pushed = torch.where(aux.mask, aux.reward_gaps, torch.nan)
-            if self.group is not None:
-                pushed = distributed.gather(pushed, self.group)
+            if ranks is not None:
+                ranks.size(pushed)
+                pushed = ranks.gather(pushed)
             self.queue.push(pushed)
             if not torch.compiler.is_compiling():
                 self._context = context
