@@ -483,7 +483,9 @@ def test_ms_swift(stand_in, saved_page):
     stand_in("swift.trainers", TrainerFactory=SimpleNamespace(TRAINER_MAPPING=table))
     saved_page("ms_swift", "gamma_swift")
     page = importlib.import_module("gamma_swift")  # as --external_plugins does
-    made = {name: getattr(page, dotted.removeprefix("gamma_swift.")) for name, dotted in table.items()}
+    made = {
+        name: getattr(page, dotted.removeprefix("gamma_swift.")) for name, dotted in table.items()
+    }
     setting = {"beta": 0.1, "label_smoothing": 0.2, **SETTING}
 
     trainer = made["dpo"]("sigmoid")

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from gamma_loss import _checks
 from gamma_loss._torch import distributed
@@ -62,6 +61,10 @@ class _QueuedLoss(torch.nn.Module):
     ) -> tuple[torch.Tensor, GammaLossAux]:
         _checks.tensors(**arguments)
         again = self.training and _is_recomputation()
+        ranks = self.group  # every rank holds the whole queue and contributes a part
+        if ranks is not None:
+            size = self.queue.capacity if self.queue is not None else 0
+            ranks = distributed.Ranks(ranks, queue_size=size, training=self.training)
         context, beside = None, {}
         if self.queue is not None:
             name, first = next(iter(arguments.items()))
@@ -72,13 +75,10 @@ class _QueuedLoss(torch.nn.Module):
                 )
             context = self._context if again and self._context is not None else self.queue.context()
             gaps, filled = context
-            if self.group is not None:  # every rank holds the whole queue and contributes a part
-                gaps = distributed.share(gaps, self.group)
-                filled = distributed.share(filled, self.group)
+            if ranks is not None:
+                gaps, filled = ranks.share(gaps), ranks.share(filled)
             beside = {"context": gaps, "context_mask": filled}
-        loss, aux = self._function(
-            **arguments, mask=mask, group=self.group, **beside, **self.settings
-        )
+        loss, aux = self._function(**arguments, mask=mask, group=ranks, **beside, **self.settings)
         if not self.training or again:
             return loss, aux
         compiling = torch.compiler.is_compiling()
@@ -88,11 +88,12 @@ class _QueuedLoss(torch.nn.Module):
         watched = not compiling and self._unwatched == 0
         if self.queue is not None or watched:
             pushed = torch.where(aux.mask, aux.reward_gaps, torch.nan)
-            if self.group is not None:
-                pushed = distributed.gather(pushed, self.group)
+            if ranks is not None:
+                ranks.size(pushed)
+                pushed = ranks.gather(pushed)
             if self.queue is not None:
                 self.queue.push(pushed)
-            if watched and (self.group is None or dist.get_rank(self.group) == 0):
+            if watched and (ranks is None or ranks.rank == 0):
                 self._warn_if_idle(
                     pushed if self.queue is None else self.queue.gaps[self.queue.mask]
                 )

@@ -20,9 +20,7 @@ QUEUE = 2048  # the default of the losses
 
 def pairs(count):
     """Pairs whose responses differ from their first token on, by which a response is found."""
-    rows = [
-        {name: text.strip() for name, text in row.items()} for row in tiny_lm.pairs(3 * count)
-    ]
+    rows = [{name: text.strip() for name, text in row.items()} for row in tiny_lm.pairs(3 * count)]
     return [row for row in rows if row["chosen"][0] != row["rejected"][0]][:count]
 
 
