@@ -483,7 +483,9 @@ def test_ms_swift(stand_in, saved_page):
     stand_in("swift.trainers", TrainerFactory=SimpleNamespace(TRAINER_MAPPING=table))
     saved_page("ms_swift", "gamma_swift")
     page = importlib.import_module("gamma_swift")  # as --external_plugins does
-    made = {name: getattr(page, dotted.removeprefix("gamma_swift.")) for name, dotted in table.items()}
+    made = {
+        name: getattr(page, dotted.removeprefix("gamma_swift.")) for name, dotted in table.items()
+    }
     setting = {"beta": 0.1, "label_smoothing": 0.2, **SETTING}
 
     trainer = made["dpo"]("sigmoid")
@@ -573,8 +575,12 @@ def test_axolotl(stand_in, saved_page):
             super().__init__(*args, **kwargs)
             self.dataset_tags = dataset_tags
 
+    stand_in("axolotl.core.trainers", AxolotlCPOTrainer=type("AxolotlCPOTrainer", (), {}))
     stand_in("axolotl.core.trainers.dpo.trainer", AxolotlDPOTrainer=AxolotlDPOTrainer)
-    stand_in("gamma_loss.integrations.trl", GammaDPOTrainer=GammaDPOTrainer)
+    simpo = type("GammaSimPOTrainer", (), {})
+    stand_in(
+        "gamma_loss.integrations.trl", GammaDPOTrainer=GammaDPOTrainer, GammaSimPOTrainer=simpo
+    )
     saved_page("axolotl", "gamma_trainer")
 
     # src/axolotl/utils/import_helper.py and HFRLTrainerBuilder.build in core/builders/rl.py
