@@ -53,7 +53,7 @@ def calls(folder, rank):
 
 
 def log_probabilities(call, average):
-    """The log-probabilities of the chosen and of the rejected responses, in rows above each other."""
+    """The log-probabilities of the responses: a row of the chosen, one of the rejected."""
     found = []
     rows = [
         (tokens[mask > 0], logits[mask > 0].astype(oracles.Real))

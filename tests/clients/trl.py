@@ -31,8 +31,8 @@ REFUSED = {  # a part of a test's name, and why our trainers refuse what it asks
     "alphapo": "AlphaPO",
 }
 MODELS = {
-    "Qwen2ForCausalLM-2.5": "qwen2", "Qwen3MoeForCausalLM": "qwen3_moe", "Olmo3ForCausalLM": "olmo3",
-    "GptOssForCausalLM": "gpt_oss", "Cohere2ForCausalLM": "cohere2",
+    "Qwen2ForCausalLM-2.5": "qwen2", "Qwen3MoeForCausalLM": "qwen3_moe",
+    "GptOssForCausalLM": "gpt_oss", "Cohere2ForCausalLM": "cohere2", "Olmo3ForCausalLM": "olmo3",
     "T5ForConditionalGeneration": "t5",
 }  # fmt: skip
 SMALL = {
@@ -124,12 +124,12 @@ def datasets(folder):
 def outcomes(folder, file, *options):
     """Run a file of TRL's tests; the tests that passed and those that failed, and with what."""
     report = folder / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "on_cpu",
-               "-k", SKIPPED]  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", "-k", SKIPPED]
+    path = os.pathsep.join([".", os.environ.get("PYTHONPATH", "")])
+    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     subprocess.run(
-        [*command, f"--junitxml={report}", *options, file], cwd=folder,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": f".{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
-        stdout=subprocess.DEVNULL,
+        [*command, "-p", "on_cpu", *options, file], cwd=folder, stdout=subprocess.DEVNULL,
+        env={**os.environ, **environment},
     )  # fmt: skip
     passed, failed = set(), {}
     for case in ElementTree.parse(report).iter("testcase"):  # noqa: S314  our own run's
