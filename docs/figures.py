@@ -546,9 +546,9 @@ def run_with(name: str) -> str:
     runs = "; ".join(run["run"] for run in record["runs"])
     worst = max(run["largest_difference"] for run in record["runs"])
     return (
-        f"Run with {record['trainer']} {record['version']} ({versions}) on {record['date']}, a tiny "
-        f"random model on the CPU: {runs}. Logged losses differ from first principles by at most "
-        f"{worst:.0e}. `python -m tests.clients {name}` runs it again."
+        f"Run with {record['trainer']} {record['version']} ({versions}) on {record['date']}, "
+        f"tiny random models on the CPU: {runs}. The logged losses differ from first principles by "
+        f"at most {worst:.0e}. `python -m tests.clients {name}` runs it again."
     )
 
 

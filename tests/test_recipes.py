@@ -575,8 +575,12 @@ def test_axolotl(stand_in, saved_page):
             super().__init__(*args, **kwargs)
             self.dataset_tags = dataset_tags
 
+    stand_in("axolotl.core.trainers", AxolotlCPOTrainer=type("AxolotlCPOTrainer", (), {}))
     stand_in("axolotl.core.trainers.dpo.trainer", AxolotlDPOTrainer=AxolotlDPOTrainer)
-    stand_in("gamma_loss.integrations.trl", GammaDPOTrainer=GammaDPOTrainer)
+    simpo = type("GammaSimPOTrainer", (), {})
+    stand_in(
+        "gamma_loss.integrations.trl", GammaDPOTrainer=GammaDPOTrainer, GammaSimPOTrainer=simpo
+    )
     saved_page("axolotl", "gamma_trainer")
 
     # src/axolotl/utils/import_helper.py and HFRLTrainerBuilder.build in core/builders/rl.py

@@ -51,7 +51,7 @@ def run(folder):
         program = ["torchrun", f"--nproc-per-node={ranks}"] if ranks > 1 else ["python"]
         replay.start(here, [*program, "gamma_dpo.py", "config.yaml"])
         yield replay.compare(
-            here, name, replay.logged_by_transformers(here / "out"), ranks=ranks,
+            here, name, ranks=ranks,
             accumulated=accumulated, beta=options["pref_beta"], **pages.SETTING,
             reference=options["pref_loss"] == "sigmoid",
         )  # fmt: skip

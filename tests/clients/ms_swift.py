@@ -10,7 +10,7 @@ COMMON = {
     "dataset": "pairs.jsonl", "val_dataset": "pairs.jsonl", "external_plugins": "gamma_swift.py",
     "model": "model", "model_type": "llama", "template": "dummy", "per_device_train_batch_size": 4,
     "max_steps": 12, "learning_rate": 3e-3, "lr_scheduler_type": "constant", "logging_steps": 1,
-    "eval_strategy": "steps", "eval_steps": 5, "save_strategy": "no", "torch_dtype": "float32",
+    "eval_strategy": "steps", "eval_steps": 5, "save_steps": 12, "torch_dtype": "float32",
     "report_to": "none", "use_cpu": True, "output_dir": "out", "add_version": False,
     "dataset_num_proc": 1, "dataloader_num_workers": 0, "load_from_cache_file": False,
 }  # fmt: skip
@@ -43,7 +43,7 @@ def run(folder):
         environment = {"NPROC_PER_NODE": str(ranks)} if ranks > 1 else {}
         replay.start(here, ["swift", "rlhf", "config.yaml"], **environment)
         yield replay.compare(
-            here, name, replay.logged_by_transformers(here / "out"), ranks=ranks,
+            here, name, ranks=ranks,
             accumulated=accumulated, beta=options["beta"], **pages.SETTING,
             reference=options["rlhf_type"] == "dpo",
         )  # fmt: skip
