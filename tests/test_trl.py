@@ -63,8 +63,9 @@ def make(model, data, tmp_path):
     """Build a trainer of a class with a config: one thread, SGD, a log at each step."""
 
     def make(
-        trainer, config, *, peft=False, out="out", train_dataset=data, eval_dataset=None, **options
-    ):
+        trainer, config, *, model=model, peft=False, out="out", train_dataset=data,
+        eval_dataset=None, **options,
+    ):  # fmt: skip
         options = {
             "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "max_steps": 6,
             "per_device_train_batch_size": 4, "per_device_eval_batch_size": 48,
@@ -82,7 +83,7 @@ def make(model, data, tmp_path):
             args=config(str(tmp_path / out), **options),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=transformers.AutoTokenizer.from_pretrained(model),
+            processing_class=transformers.AutoProcessor.from_pretrained(model),
             **extra,
         )
 
@@ -144,6 +145,24 @@ def test_with_a_large_tau_the_curve_is_trl_s_own(make, family, variant):
     np.testing.assert_allclose(curve(ours, "gamma/mean"), settings["gamma0"], rtol=1e-6)
     # Every micro-batch was pushed once, however often its activations were computed.
     assert stored(ours).numel() == 80
+
+
+def test_a_vision_model(make, tmp_path):
+    rows = datasets.Dataset.from_list(tiny_lm.vision_pairs(16))
+    targets = np.linspace(-1.0, 1.0, 16)
+    options = {"model": tiny_lm.build_vision(tmp_path / "vision"), "train_dataset": rows}
+    ours = make(GammaDPOTrainer, GammaDPOConfig, tau=1e12, **options)
+    theirs = make(DPOTrainer, DPOConfig, **options)
+    for peer in (ours, theirs):
+        peer.train()
+    assert np.ptp(curve(ours)) > 0.01
+    np.testing.assert_allclose(curve(ours), curve(theirs), rtol=2e-5)
+    options |= {"train_dataset": rows.add_column("margin", targets), "max_steps": 1}
+    ours = make(GammaDPOTrainer, GammaDPOConfig, per_device_train_batch_size=16, **options)
+    ours.train()
+    np.testing.assert_allclose(
+        sorted(stored(ours)), targets, atol=1e-5
+    )  # -m, as policy = reference
 
 
 def reference_logps(model, rows, average):
