@@ -63,8 +63,9 @@ def make(model, data, tmp_path):
     """Build a trainer of a class with a config: one thread, SGD, a log at each step."""
 
     def make(
-        trainer, config, *, peft=False, out="out", train_dataset=data, eval_dataset=None, **options
-    ):
+        trainer, config, *, model=model, peft=False, out="out", train_dataset=data,
+        eval_dataset=None, **options,
+    ):  # fmt: skip
         options = {
             "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "max_steps": 6,
             "per_device_train_batch_size": 4, "per_device_eval_batch_size": 48,
@@ -82,7 +83,7 @@ def make(model, data, tmp_path):
             args=config(str(tmp_path / out), **options),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=transformers.AutoTokenizer.from_pretrained(model),
+            processing_class=transformers.AutoProcessor.from_pretrained(model),
             **extra,
         )
 
@@ -144,6 +145,24 @@ def test_with_a_large_tau_the_curve_is_trl_s_own(make, family, variant):
     np.testing.assert_allclose(curve(ours, "gamma/mean"), settings["gamma0"], rtol=1e-6)
     # Every micro-batch was pushed once, however often its activations were computed.
     assert stored(ours).numel() == 80
+
+
+def test_a_vision_model(make, tmp_path):
+    rows = datasets.Dataset.from_list(tiny_lm.vision_pairs(16))
+    targets = np.linspace(-1.0, 1.0, 16)
+    options = {"model": tiny_lm.build_vision(tmp_path / "vision"), "train_dataset": rows}
+    ours = make(GammaDPOTrainer, GammaDPOConfig, tau=1e12, **options)
+    theirs = make(DPOTrainer, DPOConfig, **options)
+    for peer in (ours, theirs):
+        peer.train()
+    assert np.ptp(curve(ours)) > 0.01
+    np.testing.assert_allclose(curve(ours), curve(theirs), rtol=2e-5)
+    options |= {"train_dataset": rows.add_column("margin", targets), "max_steps": 1}
+    ours = make(GammaDPOTrainer, GammaDPOConfig, per_device_train_batch_size=16, **options)
+    ours.train()
+    np.testing.assert_allclose(
+        sorted(stored(ours)), targets, atol=1e-5
+    )  # -m, as policy = reference
 
 
 def reference_logps(model, rows, average):
@@ -287,40 +306,70 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make, family):
     assert not np.array_equal(curve(without), curve(whole))
 
 
+@pytest.fixture
+def two_ranks(model, tmp_path):
+    """Train in two processes; return what both report."""
+
+    def two_ranks(trainer, options, resume=None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        work = {"family": trainer.__name__, "model": model, "out": str(tmp_path)}
+        work |= {"options": options, "resume": resume}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-W", "ignore", str(Path(__file__).with_name("trl_rank.py"))],
+                env=os.environ
+                | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                | {"OMP_NUM_THREADS": "1", "WORK": json.dumps(work)},
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for rank in (0, 1)
+        ]  # fmt: skip
+        outputs = [process.communicate(timeout=240)[0] for process in ranks]
+        assert [process.returncode for process in ranks] == [0, 0], outputs
+        return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+    return two_ranks
+
+
+def assert_same_run(alone, history, queue):
+    expected = [row for row in alone.state.log_history if "loss" in row]
+    history = [row for row in history if "loss" in row]
+    assert len(expected) == len(history) == 6
+    for row, other in zip(expected, history, strict=True):
+        for name in row:
+            if name.startswith(("loss", "gamma/", "rewards/", "logps/")):
+                assert other[name] == pytest.approx(row[name], rel=1e-4, abs=1e-4), name
+    np.testing.assert_allclose(sorted(queue), sorted(stored(alone)), atol=1e-4)
+
+
 @FAMILIES
-def test_two_ranks_equal_one(make, model, data, family, tmp_path):
+def test_two_ranks_equal_one(make, two_ranks, family):
     trainer, config, settings = family
     settings = {**settings, "tau": 0.3, "gradient_accumulation_steps": 2}
     alone = make(trainer, config, **settings, per_device_train_batch_size=4)
     alone.train()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    work = {"family": trainer.__name__, "model": model, "out": str(tmp_path), "options": settings}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(Path(__file__).with_name("trl_rank.py"))],
-            env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            | {"OMP_NUM_THREADS": "1", "WORK": json.dumps(work)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=240)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], outputs
-    result = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    history = result[0]["history"]
-    expected = [row for row in alone.state.log_history if "loss" in row]
-    assert len(expected) == 6
-    for row, other in zip(expected, history, strict=False):
-        for name in row:
-            if name.startswith(("loss", "gamma/", "rewards/", "logps/")):
-                assert other[name] == pytest.approx(row[name], rel=1e-4, abs=1e-4), name
+    result = two_ranks(trainer, settings)
     # One queue, the same on both ranks, with the gaps of both.
     assert result[0]["queue"] == result[1]["queue"]
-    np.testing.assert_allclose(sorted(result[0]["queue"]), sorted(stored(alone)), atol=1e-4)
+    assert_same_run(alone, result[0]["history"], result[0]["queue"])
+
+
+def test_resuming_with_another_number_of_processes(make, two_ranks, tmp_path):
+    trainer, config, settings = DPO
+    settings = {**settings, "tau": 0.3, "save_strategy": "steps", "save_steps": 3}
+    alone = make(trainer, config, **settings)
+    alone.train()
+    from_one = two_ranks(trainer, settings, str(tmp_path / "out" / "checkpoint-3"))
+    assert from_one[0]["queue"] == from_one[1]["queue"]
+    assert_same_run(alone, from_one[0]["history"], from_one[0]["queue"])
+
+    two_ranks(trainer, settings)
+    resumed = make(trainer, config, **settings, out="resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same_run(alone, resumed.state.log_history, stored(resumed).tolist())
 
 
 def test_a_response_truncated_to_nothing_takes_no_part_dpo(make):
@@ -391,6 +440,28 @@ def test_trl_s_own_configs_do(make):
 def test_options_that_dpo_does_not_support(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(GammaDPOTrainer, GammaDPOConfig, **options)
+
+
+def test_liger_s_loss_is_refused_with_a_way_out(make, monkeypatch):
+    monkeypatch.setattr(DPOTrainer, "_compute_loss_liger", None, raising=False)  # TRL before 1.15
+    message = r"use_liger_kernel must be False .*\(fused_linear_cross_entropy=False\).* TRL 1\.15"
+    with pytest.raises(ValueError, match=message):
+        make(GammaDPOTrainer, GammaDPOConfig, use_liger_kernel=True)
+
+
+@FAMILIES
+def test_trackers_are_given_the_gamma_metrics(make, data, family):
+    class Tracker(transformers.TrainerCallback):  # as report_to="tensorboard" adds one
+        def on_log(self, args, state, control, logs=None, **_):
+            names.update(logs)
+
+    names = set()
+    trainer, config, settings = family
+    trainer = make(trainer, config, **settings, eval_dataset=data, max_steps=1)
+    trainer.add_callback(Tracker())
+    trainer.train()
+    trainer.evaluate()
+    assert {"gamma/kl", "gamma/min", "gamma/residual", "eval_gamma/kl"} <= names
 
 
 @pytest.mark.parametrize("options", [{"loss_type": "hinge"}, {"alpha": 0.5}], ids=str)

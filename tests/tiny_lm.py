@@ -31,6 +31,58 @@ def build(folder):
     return str(folder)
 
 
+def build_vision(folder):
+    """Save a tiny random vision model with its processor under ``folder``."""
+    from transformers import (
+        AutoTokenizer,
+        CLIPImageProcessor,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(build(folder))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    template = (
+        "{% for message in messages %}{% for part in message['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else part['text'] }}"
+        "{% endfor %}{{ eos_token }}{% endfor %}"
+    )
+    size = {"height": 16, "width": 16}
+    LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size), tokenizer,
+        patch_size=8, num_additional_image_tokens=1, vision_feature_select_strategy="default",
+        chat_template=template,
+    ).save_pretrained(folder)  # fmt: skip
+    tiny = {"intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config={
+            "model_type": "clip_vision_model", "hidden_size": 16, "image_size": 16, "patch_size": 8,
+            **tiny,
+        },
+        text_config={
+            "model_type": "llama", "hidden_size": 32, "vocab_size": len(tokenizer),
+            "initializer_range": 0.3, **tiny,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-1,
+    )  # fmt: skip
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    return str(folder)
+
+
+def vision_pairs(count, seed=0):
+    """The same with an image, as messages."""
+    from PIL import Image
+
+    rng, rows = random.Random(seed), pairs(count, seed)
+    for row in rows:
+        for name, text in row.items():
+            role = "user" if name == "prompt" else "assistant"
+            row[name] = [{"role": role, "content": text}]
+        row["images"] = [Image.frombytes("RGB", (16, 16), rng.randbytes(3 * 16 * 16))]
+    return rows
+
+
 def pairs(count, seed=0):
     """Pairs that can be learned: the chosen response repeats the prompt's last word."""
     rng = random.Random(seed)

@@ -22,14 +22,14 @@ def main():
         args=config(
             work["out"], use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=6,
             per_device_train_batch_size=2, learning_rate=0.02, optim="sgd",
-            lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to=[],
-            disable_tqdm=True, **work["options"],
+            lr_scheduler_type="constant", logging_steps=1, report_to=[], disable_tqdm=True,
+            **{"save_strategy": "no", **work["options"]},
         ),
         train_dataset=datasets.Dataset.from_list(tiny_lm.pairs(48)),
         processing_class=transformers.AutoTokenizer.from_pretrained(work["model"]),
     )  # fmt: skip
     assert trainer.accelerator.num_processes == 2
-    trainer.train()
+    trainer.train(resume_from_checkpoint=work["resume"])
     gaps, mask = trainer.gamma_loss.queue.context()
     result = {"history": trainer.state.log_history, "queue": gaps[mask].tolist()}
     Path(work["out"], f"rank{os.environ['RANK']}.json").write_text(json.dumps(result))

@@ -245,7 +245,7 @@ class _GammaTrainer:
         if not os.path.isfile(path):
             warnings.warn(f"no {_QUEUE_FILE} in {checkpoint}: the queue starts empty", stacklevel=2)
             return
-        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         self.gamma_loss.load_state_dict(state)
 
 
@@ -299,6 +299,13 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
     def __init__(
         self, model: Any, ref_model: Any = None, args: DPOConfig | None = None, **kwargs: Any
     ) -> None:
+        if getattr(args, "use_liger_kernel", False) and hasattr(DPOTrainer, "_compute_loss_liger"):
+            raise ValueError(
+                "use_liger_kernel must be False for γ-DPO before TRL 1.15: Liger's loss sees one "
+                "pair at a time, margins need all. Liger's other kernels remain: call its "
+                "apply_liger_kernel_to_llama(fused_linear_cross_entropy=False), or that of your "
+                "model, before the model is made, or use TRL 1.15, which takes no loss from Liger"
+            )
         super().__init__(model, ref_model, args, **kwargs)
         args = self.args
         for name, only in (
@@ -306,8 +313,6 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
         ):  # fmt: skip
             if getattr(args, name) != only:
                 raise ValueError(f"{name} must be {only!r} for γ-DPO, got {getattr(args, name)!r}")
-        if getattr(self, "use_liger_kernel", False):  # before TRL 1.15
-            raise ValueError("use_liger_kernel must be False: Liger's loss sees one pair at a time")
         own = ("sigmoid", "sigmoid_norm", "robust")
         places = [i for i, name in enumerate(args.loss_type) if name in own]
         if len(places) != 1:
