@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import NormalDist
@@ -575,9 +576,9 @@ def _inline(figure: Any, description: str) -> str:
 
 
 def _element(svg: str, description: str) -> str:
-    """Black ink becomes the colour of the text, white paper goes."""
+    """Black ink becomes the colour of the text; white paper and the groups' names go."""
     svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
-    svg = svg.replace("fill: #ffffff", "fill: none")
+    svg = re.sub('<g id="[^"]*">', "<g>", svg.replace("fill: #ffffff", "fill: none"))
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
     return "<figure>" + "".join(svg.splitlines()) + "</figure>"
 

@@ -37,7 +37,7 @@ NAME = re.compile(r"(?<!<b>)<code>(\w+)</code>")
 
 # What TeX spaces otherwise than a browser does what the converter makes of it.
 SPACING = {
-    r"<mi>(log)</mi>": r'<mo lspace="0.17em" rspace="0.17em">\1</mo>',
+    r"<mi>(log|tanh|sinh|cosh)</mi>": r'<mo lspace="0.17em" rspace="0.17em">\1</mo>',
     r"((?:&#x00028;|&#x0003D;)</mo>)<mo>&#x02212;": r'\1<mo form="prefix">&#x02212;',
     r"<mo>(&#x0221E;)</mo>": r"<mi>\1</mi>",
     r'<mo(?: stretchy="false")?>(&#x0007C;)</mo>': r'<mo lspace="0" rspace="0">\1</mo>',

@@ -328,19 +328,19 @@ def report(runs: dict[str, Run], flipped: Tensor, args: argparse.Namespace) -> s
         gaps, margins = run.gaps[-1], run.margins[-1]
         if flipped.any():
             wrong, right = margins[flipped].mean(), margins[~flipped].mean()
-            before, after = (
-                contrast(weights, flipped)
-                for weights in (torch.sigmoid(-gaps), run.pair_weights[-1])
-            )
-            word = "harder" if after > before else "less"
-            if abs(after / before - 1) < 0.01:
-                word = "about as hard as without"
+            ratio = contrast(run.pair_weights[-1], flipped)
             lines += [
                 f"- Flipped pairs ended with a mean margin of {wrong:.2f}, clean ones {right:.2f}.",
-                f"- Flipped pairs pull {after:.2f} times as hard as clean ones; without margins, "
-                f"on the same",
-                f"  gaps, it would be {before:.2f}: here margins let wrong labels pull {word}.",
+                f"- Under γ-DPO flipped pairs pull {ratio:.2f} times as hard as clean ones.",
             ]
+            others = {"Without margins, on the same gaps": torch.sigmoid(-gaps)}
+            if "dpo" in runs:
+                others["In the run of DPO"] = runs["dpo"].pair_weights[-1]
+            for name, weights in others.items():
+                other = contrast(weights, flipped)
+                word = "less hard" if other < ratio else "harder"
+                word = word if abs(other / ratio - 1) > 0.01 else "about as hard"
+                lines.append(f"  {name} they pull {other:.2f} times as hard: {word}.")
         match = matched(gaps, args)
         lines += [
             f"- γ-DPO's pair weights are those of DPO with {match.beta_factor:.2f} times the beta "

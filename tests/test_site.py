@@ -1,0 +1,136 @@
+"""The site builds without a warning, its links lead somewhere, and a browser has nothing to say."""
+
+import functools
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urljoin, urlsplit
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+URL = "https://example.org/gamma/"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("material", reason="needs the extra docs")
+    pytest.importorskip("mkdocstrings")
+    folder = tmp_path_factory.mktemp("site")
+    subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", folder],
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1", "SITE_URL": URL}, cwd=ROOT, check=True,
+    )  # fmt: skip
+    return folder
+
+
+def pages(site):
+    """The address of each page, from that of the site: "" or "api/losses/"."""
+    folders = [file.parent.relative_to(site) for file in site.rglob("index.html")]
+    return sorted(f"{folder.as_posix()}/" if folder.name else "" for folder in folders)
+
+
+class Page(HTMLParser):
+    """Collects what a page links to, and what can be linked to in it."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.links, self.ids = set(), set()
+        self.feed(file.read_text("utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        for name, value in attributes:
+            if name in ("href", "src", "xlink:href"):
+                self.links.add(value)
+            elif name == "id":
+                self.ids.add(value)
+
+
+def test_every_link_leads_to_a_page_and_a_place_on_it(site):
+    found = {page: Page(site / page / "index.html") for page in pages(site)}
+    assert len(found) > 20
+    broken = []
+    for page, parsed in found.items():
+        for link in parsed.links:
+            address, place = urldefrag(urljoin(URL + page, link))
+            if not address.startswith(URL):
+                assert urlsplit(address).scheme in ("https", "data"), link
+                continue
+            path = unquote(address.removeprefix(URL))
+            there = site / path / "index.html" if path.endswith("/") or not path else site / path
+            target = found.get(path)
+            if not there.is_file() or (place and target and unquote(place) not in target.ids):
+                broken.append((page, link))
+    assert not broken
+
+
+def test_the_sitemap_has_every_page(site):
+    listed = re.findall("<loc>(.*?)</loc>", (site / "sitemap.xml").read_text("utf-8"))
+    assert {URL + page for page in pages(site)} <= set(listed)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if not program:
+        pytest.skip("needs chromium")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Quiet, directory=site)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_no_page_says_anything_to_the_console_or_is_wider_than_the_window(
+    site, browser, address, scheme, width
+):
+    context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
+    said = []
+    for path in pages(site):
+        page = context.new_page()
+        page.on("console", lambda message, path=path: said.append((path, message.text)))
+        page.on("pageerror", lambda error, path=path: said.append((path, str(error))))
+        page.on("requestfailed", lambda request, path=path: said.append((path, request.url)))
+        page.goto(f"{address}/{path}")
+        if page.evaluate("document.documentElement.scrollWidth > window.innerWidth"):
+            said.append((path, "wider than the window"))
+        page.close()
+    context.close()
+    assert not said
+
+
+def test_what_is_copied_has_no_prompts(browser, address):
+    page = browser.new_page()
+    page.goto(address + "/quickstart/")
+    copied = page.evaluate(
+        """() => {
+            const code = [...document.querySelectorAll("code")].find(
+                each => each.innerText.startsWith(">>> import numpy"));
+            code.setAttribute("data-md-copying", "");
+            return code.innerText;
+        }"""
+    )
+    page.close()
+    assert copied.startswith("import numpy as np\n")
+    assert ">>>" not in copied
+    assert "0.4538" not in copied
