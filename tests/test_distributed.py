@@ -169,12 +169,12 @@ def test_the_contexts_of_all_ranks_join_the_pool(ranks, limit):
 def test_every_rank_issues_the_same_collectives_and_only_small_ones_above_the_limit(ranks, setting):
     gaps = work.pool(16)
     gaps[3:] = np.nan
-    for limit, largest in ((GATHER, 13), (REDUCE, 4)):
+    for limit, sizes in ((GATHER, {13}), (REDUCE, {2, 3})):  # of a collective, at most
         logs = ranks.run(
             3, work.collectives, work.sharded_loss, (3, 0, 13), setting, gaps, gather_limit=limit
         )
         assert logs[0] == logs[1] == logs[2]
-        assert max(size for _, size in logs[0]) == largest
+        assert max(size for _, size in logs[0]) in sizes
 
 
 @pytest.mark.parametrize("setting", [(4.0, 0.1), (3.0, 0.5), (50.0, 1.0)])

@@ -61,11 +61,7 @@ class _QueuedLoss(torch.nn.Module):
     ) -> tuple[torch.Tensor, GammaLossAux]:
         _checks.tensors(**arguments)
         again = self.training and _is_recomputation()
-        ranks = self.group  # every rank holds the whole queue and contributes a part
-        if ranks is not None:
-            size = self.queue.capacity if self.queue is not None else 0
-            ranks = distributed.Ranks(ranks, queue_size=size, training=self.training)
-        context, beside = None, {}
+        ranks, context, beside = self._ranks(), None, {}
         if self.queue is not None:
             name, first = next(iter(arguments.items()))
             if first.device != self.queue.gaps.device:
@@ -74,30 +70,39 @@ class _QueuedLoss(torch.nn.Module):
                     f".to() changes, got {first.device}"
                 )
             context = self._context if again and self._context is not None else self.queue.context()
-            gaps, filled = context
-            if ranks is not None:
-                gaps, filled = ranks.share(gaps), ranks.share(filled)
+            gaps, filled = context if ranks is None else map(ranks.share, context)
             beside = {"context": gaps, "context_mask": filled}
         loss, aux = self._function(**arguments, mask=mask, group=ranks, **beside, **self.settings)
-        if not self.training or again:
-            return loss, aux
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
+        if self.training and not again:
+            self._remember(aux, context, ranks)
+        return loss, aux
+
+    def _ranks(self) -> distributed.Ranks | None:
+        """Return who shares the pool: every rank holds the whole queue and contributes a part."""
+        if self.group is None:
+            return None
+        size = 0 if self.queue is None else self.queue.capacity
+        return distributed.Ranks(self.group, queue_size=size, training=self.training)
+
+    def _remember(
+        self, aux: GammaLossAux, context: QueueState | None, ranks: distributed.Ranks | None
+    ) -> None:
+        """Push the gaps of a training forward, and count it."""
+        watched = False
+        if not torch.compiler.is_compiling():
             self._context = context
             self._unwatched -= 1
-        watched = not compiling and self._unwatched == 0
-        if self.queue is not None or watched:
-            pushed = torch.where(aux.mask, aux.reward_gaps, torch.nan)
-            if ranks is not None:
-                ranks.size(pushed)
-                pushed = ranks.gather(pushed)
-            if self.queue is not None:
-                self.queue.push(pushed)
-            if watched and (ranks is None or ranks.rank == 0):
-                self._warn_if_idle(
-                    pushed if self.queue is None else self.queue.gaps[self.queue.mask]
-                )
-        return loss, aux
+            watched = self._unwatched == 0
+        if self.queue is None and not watched:
+            return
+        gaps = torch.where(aux.mask, aux.reward_gaps, torch.nan)
+        if ranks is not None:
+            ranks.size(gaps)
+            gaps = ranks.gather(gaps)
+        if self.queue is not None:
+            self.queue.push(gaps)
+        if watched and (ranks is None or ranks.rank == 0):
+            self._warn_if_idle(gaps if self.queue is None else self.queue.gaps[self.queue.mask])
 
     def _warn_if_idle(self, pool: torch.Tensor) -> None:
         gaps = pool[pool.isfinite()].double().cpu().numpy()
