@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gamma_loss import _checks, _pool, _solver
 from gamma_loss._arrays import Array, is_jax, is_torch, solver_namespace, total
 from gamma_loss._pool import Problem, Solution, as_part, assemble, deliver, weights_of
-from gamma_loss._spread import GATHER_LIMIT, WHOLE, Parts, Spread
+from gamma_loss._spread import GATHER_LIMIT, Parts
+
+if TYPE_CHECKING:
+    from gamma_loss._torch.distributed import Ranks
 
 IMPLEMENTATIONS = ("auto", "eager", "compile", "triton")
 
@@ -37,27 +40,39 @@ def solve(name: str, gaps: Array, problem: Problem) -> Solution:
     return TABLE[name](gaps, problem)
 
 
-def spread_over(gaps: Array, group: Any) -> Spread:
-    """Return what a pool adds that is spread over a group; of None, the pool in one piece."""
-    return WHOLE if group is None else _parts(gaps, group)
-
-
-def _parts(gaps: Array, group: Any) -> Parts:
-    if is_jax(gaps):
+def join(group: Any, gaps: Array, **settings: Any) -> Parts | None:
+    """Return a group as the parts of a pool, which have to agree on the settings."""
+    if group is not None and is_jax(gaps):
         from gamma_loss._mesh import Devices
 
         return Devices(group)
+    ranks = ranks_of(group, **settings)
+    if ranks and not is_torch(gaps):
+        raise TypeError(f"a group takes torch tensors, got {type(gaps).__name__}")
+    return ranks
+
+
+def ranks_of(group: Any, **settings: Any) -> Ranks | None:
+    """Return the ranks of a torch.distributed group, if there is one."""
+    if group is None:
+        return None
     from gamma_loss._torch.distributed import Ranks
 
-    return Ranks(group, gaps)
+    return Ranks(group, **settings)
+
+
+def fail(group: Any, error: Exception, numbers: int = 1) -> None:
+    """Tell the other ranks of a group, which wait for so many numbers, of an error."""
+    if not isinstance(group, str) and (ranks := ranks_of(group)):  # a mesh runs one program
+        ranks.exchange(*[0] * numbers, failed=error)
 
 
 def _in_parts(gaps: Array, problem: Problem) -> Solution:
     """Gather the parts of a small pool; of a large one exchange sums only."""
-    xp, parts = solver_namespace(gaps), _parts(gaps, problem.group)
+    xp, parts = solver_namespace(gaps), problem.group
     gamma0, tau = problem.gamma0, problem.tau
     pool = as_part(assemble(gaps, problem.beside))
-    if parts.size(pool.gaps, gamma0, tau) <= GATHER_LIMIT:
+    if parts.size(pool.gaps, gamma0=gamma0, tau=tau) <= GATHER_LIMIT:
         # Those inside are finite, so NaN can say which are not.
         whole = assemble(parts.gather(xp.where(pool.inside, pool.gaps, float("nan"))))
         margins, *numbers = _solver.solve(whole.gaps, weights_of(whole), gamma0, tau)

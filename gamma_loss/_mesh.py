@@ -34,7 +34,7 @@ class Devices:
         both = jax.lax.pmax(jnp.stack([-least, largest]), self.axis)
         return -both[0], both[1]
 
-    def size(self, gaps: Array, *_: float) -> int:
+    def size(self, gaps: Array, **_: Any) -> int:
         """Return how many gaps there are; one program has one dtype and one setting."""
         self.shard = gaps.shape[0]
         return int(self.shard * self.parts)

@@ -6,7 +6,7 @@ all that it takes to solve one problem over many parts.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from gamma_loss._arrays import Array, total
 
@@ -29,7 +29,7 @@ class Spread(Protocol):
 class Parts(Spread, Protocol):
     """A group whose members each have a part."""
 
-    def size(self, gaps: Array, *settings: float) -> int:
+    def size(self, gaps: Array, **settings: Any) -> int:
         """Return how many gaps all parts have, once all agree on dtype and settings."""
 
     def gather(self, values: Array) -> Array:

@@ -16,6 +16,7 @@ from gamma_loss._loss import (
     tilt_of,
 )
 from gamma_loss._pool import Beside, check
+from gamma_loss._spread import WHOLE
 
 __all__ = [
     "GammaLossAux",
@@ -370,15 +371,23 @@ def _gamma_loss(
 
     ``logps`` has the argument names of its arrays: gaps alone; chosen, rejected; and references.
     """
-    beta = _checks.number("beta", beta, above=0)
-    _checks.choice("reduction", reduction, REDUCTIONS)
-    tilt, centered = tilt_of(label_smoothing, robust), _checks.flag("centered", centered)
-    xp = _checks.real(**logps)
-    _checks.pairs(group is not None, **logps)
-    name, first = next(iter(logps.items()))
-    problem = check(name, first, beside, gamma0=gamma0, tau=tau, group=group)
-    settings = LossSettings(beta, problem.gamma0, problem.tau, tilt, centered, reduction)
-    impl = _dispatch.choose(impl, first, problem)
+    try:
+        beta = _checks.number("beta", beta, above=0)
+        _checks.choice("reduction", reduction, REDUCTIONS)
+        tilt, centered = tilt_of(label_smoothing, robust), _checks.flag("centered", centered)
+        xp = _checks.real(**logps)
+        _checks.pairs(group is not None, **logps)
+        name, first = next(iter(logps.items()))
+        parts = _dispatch.join(
+            group, first, beta=beta, centered=centered, reduction=reduction,
+            label_smoothing=float(label_smoothing), robust=robust,
+        )  # fmt: skip
+        problem = check(name, first, beside, gamma0=gamma0, tau=tau, group=parts)
+        settings = LossSettings(beta, problem.gamma0, problem.tau, tilt, centered, reduction)
+        impl = _dispatch.choose(impl, first, problem)
+    except Exception as error:
+        _dispatch.fail(group, error)
+        raise
     if impl == "triton":
         from gamma_loss._torch import operators
 
@@ -395,5 +404,5 @@ def _gamma_loss(
             problem.beside.mask,
             settings,
             solve=lambda gaps: _dispatch.solve(impl, gaps, problem),
-            spread=_dispatch.spread_over(first, group),
+            spread=problem.group or WHOLE,
         )

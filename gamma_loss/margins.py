@@ -90,7 +90,7 @@ def solve_margins(
         The ranks that share the pool (``torch.distributed.group.WORLD`` is all). Each rank gives
         its own gaps and context, as many as it has or none, and gets its own margins of the one
         problem over all of them. All ranks of the group call this together, with the same settings
-        and dtype. Up to 131,072 gaps are gathered; of more only sums are exchanged, at each Newton
+        and dtype; where they differ, or one rank refuses its arguments, all raise an error. Up to 131,072 gaps are gathered; of more only sums are exchanged, at each Newton
         pass of a mild setting or each level of another. Numbers are read on the host: how many gaps
         the ranks have and, where levels are exchanged, their sums. Solved as "eager" does: no other
         `impl` goes with a group. For JAX arrays inside shard_map: the name of a mesh axis, whose
@@ -135,8 +135,13 @@ def solve_margins(
     >>> bool(solution.residual < 1e-12)
     True
     """
-    _, (gaps,) = _checks.floats(reward_gaps=reward_gaps)
-    _checks.pairs(group is not None, reward_gaps=gaps)
-    beside = Beside(mask, context, context_mask)
-    problem = check("reward_gaps", gaps, beside, gamma0=gamma0, tau=tau, group=group)
-    return MarginSolution(*_dispatch.solve(_dispatch.choose(impl, gaps, problem), gaps, problem))
+    try:
+        _, (gaps,) = _checks.floats(reward_gaps=reward_gaps)
+        _checks.pairs(group is not None, reward_gaps=gaps)
+        beside, parts = Beside(mask, context, context_mask), _dispatch.join(group, gaps)
+        problem = check("reward_gaps", gaps, beside, gamma0=gamma0, tau=tau, group=parts)
+        impl = _dispatch.choose(impl, gaps, problem)
+    except Exception as error:
+        _dispatch.fail(group, error)
+        raise
+    return MarginSolution(*_dispatch.solve(impl, gaps, problem))

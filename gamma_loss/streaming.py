@@ -13,14 +13,14 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from gamma_loss import _checks, _solver
+from gamma_loss import _checks, _dispatch, _solver
 from gamma_loss._level import Level, certify, first_guess, first_level, level_step, side_of
-from gamma_loss._spread import WHOLE
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 _BLOCK = 2**14  # gaps that are settled at a time: what their intermediate results need fits caches
 _MOST = 100  # levels, which no pool comes near
+_NUMBERS = 6  # four sums and two extremes, which go from level to level
 _EPS = float(np.finfo(np.float64).eps)
 
 
@@ -101,8 +101,8 @@ def solve_margins_streaming(
     gamma0, tau : float
         See `solve_margins`.
     group : torch.distributed.ProcessGroup, optional
-        The ranks that share the pool, each with chunks of its own or none; of a backend that
-        takes numbers on the host, such as gloo. Each pass is two collectives of a few numbers.
+        The ranks that share the pool, each with chunks of its own or none. Each pass is one
+        collective of a few numbers, which tells as well whether a rank has failed.
 
     Returns
     -------
@@ -126,22 +126,27 @@ def solve_margins_streaming(
     >>> rule.residual < 1e-12
     True
     """
-    gamma0 = _checks.number("gamma0", gamma0, least=0)
-    tau = _checks.number("tau", tau, above=0)
-    if not hasattr(chunks, "__iter__") or iter(chunks) is chunks:
-        raise TypeError(f"chunks must be readable several times, got {type(chunks).__name__}")
-    a, spread = gamma0 / tau, WHOLE
-    if group is not None:
-        from gamma_loss._torch.distributed import HostRanks
-
-        spread = HostRanks(group)
+    try:
+        gamma0 = _checks.number("gamma0", gamma0, least=0)
+        tau = _checks.number("tau", tau, above=0)
+        if not hasattr(chunks, "__iter__") or iter(chunks) is chunks:
+            raise TypeError(f"chunks must be readable several times, got {type(chunks).__name__}")
+    except Exception as failure:
+        _dispatch.fail(group, failure, _NUMBERS)
+        raise
+    a, ranks = gamma0 / tau, _dispatch.ranks_of(group, gamma0=gamma0, tau=tau)
 
     def read_all(look: Callable[[Floats], tuple[float, ...]]) -> tuple[float, ...]:
         """Return four sums and two extremes of what a look at each block tells."""
-        columns = list(zip(*map(look, _blocks(chunks)), strict=True)) or [()] * 6
+        try:
+            columns = list(zip(*map(look, _blocks(chunks)), strict=True)) or [()] * _NUMBERS
+        except Exception as failure:
+            _dispatch.fail(group, failure, _NUMBERS)
+            raise
         least, largest = min(columns[4], default=math.inf), max(columns[5], default=-math.inf)
-        sums = spread.sums(*map(math.fsum, columns[:4]))
-        return *sums, *spread.extremes(least, largest)
+        mine = [*map(math.fsum, columns[:4]), least, largest]
+        *sums, lows, highs = zip(*(ranks.exchange(*mine) if ranks else [mine]), strict=True)
+        return *map(math.fsum, sums), min(lows), max(highs)
 
     pairs, total, top, bottom, least, largest = read_all(lambda gaps: _survey(gaps, gamma0, a))
     if not pairs:

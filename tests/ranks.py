@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import traceback
 from datetime import timedelta
 from functools import partial
@@ -136,18 +137,49 @@ def collectives(group, task, *arguments):
     return log
 
 
-def refused(group, setting_of):
-    """The error that this rank raises where the ranks' settings differ."""
+def refused(group, name, of_rank):
+    """What a call with this rank's gaps and arguments ends in: an error, or None."""
     import torch
     import torch.distributed as dist
 
-    from gamma_loss import solve_margins
+    import gamma_loss
 
-    setting, dtype = setting_of[dist.get_rank(group)]
+    gaps, given = of_rank[dist.get_rank(group)]
+    function, given = getattr(gamma_loss, name), dict(given)
+    dtype = getattr(torch, given.pop("dtype", "float64"))
+    arrays = [torch.tensor(gaps, dtype=dtype)] if isinstance(gaps, list) else []
     try:
-        solve_margins(torch.zeros(3, dtype=getattr(torch, dtype)), group=group, **setting)
-    except ValueError as error:
-        return str(error)
+        if isinstance(function, type):
+            training = given.pop("training", True)
+            function(group=group, **given).train(training)(*arrays)
+        elif name == "solve_margins_streaming":
+            function(gaps, group=group, **given)
+        else:
+            function(*arrays * (2 if "beta" in given else 1), group=group, **given)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+class FailsLater:
+    """Chunks that can be read once."""
+
+    def __init__(self):
+        self.readings = 0
+
+    def __iter__(self):
+        self.readings += 1
+        if self.readings > 1:
+            raise OSError("no disk")
+        return iter([np.array([1.0, 2.0])])
+
+
+def outlived(group):
+    """What a solve ends in for a rank, of which the last one dies."""
+    import torch.distributed as dist
+
+    if dist.get_rank(group) == dist.get_world_size(group) - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return refused(group, "solve_margins", [([1.0], {"gamma0": 4.0, "tau": 10.0})] * 9)
 
 
 def train(group, engine, sizes, steps, setting, folder=None, resume=False):

@@ -191,9 +191,9 @@ def test_few_collectives_outside_mild_settings(ranks, setting):
 
 @pytest.mark.parametrize(
     ("way", "collectives", "sent"),
-    # A header of four float64; then 8 gaps in float32, or sums: of two counts, of three passes (two
+    # A header of two float64; then 8 gaps in float32, or sums: of two counts, of three passes (two
     # each), of the mass, and two extremes.
-    [("gather", 2, 32 + 8 * 4), ("reduce", 8, 32 + (2 + 3 * 2 + 1 + 2) * 4)],
+    [("gather", 2, 16 + 8 * 4), ("reduce", 8, 16 + (2 + 3 * 2 + 1 + 2) * 4)],
 )
 def test_the_benchmark_counts_collectives_and_bytes(ranks, way, collectives, sent):
     benchmark = pytest.importorskip("benchmarks.distributed", reason="tqdm is not installed")
@@ -201,19 +201,84 @@ def test_the_benchmark_counts_collectives_and_bytes(ranks, way, collectives, sen
         assert found == {"collectives": collectives, "bytes_sent_by_a_rank": sent}
 
 
-def test_ranks_that_disagree_are_told(ranks):
-    first, second = (MILD, "float64"), (HARD, "float64")
-    errors = ranks.run(2, work.refused, [first, second])
-    assert (
-        errors[0]
-        == errors[1]
-        == (
-            "all ranks of the group must have the same (bits of dtype, gamma0, tau), "
-            "got [(64.0, 4.0, 10.0), (64.0, 4.0, 0.1)]"
-        )
-    )
-    errors = ranks.run(2, work.refused, [first, (MILD, "float32")])
-    assert "(32.0, 4.0, 10.0)" in errors[0]
+LOSS, MODULE = "gamma_preference_loss", "GammaPreferenceLoss"
+STREAMING = "solve_margins_streaming"
+SAME = "ValueError: all ranks of a group must have the same settings: "
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "first", "other"),
+    [
+        ("solve_margins", "tau", 10.0, 0.1),
+        ("solve_margins", "gamma0", 4.0, 0.0),
+        ("solve_margins", "dtype", "float64", "float32"),
+        ("gamma_simpo_loss", "beta", 1.0, 2.0),
+        (LOSS, "reduction", "mean", "sum"),
+        (LOSS, "centered", False, True),
+        (LOSS, "label_smoothing", 0.0, 0.1),
+        (LOSS, "robust", False, True),
+        (MODULE, "queue_size", 4, 8),
+        (MODULE, "queue_size", 4, 0),
+        (MODULE, "training", True, False),
+        (MODULE, "centered", False, True),
+        (STREAMING, "tau", 10.0, 0.1),
+        (STREAMING, "gamma0", 4.0, 0.0),
+    ],
+)
+def test_ranks_with_other_settings_are_told(ranks, function, name, first, other):
+    setting = MILD | ({"beta": 1.0} if function == "gamma_simpo_loss" else {})
+    gaps = [np.zeros(3)] if function == STREAMING else [1.0, 2.0, 3.0]
+    of_rank = [(gaps, setting | {name: value}) for value in (first, first, other)]
+    prefix = "torch." if name == "dtype" else ""
+    first, other = (prefix + x if isinstance(x, str) else x for x in (first, other))
+    for error in ranks.run(3, work.refused, function, of_rank):
+        assert error == f"{SAME}{name} is {first!r} on rank 0 and {other!r} on 2"
+    assert ranks.run(3, work.refused, function, of_rank[:1] * 3) == [None] * 3  # it goes on
+
+
+def test_all_settings_that_differ_are_named(ranks):
+    of_rank = [([1.0], MILD), ([1.0], MILD | {"tau": 3.0, "reduction": "sum"})]
+    for error in ranks.run(2, work.refused, LOSS, of_rank):
+        assert "reduction is 'mean' on rank 0 and 'sum' on 1, tau is 10.0 on rank 0" in error
+
+
+WRONG = [
+    ("solve_margins", [[1.0]], {}, "ValueError: reward_gaps must be 1-D"),
+    ("solve_margins", [1.0], {"tau": -1.0}, "ValueError: tau must be"),
+    ("solve_margins", [1.0], {"impl": "triton"}, "ValueError: impl must be"),
+    (LOSS, [1.0], {"reduction": "max"}, "ValueError: reduction must be one of"),
+    (LOSS, [1.0], {"label_smoothing": 0.7}, "ValueError: label_smoothing must be"),
+    (MODULE, [1.0], {"gamma0": -1.0}, "ValueError: gamma0 must be"),
+    (STREAMING, [np.zeros((2, 2))], {}, "ValueError: chunks must be 1-D"),
+    (STREAMING, iter([]), {}, "TypeError: chunks must be readable"),
+    (STREAMING, [np.zeros(2)], {"gamma0": -1.0}, "ValueError: gamma0 must be"),
+    (STREAMING, work.FailsLater(), {}, "OSError: no disk"),
+]
+
+
+@pytest.mark.parametrize(("function", "gaps", "options", "message"), WRONG)
+def test_an_error_of_one_rank_reaches_the_others(ranks, function, gaps, options, message):
+    right = [np.array([-1.0, 3.0])] if function == STREAMING else [-1.0, 3.0]
+    of_rank = [(right, MILD), (gaps, MILD | options), (right, MILD)]
+    errors = ranks.run(3, work.refused, function, of_rank)
+    assert errors[1].startswith(message)
+    assert errors[0] == errors[2] == f"RuntimeError: rank 1 of the group failed: {errors[1]}"
+    assert ranks.run(3, work.refused, function, of_rank[:1] * 3) == [None] * 3
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_rank_that_dies_leaves_none_waiting(tmp_path, count):
+    processes = work.Ranks(tmp_path)
+    try:
+        for pipe in processes.pipes[:count]:
+            pipe.send((count, GATHER, work.outlived, ()))
+        for pipe in processes.pipes[: count - 1]:
+            assert pipe.poll(work.PATIENCE.seconds + 30)
+            failed, error = pipe.recv()
+            assert not failed, error
+            assert "Error: " in error
+    finally:
+        processes.close()
 
 
 def test_wrong_groups():

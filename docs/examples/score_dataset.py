@@ -320,8 +320,8 @@ def main() -> None:
                     f"{args.input}: none of its {gaps.size} gaps is finite: look at how the "
                     "log-probabilities were made"
                 ) from None
-            except OSError as error:  # the others are in a sum, which ends with this process
-                stop(error)
+            except RuntimeError as error:  # of another rank
+                raise WrongInput(error) from None
         with ranks.together():
             if ranks.rank == 0 or not npy:
                 at_end.callback(part_of(out).unlink, missing_ok=True)

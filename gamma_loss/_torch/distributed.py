@@ -1,11 +1,13 @@
 """A pool over the ranks of a torch.distributed group.
 
-Every rank issues the same collectives in the same order whatever its gaps, masks and settings are.
-Where a rank raises an error by itself, the others wait for it until the group's timeout.
+Every rank issues the same collectives in the same order, whatever its gaps and masks are. The first
+one tells as well whether all ranks have the same settings, and whether one has failed: then all
+raise an error.
 """
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
@@ -15,14 +17,15 @@ import torch.distributed as dist
 class Ranks:
     """The ranks of a group, each with gaps of its own or none."""
 
-    def __init__(self, group: Any, values: object) -> None:
+    def __init__(self, group: Any, **settings: Any) -> None:
+        if isinstance(group, Ranks):
+            group, settings = group.group, group.settings | settings
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(
                 f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}"
             )
-        if not isinstance(values, torch.Tensor):
-            raise TypeError(f"a group takes torch tensors, got {type(values).__name__}")
-        self.group = group
+        self.group: Any = group
+        self.settings: dict[str, Any] = settings
         self.rank, self.parts = dist.get_rank(group), dist.get_world_size(group)
         self.sizes: list[int] = []
 
@@ -40,19 +43,28 @@ class Ranks:
         dist.all_reduce(both, dist.ReduceOp.MAX, group=self.group)
         return -both[0], both[1]
 
-    def size(self, values: torch.Tensor, *settings: float) -> int:
-        """Return how many values all ranks have, once all agree on dtype and settings."""
-        mine = [values.shape[0], torch.finfo(values.dtype).bits, *settings]
-        header = torch.tensor(mine, dtype=torch.float64, device=values.device)
+    def exchange(self, *numbers: float, failed: Exception | None = None) -> list[list[float]]:
+        """Return the numbers of each rank, once all have the same settings and none has failed."""
+        digest = -1 if failed else zlib.crc32(repr(sorted(self.settings.items())).encode())
+        device = torch.device("cpu")
+        if device not in self.group._device_types:
+            device = self.group._device_types[0]
+        header = torch.tensor([*numbers, digest], dtype=torch.float64, device=device)
         headers = [torch.empty_like(header) for _ in range(self.parts)]
         dist.all_gather(headers, header, group=self.group)
         rows = torch.stack(headers).tolist()
-        if any(row[1:] != mine[1:] for row in rows):
-            raise ValueError(
-                "all ranks of the group must have the same (bits of dtype, gamma0, tau), "
-                f"got {[tuple(row[1:]) for row in rows]}"
-            )
-        self.sizes = [int(row[0]) for row in rows]
+        if any(row[-1] != digest or failed for row in rows):
+            everyone: list[Any] = [None] * self.parts
+            mine = f"{type(failed).__name__}: {failed}" if failed else self.settings
+            dist.all_gather_object(everyone, mine, group=self.group)
+            if not failed:
+                _explain(everyone)
+        return [row[:-1] for row in rows]
+
+    def size(self, gaps: torch.Tensor, **settings: Any) -> int:
+        """Return how many values all ranks have, once all agree on dtype and settings."""
+        self.settings |= settings | {"dtype": str(gaps.dtype)}
+        self.sizes = [int(size) for (size,) in self.exchange(gaps.shape[0])]
         return sum(self.sizes)
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
@@ -71,32 +83,21 @@ class Ranks:
         """Return the numbers: all ranks have computed the same."""
         return numbers
 
-
-class HostRanks(Ranks):
-    """The same for Python numbers, in a group whose backend takes tensors on the host."""
-
-    def __init__(self, group: Any) -> None:
-        super().__init__(group, torch.empty(0))
-
-    def sums(self, *parts: float) -> tuple[float, ...]:  # type: ignore[override]
-        """Return the sums over all ranks."""
-        total = super().sums(*torch.tensor(parts, dtype=torch.float64))
-        return tuple(each.item() for each in total)
-
-    def extremes(self, least: float, largest: float) -> tuple[float, float]:  # type: ignore[override]
-        """Return the minimum and maximum over all ranks."""
-        both = super().extremes(*torch.tensor([least, largest], dtype=torch.float64))
-        return both[0].item(), both[1].item()
+    def share(self, values: torch.Tensor) -> torch.Tensor:
+        """Return this rank's share of values that every rank holds."""
+        return values.tensor_split(self.parts)[self.rank]
 
 
-def gather(values: torch.Tensor, group: Any) -> torch.Tensor:
-    """Return the values of all ranks of a group, one rank after the other."""
-    ranks = Ranks(group, values)
-    ranks.size(values)
-    return ranks.gather(values)
-
-
-def share(values: torch.Tensor, group: Any) -> torch.Tensor:
-    """Return this rank's share of values that every rank holds."""
-    ranks = Ranks(group, values)
-    return values.tensor_split(ranks.parts)[ranks.rank]
+def _explain(everyone: list[Any]) -> None:
+    """Raise an error for the first rank that failed, or all settings that are not rank 0's."""
+    for rank, said in enumerate(everyone):
+        if isinstance(said, str):
+            raise RuntimeError(f"rank {rank} of the group failed: {said}")
+    names = dict.fromkeys(name for settings in everyone for name in settings)
+    differ = []
+    for name in names:
+        values = [settings.get(name, "not given") for settings in everyone]
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            differ.append(f"{name} is {values[0]!r} on rank 0 and {values[other]!r} on {other}")
+    raise ValueError(f"all ranks of a group must have the same settings: {', '.join(differ)}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gamma_loss import _checks
+from gamma_loss import _checks, _dispatch
 from gamma_loss._torch import distributed
 from gamma_loss.losses import (
     GammaLossAux,
@@ -60,24 +60,31 @@ class _QueuedLoss(torch.nn.Module):
     def _loss(
         self, mask: torch.Tensor | None, **arguments: torch.Tensor
     ) -> tuple[torch.Tensor, GammaLossAux]:
-        _checks.tensors(**arguments)
-        again = self.training and _is_recomputation()
-        context, beside = None, {}
-        if self.queue is not None:
+        ranks = None
+        if self.group is not None:
+            size = self.queue.capacity if self.queue is not None else 0
+            ranks = distributed.Ranks(self.group, queue_size=size, training=self.training)
+        try:
+            _checks.tensors(**arguments)
             name, first = next(iter(arguments.items()))
-            if first.device != self.queue.gaps.device:
+            if self.queue is not None and first.device != self.queue.gaps.device:
                 raise ValueError(
                     f"{name} must be on the device of the module, {self.queue.gaps.device}, which "
                     f".to() changes, got {first.device}"
                 )
+        except Exception as error:
+            _dispatch.fail(ranks, error)
+            raise
+        again = self.training and _is_recomputation()
+        context, beside = None, {}
+        if self.queue is not None:
             context = self._context if again and self._context is not None else self.queue.context()
             gaps, filled = context
-            if self.group is not None:  # every rank holds the whole queue and contributes a part
-                gaps = distributed.share(gaps, self.group)
-                filled = distributed.share(filled, self.group)
+            if ranks is not None:  # every rank holds the whole queue and contributes a part
+                gaps, filled = ranks.share(gaps), ranks.share(filled)
             beside = {"context": gaps, "context_mask": filled}
         loss, aux = self._function(
-            **arguments, mask=mask, group=self.group, **beside, **self.settings
+            **arguments, mask=mask, group=ranks, **beside, **self.settings
         )
         if not self.training or again:
             return loss, aux
@@ -88,11 +95,12 @@ class _QueuedLoss(torch.nn.Module):
         watched = not compiling and self._unwatched == 0
         if self.queue is not None or watched:
             pushed = torch.where(aux.mask, aux.reward_gaps, torch.nan)
-            if self.group is not None:
-                pushed = distributed.gather(pushed, self.group)
+            if ranks is not None:
+                ranks.size(pushed)
+                pushed = ranks.gather(pushed)
             if self.queue is not None:
                 self.queue.push(pushed)
-            if watched and (self.group is None or dist.get_rank(self.group) == 0):
+            if watched and (ranks is None or ranks.rank == 0):
                 self._warn_if_idle(
                     pushed if self.queue is None else self.queue.gaps[self.queue.mask]
                 )
