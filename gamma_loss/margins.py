@@ -90,10 +90,11 @@ def solve_margins(
         The ranks that share the pool (``torch.distributed.group.WORLD`` is all). Each rank gives
         its own gaps and context, as many as it has or none, and gets its own margins of the one
         problem over all of them. All ranks of the group call this together, with the same settings
-        and dtype; where they differ, or one rank refuses its arguments, all raise an error. Up to 131,072 gaps are gathered; of more only sums are exchanged, at each Newton
-        pass of a mild setting or each level of another. Numbers are read on the host: how many gaps
-        the ranks have and, where levels are exchanged, their sums. Solved as "eager" does: no other
-        `impl` goes with a group. For JAX arrays inside shard_map: the name of a mesh axis, whose
+        and dtype; where they differ, or one rank refuses its arguments, all raise an error. Up to
+        131,072 gaps are gathered; of more only sums are exchanged, at each Newton pass of a mild
+        setting or each level of another. Numbers are read on the host: how many gaps the ranks have
+        and, where levels are exchanged, their sums. Solved as "eager" does: no other `impl` goes
+        with a group. For JAX arrays inside shard_map: the name of a mesh axis, whose
         devices share the pool in the same way, without reading a number.
 
     Returns
