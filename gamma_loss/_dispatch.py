@@ -42,20 +42,19 @@ def solve(name: str, gaps: Array, problem: Problem) -> Solution:
 
 def join(group: Any, gaps: Array, **settings: Any) -> Parts | None:
     """Return a group as the parts of a pool, which have to agree on the settings."""
-    if group is not None and is_jax(gaps):
+    if group is None:
+        return None
+    if is_jax(gaps):
         from gamma_loss._mesh import Devices
 
         return Devices(group)
-    ranks = ranks_of(group, **settings)
-    if ranks and not is_torch(gaps):
+    if not is_torch(gaps):
         raise TypeError(f"a group takes torch tensors, got {type(gaps).__name__}")
-    return ranks
+    return ranks_of(group, **settings)
 
 
-def ranks_of(group: Any, **settings: Any) -> Ranks | None:
-    """Return the ranks of a torch.distributed group, if there is one."""
-    if group is None:
-        return None
+def ranks_of(group: Any, **settings: Any) -> Ranks:
+    """Return the ranks of a torch.distributed group."""
     from gamma_loss._torch.distributed import Ranks
 
     return Ranks(group, **settings)
@@ -63,8 +62,8 @@ def ranks_of(group: Any, **settings: Any) -> Ranks | None:
 
 def fail(group: Any, error: Exception, numbers: int = 1) -> None:
     """Tell the other ranks of a group, which wait for so many numbers, of an error."""
-    if not isinstance(group, str) and (ranks := ranks_of(group)):  # a mesh runs one program
-        ranks.exchange(*[0] * numbers, failed=error)
+    if hasattr(group, "rank"):  # of torch.distributed; all devices of a mesh run one program
+        ranks_of(group).exchange(*[0] * numbers, failed=error)
 
 
 def _in_parts(gaps: Array, problem: Problem) -> Solution:

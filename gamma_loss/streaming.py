@@ -134,7 +134,9 @@ def solve_margins_streaming(
     except Exception as failure:
         _dispatch.fail(group, failure, _NUMBERS)
         raise
-    a, ranks = gamma0 / tau, _dispatch.ranks_of(group, gamma0=gamma0, tau=tau)
+    a, ranks = gamma0 / tau, None
+    if group is not None:
+        ranks = _dispatch.ranks_of(group, gamma0=gamma0, tau=tau)
 
     def read_all(look: Callable[[Floats], tuple[float, ...]]) -> tuple[float, ...]:
         """Return four sums and two extremes of what a look at each block tells."""

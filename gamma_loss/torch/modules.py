@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gamma_loss import _checks
+from gamma_loss import _checks, _dispatch
 from gamma_loss._torch import distributed
 from gamma_loss.losses import (
     GammaLossAux,
@@ -59,16 +59,15 @@ class _QueuedLoss(torch.nn.Module):
     def _loss(
         self, mask: torch.Tensor | None, **arguments: torch.Tensor
     ) -> tuple[torch.Tensor, GammaLossAux]:
-        _checks.tensors(**arguments)
+        ranks = self._ranks()
+        try:
+            self._check(**arguments)
+        except Exception as error:
+            _dispatch.fail(ranks, error)
+            raise
         again = self.training and _is_recomputation()
-        ranks, context, beside = self._ranks(), None, {}
+        context, beside = None, {}
         if self.queue is not None:
-            name, first = next(iter(arguments.items()))
-            if first.device != self.queue.gaps.device:
-                raise ValueError(
-                    f"{name} must be on the device of the module, {self.queue.gaps.device}, which "
-                    f".to() changes, got {first.device}"
-                )
             context = self._context if again and self._context is not None else self.queue.context()
             gaps, filled = context if ranks is None else map(ranks.share, context)
             beside = {"context": gaps, "context_mask": filled}
@@ -76,6 +75,15 @@ class _QueuedLoss(torch.nn.Module):
         if self.training and not again:
             self._remember(aux, context, ranks)
         return loss, aux
+
+    def _check(self, **arguments: torch.Tensor) -> None:
+        _checks.tensors(**arguments)
+        name, first = next(iter(arguments.items()))
+        if self.queue is not None and first.device != self.queue.gaps.device:
+            raise ValueError(
+                f"{name} must be on the device of the module, {self.queue.gaps.device}, which "
+                f".to() changes, got {first.device}"
+            )
 
     def _ranks(self) -> distributed.Ranks | None:
         """Return who shares the pool: every rank holds the whole queue and contributes a part."""
