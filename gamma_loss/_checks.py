@@ -16,6 +16,8 @@ from gamma_loss._arrays import (
     not_plain,
 )
 
+STEEPEST = 1e9  # γ0 / τ of a margin problem
+
 
 def number(
     name: str,
@@ -45,6 +47,21 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
+
+
+def problem(gamma0: Any, tau: Any) -> tuple[float, float]:
+    """Return the two settings of a margin problem.
+
+    Within these bounds nothing that a solver computes of them leaves the range of float32: γ0 / τ,
+    κ = γ0² / τ, the squares of margins, gaps / γ0. And log γ0 has as many digits behind the point
+    as the certificate of a mild setting takes for granted.
+    """
+    gamma0, tau = number("gamma0", gamma0, least=0), number("tau", tau, above=0)
+    if gamma0 and not 1e-14 <= gamma0 <= 1e12:
+        raise ValueError(f"gamma0 must be 0 or from 1e-14 to 1e12, got {gamma0}")
+    if gamma0 and not 1e-30 <= gamma0 / tau <= STEEPEST:
+        raise ValueError(f"gamma0 / tau must be from 1e-30 to {STEEPEST:g}, got {gamma0} / {tau}")
+    return gamma0, tau
 
 
 def whole_number(name: str, value: Any, *, least: int) -> int:

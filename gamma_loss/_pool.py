@@ -57,8 +57,7 @@ def check(
     name: str, gaps: Array, beside: Beside, *, gamma0: float, tau: float, group: Any
 ) -> Problem:
     """Check a problem over the gaps called ``name``. A queue as context brings its own mask."""
-    gamma0 = _checks.number("gamma0", gamma0, least=0)
-    tau = _checks.number("tau", tau, above=0)
+    gamma0, tau = _checks.problem(gamma0, tau)
     xp = namespace(gaps)
     mask, context, context_mask = beside
     if mask is not None:

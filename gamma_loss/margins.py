@@ -63,9 +63,11 @@ def solve_margins(
         library; half precision is upcast to float32, float64 stays float64. Treated as constants:
         no gradient flows into the margins.
     gamma0 : float
-        Mean target margin in reward units, >= 0. SimPO's is ``beta * gamma_beta_ratio``.
+        Mean target margin in reward units, 0 or in [1e-14, 1e12]. SimPO's is
+        ``beta * gamma_beta_ratio``.
     tau : float
-        Weight of the KL term in nats, > 0. The problem's difficulty is κ = gamma0² / tau.
+        Weight of the KL term in nats, > 0 and with gamma0 / tau in [1e-30, 1e9], which float32 can
+        do. The problem's difficulty is κ = gamma0² / tau.
     context : array, shape (others,), QueueState or GapQueue, optional
         Further gaps that join the pool and get no margin, such as a queue of recent gaps. A queue
         brings its own mask.

@@ -185,7 +185,7 @@ def choose_settings(
 def _tau(name: str, measure: Callable[[float], float], wanted: float, gamma0: float) -> float:
     """Return the largest tau with ``measure(tau) >= wanted``, by scanning κ and then bisection."""
     most, low = -math.inf, KAPPAS[0] / 10
-    for high in KAPPAS:
+    for high in KAPPAS[gamma0 * _checks.STEEPEST >= KAPPAS]:
         most = max(most, measure(gamma0**2 / high))
         if most >= wanted:
             break

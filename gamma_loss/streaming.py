@@ -127,8 +127,7 @@ def solve_margins_streaming(
     True
     """
     try:
-        gamma0 = _checks.number("gamma0", gamma0, least=0)
-        tau = _checks.number("tau", tau, above=0)
+        gamma0, tau = _checks.problem(gamma0, tau)
         if not hasattr(chunks, "__iter__") or iter(chunks) is chunks:
             raise TypeError(f"chunks must be readable several times, got {type(chunks).__name__}")
     except Exception as failure:

@@ -5,6 +5,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+import oracles
 import pytest
 from strategies import CORNERS, HARD, MILD
 
@@ -381,6 +382,46 @@ def test_flags_of_sequence_logps(torch, flag):
     for value, error, words in FLAG:
         text = complaint(error, gamma_loss.sequence_logps, logits, labels, **{flag: value})
         assert text == f"{flag} must be {words}"
+
+
+IMPOSSIBLE = [
+    (1e-50, 1.0, "gamma0 must be 0 or from 1e-14 to 1e12, got 1e-50"),
+    (9.9e-15, 1.0, "gamma0 must be 0 or from 1e-14 to 1e12, got 9.9e-15"),
+    (1.1e12, 1e12, "gamma0 must be 0 or from 1e-14 to 1e12, got 1100000000000.0"),
+    (4.0, 1e-40, "gamma0 / tau must be from 1e-30 to 1e+09, got 4.0 / 1e-40"),
+    (4.0, 5e-324, "gamma0 / tau must be from 1e-30 to 1e+09, got 4.0 / 5e-324"),
+    (1.0, 1.1e30, "gamma0 / tau must be from 1e-30 to 1e+09, got 1.0 / 1.1e+30"),
+]
+
+
+@pytest.mark.parametrize(("gamma0", "tau", "words"), IMPOSSIBLE)
+def test_settings_that_leave_the_range_of_float32(library, name, gamma0, tau, words):
+    if "tau" in function(name)[1]:
+        assert complaint(ValueError, call, name, library, gamma0=gamma0, tau=tau) == words
+    stream = gamma_loss.solve_margins_streaming
+    assert complaint(ValueError, stream, [np.array(GAPS)], gamma0=gamma0, tau=tau) == words
+
+
+EDGES = [(gamma0, a) for gamma0 in (1e-14, 1.0, 1e12) for a in (1e-30, 0.5, 1.4, 2.0, 1e9)]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # of what Triton's interpreter drops
+@pytest.mark.parametrize(("gamma0", "a"), EDGES)
+def test_the_edges_of_that_range(solver, gamma0, a):
+    """Exact to rounding, of the oracle as well, and the certificate holds."""
+    tau = gamma0 / a
+    for dtype, close in ((np.float32, 3e-6), (np.float64, 1e-13)):
+        for gaps in (np.array([1.0, -2.0, 0.5, 9.0]), np.array([1e4, -1e4, 3.0])):
+            expected, _ = oracles.margins(gaps, gamma0, tau)
+            solutions = [solver(gaps.astype(dtype), gamma0=gamma0, tau=tau)[::2]]
+            if solver.name == "numpy":
+                rule = gamma_loss.solve_margins_streaming([gaps], gamma0=gamma0, tau=tau)
+                solutions.append((rule.margins(gaps), rule.residual))
+            for margins, residual in solutions:
+                off = np.abs(margins - expected)
+                slack = a * float(np.finfo(np.longdouble).eps)
+                assert np.max(off / (gamma0 + expected)) <= close + slack
+                assert np.mean(off / gamma0) <= 2 * np.expm1(float(residual)) + slack
 
 
 def test_a_context_mask_without_a_context(library, name):

@@ -151,6 +151,23 @@ def test_activation_checkpointing_pushes_once_and_changes_no_bit(torch, reentran
     assert len(stored(plain)) == 8
 
 
+def test_a_copy_keeps_the_group_and_has_a_queue_of_its_own(torch):
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available():
+        pytest.skip("torch is without distributed")
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    try:
+        loss_module = GammaDPOLoss(**SETTING, group=distributed.group.WORLD)
+        loss_module(*logps(torch, 4))
+        average = torch.optim.swa_utils.AveragedModel(loss_module)
+        assert average.module.group is loss_module.group
+        average.module(*logps(torch, 4, seed=1))
+        assert len(stored(loss_module)) * 2 == len(stored(average.module))
+        assert average.module.settings == loss_module.settings
+    finally:
+        distributed.destroy_process_group()
+
+
 def test_a_retried_step_starts_from_the_saved_state(torch):
     loss_module, never_failed = preference_loss(), preference_loss()
     for seed in range(3):

@@ -1,5 +1,7 @@
 """The queue of recent gaps, as a value in every library and as a module of torch."""
 
+import copy
+import threading
 from collections import deque
 
 import numpy as np
@@ -13,7 +15,7 @@ SETTING = {"gamma0": 4.0, "tau": 10.0}
 
 
 def contents(state):
-    gaps, mask = (np.asarray(array) for array in state)
+    gaps, mask = np.asarray(state.gaps), np.asarray(state.mask)
     assert np.all(gaps[~mask] == 0)
     assert np.all(np.diff(mask.astype(int)) >= 0), "empty slots come first"
     return gaps[mask].tolist()
@@ -166,6 +168,103 @@ def test_a_checkpoint_of_another_capacity_fails_and_says_why(torch, strict):
     ):
         model.load_state_dict(saved, strict=strict)
     assert contents(model["queue"].context()) == []
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_a_checkpoint_of_another_dtype_with_gaps_that_are_not_finite(torch, dtype, assign):
+    model = torch.nn.ModuleDict({"queue": GapQueue(4)})
+    gaps = torch.tensor([1.0, torch.nan, torch.inf, 2.0], dtype=getattr(torch, dtype))
+    saved = {"queue.gaps": gaps, "queue.mask": torch.tensor([1, 1, 1, 1], dtype=torch.bool)}
+    model.load_state_dict(dict(saved), assign=assign)
+    queue = model["queue"]
+    assert (queue.gaps.dtype, queue.mask.dtype) == (torch.float32, torch.bool)
+    assert contents(queue.context()) == [1.0, 2.0]
+    queue.push(torch.tensor([7e4]))  # beyond float16
+    assert contents(queue.context()) == [1.0, 2.0, 7e4]
+    assert gaps.isnan().any(), "the checkpoint is left as it is"
+
+
+@pytest.mark.parametrize(
+    ("gaps", "mask", "words"),
+    [
+        ([1.0, 2.0], [1.0, 0.0], r"queue\.mask must have a boolean dtype, got torch\.float32"),
+        ([1.0, 2.0], [True], r"queue\.mask must have the shape of gaps, \(2,\), got \(1,\)"),
+        ([1, 2], [True, True], r"queue\.gaps must have a real floating dtype"),
+    ],
+)
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_checkpoint_that_is_no_queue(torch, gaps, mask, words, assign):
+    model = torch.nn.ModuleDict({"queue": GapQueue(2)})
+    saved = {"queue.gaps": torch.tensor(gaps), "queue.mask": torch.tensor(mask)}
+    with pytest.raises(RuntimeError, match=words):
+        model.load_state_dict(saved, assign=assign)
+    assert contents(model["queue"].context()) == []
+
+
+def test_an_interrupt_anywhere_in_a_push_leaves_a_queue(torch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Interrupt(TorchDispatchMode):
+        def __init__(self, left):
+            super().__init__()
+            self.left = left
+
+        def __torch_dispatch__(self, operator, types, arguments=(), more=None):
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            return operator(*arguments, **(more or {}))
+
+    for operations in range(100):
+        queue = GapQueue(6)
+        queue.push(torch.tensor([1.0, 2.0]))
+        try:
+            with Interrupt(operations):
+                queue.push(torch.tensor([3.0, 4.0, 5.0]))
+        except KeyboardInterrupt:
+            left = queue.gaps[queue.mask].tolist()  # of which no one is an empty slot's
+            assert left in ([1.0, 2.0], [4.0, 5.0], [1.0, 2.0, 3.0, 4.0, 5.0])
+            queue.push(torch.tensor([6.0]))  # nothing is locked
+            assert queue.gaps[queue.mask].tolist() == [*left, 6.0]
+        else:
+            assert operations > 5
+            break
+
+
+def test_threads_that_push_and_read(torch):
+    queue, states, stop = GapQueue(2000), [], threading.Event()
+
+    def read():
+        while not stop.is_set():
+            states.append(queue.context())
+
+    def push(first):
+        for i in range(100):
+            queue.push(torch.full((3,), float(first + i)))
+
+    reader = threading.Thread(target=read)
+    pushers = [threading.Thread(target=push, args=(1000 * k,)) for k in (1, 2, 3)]
+    for thread in (reader, *pushers):
+        thread.start()
+    for thread in pushers:
+        thread.join()
+    stop.set()
+    reader.join()
+    gaps = np.array(contents(queue)).reshape(-1, 3)
+    assert np.all(gaps == gaps[:, :1])
+    assert sorted(gaps[:, 0]) == [1000 * k + i for k in (1, 2, 3) for i in range(100)]
+    assert all((state.gaps[state.mask] > 0).all() for state in states)
+    assert all(state.mask.sum() % 3 == 0 for state in states)
+
+
+def test_a_copy_is_a_queue_of_its_own(torch):
+    queue = GapQueue(3)
+    queue.push(torch.tensor([1.0, 2.0]))
+    other = copy.deepcopy(queue)
+    other.push(torch.tensor([3.0, 4.0]))
+    assert contents(other) == [2.0, 3.0, 4.0]
+    assert contents(queue.context()) == [1.0, 2.0]
 
 
 def test_casts_and_moves(torch):

@@ -163,10 +163,8 @@ class GapQueue(torch.nn.Module):
                 "capacity, or leave the queue's keys out of the state_dict to start it empty."
             )
             return
-        if (
-            saved is not None and mask is not None
-        ):  # whose dtype may be another, and gaps not finite
-            try:
+        if saved is not None and mask is not None:
+            try:  # to push them: the dtype may be another, or a gap not finite
                 empty = queue_init(saved.new_empty(0, dtype=self.gaps.dtype), self.capacity)
                 state_dict |= zip(names, queue_push(empty, saved, mask), strict=True)
             except (TypeError, ValueError) as error:
