@@ -542,7 +542,9 @@ def suppression_of_flips() -> str:
 
 def run_with(name: str) -> str:
     """Which version of a trainer ran the page's code, with what and when, and how exactly."""
-    record = results("clients")[name]
+    record = results("clients").get(name)
+    if record is None:
+        return f"Not yet run in the trainer itself; `python -m tests.clients {name}` does that."
     versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
     runs = "; ".join(run["run"] for run in record["runs"])
     worst = max(run["largest_difference"] for run in record["runs"])
