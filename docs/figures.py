@@ -162,11 +162,11 @@ def margin_solve_targets(name: str) -> str:
         ("the same in float64", 3, [speed(256, "eager", dtype="float64")]),
     ]  # fmt: skip
     return table(
-        ["times as fast", "reached", "measured", "target"],
+        ["reached", "times as fast", "measured", "target"],
         (
             [
-                what,
                 "yes" if min(found) >= target else "**no**",
+                what,
                 ", ".join(f"{value:.2g}" for value in found),
                 f"{target:g}",
             ]
@@ -366,14 +366,14 @@ def published_settings() -> str:
             [
                 f"`{name}`",
                 *(f"{setting[key]:g}" for key in ("beta", "gamma0", "tau")),
-                f"{a:.3g}",
                 f"{gamma0**2 / tau:.3g}",
-                f"{gamma0 * np.exp(-a):.3g}–{gamma0 * np.exp(a):.3g}",
-                f"{margins.min():.3g}–{margins.max():.3g}",
                 f"{margins.std() / gamma0:.1%}",
+                f"{margins.min():.3g}–{margins.max():.3g}",
+                f"{gamma0 * np.exp(-a):.3g}–{gamma0 * np.exp(a):.3g}",
+                f"{a:.3g}",
             ]
         )
-    columns = ["setting", "beta", "gamma0", "tau", "a", "κ", "bounds of γ", "margins", "spread"]
+    columns = ["setting", "beta", "gamma0", "tau", "κ", "spread", "margins", "bounds of γ", "a"]
     return table(columns, rows)
 
 
@@ -468,17 +468,20 @@ def matched() -> str:
         gaps = normal_gaps(mean, deviation)
         match = match_logistic(gaps, gamma0=gamma0, tau=tau, centered=centered)
         determined = match.unexplained < 0.1
+        c, d, b = (f"{v:.2f}".replace("-", "−") if determined else "–" for v in match[:3])
         return [
             name or "–",
+            b,
+            d,
+            c,
+            f"{match.unexplained:.1e}".replace("-", "−"),
             f"{gamma0:g}, {tau:g}",
             f"{gamma0**2 / tau:.2g}",
             "yes" if centered else "no",
             f"N({mean:g}, {deviation:g}²)",
-            *(f"{v:.2f}".replace("-", "−") if determined else "–" for v in match[:3]),
-            f"{match.unexplained:.1e}".replace("-", "−"),
         ]
 
-    columns = ["setting", "γ0, τ", "κ", "centred", "gaps", "c", "d", "b", "unexplained"]
+    columns = ["setting", "b", "d", "c", "unexplained", "γ0, τ", "κ", "centred", "gaps"]
     return table(columns, map(cells, rows))
 
 
