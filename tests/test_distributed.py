@@ -270,6 +270,7 @@ def test_an_error_of_one_rank_reaches_the_others(ranks, function, gaps, options,
 def test_a_rank_that_dies_leaves_none_waiting(tmp_path, count):
     processes = work.Ranks(tmp_path)
     try:
+        processes.run(5, work.refused, "solve_margins", [([1.0], MILD)] * 5)  # all have begun
         for pipe in processes.pipes[:count]:
             pipe.send((count, GATHER, work.outlived, ()))
         for pipe in processes.pipes[: count - 1]:
