@@ -339,6 +339,29 @@ def test_a_killed_run_leaves_no_half_of_an_output(gaps_file, tmp_path, suffix):
         assert out.stat().st_size < 100_000
 
 
+FAILING = """
+import os, runpy, sys
+program = runpy.run_path(sys.argv[1])
+mapped = program["Gaps"].mapped
+def fails_in_the_second_pass(gaps):
+    if getattr(gaps, "passes", 0) == 2 and os.environ["RANK"] == "1":
+        raise OSError("no disk")
+    return mapped(gaps)
+program["Gaps"].mapped = fails_in_the_second_pass
+del sys.argv[0]
+program["main"]()
+"""
+
+
+def test_a_rank_that_cannot_read_on_ends_all(gaps_file, tmp_path):
+    file, _ = gaps_file
+    done = run(
+        file, *options(MILD, tmp_path / "out.npy"), ranks=2, program=("-c", FAILING, PROGRAM)
+    )
+    assert "rank 1 of the group failed: OSError: no disk" in complaint(done)
+    assert names(tmp_path) == ["gaps.npy"]
+
+
 def test_bad_arguments(gaps_file, tmp_path):
     file, _ = gaps_file
     done = run(file, "--beta", 1, *options(MILD, tmp_path / "out.npy"))
