@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-
-from tests.clients import replay
+from clients import replay
 
 torch = pytest.importorskip("torch")
 

@@ -23,27 +23,33 @@ RESULTS = ROOT / "benchmarks" / "results" / "clients.json"
 NAMES = sorted(pins.stem for pins in Path(__file__).parent.glob("*.txt"))
 
 
+def pins(name):
+    return Path(__file__).with_name(f"{name}.txt")
+
+
 def install(name, folder):
     """Make an environment with a client's pins, all of them there and no others' choice."""
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
-    pins = Path(__file__).with_name(f"{name}.txt")
     pip = [python, "-m", "pip", "install", "-q", "--no-deps"]
-    subprocess.run([*pip, "-r", pins, "-e", ROOT], check=True)
+    subprocess.run([*pip, "-r", pins(name), "-e", ROOT], check=True)
     return python
 
 
 def inside(name):
     """Run a client in the environment that it is called in, and record that."""
-    client = importlib.import_module(f"tests.clients.{name}")
+    client = importlib.import_module(f"clients.{name}")
     with tempfile.TemporaryDirectory() as folder:
         runs = list(client.run(Path(folder)))
+    pinned = {pin.partition("==")[0] for pin in pins(name).read_text("utf-8").split()}
     return {
         "trainer": client.PACKAGE,
         "version": version(client.PACKAGE),
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "versions": {each: version(each) for each in ("torch", "transformers", "trl")},
+        "versions": {
+            each: version(each) for each in sorted({"torch", "transformers", "trl"} & pinned)
+        },
         "runs": runs,
     }
 
@@ -69,8 +75,8 @@ def main():
             print(f"== {name}", flush=True)
             try:
                 python = install(name, folder.absolute() / name)
-                command = [python, "-m", "tests.clients", name, "--inside"]
-                subprocess.run(command, cwd=ROOT, check=True)
+                command = [python, "-m", "clients", name, "--inside"]
+                subprocess.run(command, cwd=ROOT / "tests", check=True)
             except subprocess.CalledProcessError as error:
                 print(error, file=sys.stderr)
                 failed.append(name)

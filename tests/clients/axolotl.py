@@ -2,8 +2,10 @@
 
 import json
 
-from tests import pages, tiny_lm
-from tests.clients import replay
+import pages
+import tiny_lm
+
+from clients import replay
 
 PACKAGE = "axolotl"
 FIELDS = {f"field_{name}": name for name in ("prompt", "chosen", "rejected")}
@@ -41,8 +43,7 @@ def run(folder):
         for start in starts:
             config = {**COMMON, **options, **start}
             (here / "config.yaml").write_text(json.dumps(config))
-            replay.start(here, ["axolotl", "train", "config.yaml"], PYTHONPATH=".",
-                         AXOLOTL_DO_NOT_TRACK="1")  # fmt: skip
+            replay.start(here, ["axolotl", "train", "config.yaml"], AXOLOTL_DO_NOT_TRACK="1")
         yield replay.compare(
             here, name, beta=config["rl_beta"],
             accumulated=config.get("gradient_accumulation_steps"), **pages.SETTING,

@@ -2,8 +2,10 @@
 
 import json
 
-from tests import pages, tiny_lm
-from tests.clients import replay
+import pages
+import tiny_lm
+
+from clients import replay
 
 PACKAGE = "ms-swift"
 COMMON = {

@@ -12,7 +12,8 @@ CALLS = []
 
 def listen(module, args, kwargs, output):
     if type(module).__name__ in ("LlamaForCausalLM", "LoraModel"):  # which calls its forward
-        tokens, logits = kwargs["input_ids"].numpy(force=True), output.logits.float()
+        tokens = (args[0] if args else kwargs["input_ids"]).numpy(force=True)
+        logits = output.logits.float()
         missing = tokens.shape[1] - logits.shape[1]  # of prompts, with logits_to_keep
         logits = torch.nn.functional.pad(logits, (0, 0, missing, 0), value=float("nan"))
         CALLS.append(

@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import oracles
+import tiny_lm
 
-from tests import oracles, tiny_lm
-
+TESTS = str(Path(__file__).parents[1])
 QUEUE = 2048  # the default of the losses
 ROUNDING = 3e-5  # of float32 in rewards of about 100, four of which make a gap
 
@@ -31,6 +32,7 @@ def start(folder, command, **environment):
     programs = Path(sys.executable).parent
     environment = {
         **os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([".", TESTS, os.environ.get("PYTHONPATH", "")]),
         "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo", **environment,
     }  # fmt: skip
     with open(folder / "log.txt", "w") as log:

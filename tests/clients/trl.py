@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ElementTree
 from importlib.metadata import version
 from pathlib import Path
 
-from tests import tiny_lm
+import tiny_lm
 
 PACKAGE = "trl"
 SOURCE = os.environ.get("TRL_SOURCE", "https://github.com/huggingface/trl")
