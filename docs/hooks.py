@@ -25,6 +25,7 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
 LATEX = {
     r" {4,}": r" \\qquad ",
     r"γ0": r"γ_0",
+    r"Σ": r"\\sum ",
     r"_([a-z]{2,})": r"_{\\mathrm{\1}}",
     r"\b(log|exp|softmax|logits|KL|uniform)\b": r"\\operatorname{\1}",
     r"\b(plain|conservative|robust|over the labels|that count)\b": r"\\text{\1 }",
