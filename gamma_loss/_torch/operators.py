@@ -48,7 +48,8 @@ def choose(impl: str, gaps: Tensor, problem: Problem) -> str:
         in_graph = impl == "eager" or mild_passes(problem.gamma0, problem.tau, double)
         return "eager" if in_graph else "operator"
     if impl == "compile":
-        return "compile" if problem.size > 1 else eager
+        # Dynamo refuses torch.func, and modes such as FakeTensorMode would be traced.
+        return "compile" if problem.size > 1 and not is_transforming() else eager
     kernels = impl == "auto" and gaps.device.type in ("cuda", "xpu") and _launcher(gaps.device)
     return "triton" if kernels else eager
 
