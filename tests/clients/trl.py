@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def datasets(folder):
 
 def outcomes(folder, file, *options):
     """Run a file of TRL's tests; the tests that passed and those that failed, and with what."""
-    report = folder / "report.xml"
+    report = folder / f"{'-'.join([Path(file).stem, *options])}.xml"
     command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", "-k", SKIPPED]
     path = os.pathsep.join([".", os.environ.get("PYTHONPATH", "")])
     environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
@@ -152,8 +153,10 @@ def run(folder):
     models(hub)
     datasets(hub / "zen")
     for name, file in FILES.items():
-        theirs, unable = outcomes(folder, file)
-        ours, failed = outcomes(folder, file, "-p", "swap")
+        with ThreadPoolExecutor() as pool:  # of processes, each on one core
+            own = pool.submit(outcomes, folder, file)
+            ours, failed = outcomes(folder, file, "-p", "swap")
+        theirs, unable = own.result()
         differ = {test: failed.get(test, "skipped") for test in theirs - ours}
         unexpected = {
             test: why for test, why in differ.items() if not any(part in test for part in REFUSED)
