@@ -63,8 +63,8 @@ def main():
     if unknown := set(options.names) - set(NAMES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     if options.inside:
-        record = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
-        record[options.names[0]] = inside(options.names[0])
+        found = {options.names[0]: inside(options.names[0])}
+        record = (json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}) | found
         text = json.dumps(dict(sorted(record.items())), indent=1, ensure_ascii=False)
         RESULTS.write_text(text + "\n", "utf-8")
         return 0

@@ -43,7 +43,11 @@ def run(folder):
         for start in starts:
             config = {**COMMON, **options, **start}
             (here / "config.yaml").write_text(json.dumps(config))
-            replay.start(here, ["axolotl", "train", "config.yaml"], AXOLOTL_DO_NOT_TRACK="1")
+            replay.start(
+                here,
+                ["axolotl", "train", "config.yaml", "--launcher", "python"],
+                AXOLOTL_DO_NOT_TRACK="1",
+            )
         yield replay.compare(
             here, name, beta=config["rl_beta"],
             accumulated=config.get("gradient_accumulation_steps"), **pages.SETTING,
