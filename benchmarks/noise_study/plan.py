@@ -103,8 +103,9 @@ LARGE = Study(
 )  # fmt: skip
 # Labels by real annotators: clean, one rater's, and uniform flips as often.
 PEOPLE = Study(
-    seeds=10, tasks=tuple(DOMAINS), noises=(("uniform", 0.0), *RATERS), ablation_noises=()
-)
+    seeds=10, tasks=tuple(DOMAINS), noises=(("uniform", 0.0), *RATERS), ablation_noises=(),
+    cost_seconds=0.0,
+)  # fmt: skip
 # The same pairs with a language model as the policy: fewer methods, settings and seeds.
 LANGUAGE = Study(
     seeds=3, configurations=3, tasks=("reviews",), noises=PEOPLE.noises, ablation_noises=(),
