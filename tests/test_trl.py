@@ -310,12 +310,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make, family):
 def two_ranks(model, tmp_path):
     """Train in two processes; return what both report."""
 
-    def two_ranks(trainer, options, resume=None):
+    def two_ranks(trainer, options, resume=None, fsdp2=False):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         work = {"family": trainer.__name__, "model": model, "out": str(tmp_path)}
-        work |= {"options": options, "resume": resume}
+        work |= {"options": options, "resume": resume, "fsdp2": fsdp2}
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-W", "ignore", str(Path(__file__).with_name("trl_rank.py"))],
@@ -346,12 +346,13 @@ def assert_same_run(alone, history, queue):
 
 
 @FAMILIES
-def test_two_ranks_equal_one(make, two_ranks, family):
+@pytest.mark.parametrize("fsdp2", [False, True], ids=["ddp", "fsdp2"])
+def test_two_ranks_equal_one(make, two_ranks, family, fsdp2):
     trainer, config, settings = family
     settings = {**settings, "tau": 0.3, "gradient_accumulation_steps": 2}
     alone = make(trainer, config, **settings, per_device_train_batch_size=4)
     alone.train()
-    result = two_ranks(trainer, settings)
+    result = two_ranks(trainer, settings, fsdp2=fsdp2)
     # One queue, the same on both ranks, with the gaps of both.
     assert result[0]["queue"] == result[1]["queue"]
     assert_same_run(alone, result[0]["history"], result[0]["queue"])

@@ -8,13 +8,36 @@ import datasets
 import tiny_lm
 import torch
 import transformers
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
 
 from gamma_loss.integrations import trl
+
+
+def shard():
+    """Have Accelerate shard models by FSDP2, which by itself it does on accelerators only."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"], cpu_ram_efficient_loading=False,
+    )  # fmt: skip
+    original = AcceleratorState.__init__
+
+    def init(self, *arguments, **keywords):
+        first = not AcceleratorState._shared_state
+        original(self, *arguments, **keywords | ({"fsdp_plugin": plugin} if first else {}))
+        if first:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+
+    AcceleratorState.__init__ = init
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
 
 
 def main():
     work = json.loads(os.environ["WORK"])
     torch.set_num_threads(1)
+    if work["fsdp2"]:
+        shard()
     trainer = getattr(trl, work["family"])
     config = getattr(trl, work["family"].replace("Trainer", "Config"))
     trainer = trainer(
@@ -30,6 +53,8 @@ def main():
     )  # fmt: skip
     assert trainer.accelerator.num_processes == 2
     trainer.train(resume_from_checkpoint=work["resume"])
+    sharded = [isinstance(p, DTensor) for p in trainer.model_wrapped.parameters()]
+    assert all(sharded) is any(sharded) is work["fsdp2"]
     gaps, mask = trainer.gamma_loss.queue.context()
     result = {"history": trainer.state.log_history, "queue": gaps[mask].tolist()}
     Path(work["out"], f"rank{os.environ['RANK']}.json").write_text(json.dumps(result))
