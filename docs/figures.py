@@ -287,6 +287,23 @@ def accuracy(name: str) -> str:
     )
 
 
+def worst_pools(name: str) -> str:
+    """Return the worst that a search found of each implementation, in how many pools."""
+    goals = ("error", "certificate", "disagreement")
+    return table(
+        ["solver", "dtype", "pools", *goals],
+        (
+            [
+                row["solver"],
+                row["dtype"],
+                f"{row['pools']:,}",
+                *(f"{row[goal]:.1e}" for goal in goals),
+            ]
+            for row in results(name)["results"]
+        ),
+    )
+
+
 def many_ranks(name: str) -> str:
     """How many times as fast reducing is as gathering, and a rank's milliseconds of both."""
     rows = []

@@ -104,7 +104,7 @@ class Solver:
         return MarginSolution(*(np.asarray(array.cpu())[()] for array in solution))
 
     def padded(self, gaps, mask):
-        rest = -len(gaps) % 64
+        rest = max(64, 1 << (len(gaps) - 1).bit_length()) - len(gaps)
         mask = np.ones(len(gaps), dtype=bool) if mask is None else mask
         return tuple(self.jax.asarray(np.pad(array, (0, rest))) for array in (gaps, mask))
 
