@@ -86,7 +86,8 @@ def solve_margins(
           such a pool is one launch as well, and its gradient one elementwise step. If Triton is
           missing or fails, it warns once and solves as "eager" does.
         - "auto": "triton" for a torch tensor on such a GPU, else "eager". In a graph that
-          torch.compile or torch.export traces, the operations of a mild setting (gamma0 < 1.5 tau,
+          torch.compile or torch.export traces, and under torch.func, forward mode or a dispatch
+          mode, where "compile" is "auto", the operations of a mild setting (gamma0 < 1.5 tau,
           and about gamma0² < 3 tau) become part of it, and any other solve is one operator.
     group : torch.distributed.ProcessGroup or, for JAX, str, optional
         The ranks that share the pool (``torch.distributed.group.WORLD`` is all). Each rank gives

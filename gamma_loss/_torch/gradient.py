@@ -54,6 +54,8 @@ class _WithSlopes(torch.autograd.Function):
 def _differentiable(ctx: Any, logps: list[Tensor | None], gradient: Tensor) -> list[Tensor | None]:
     """Return the gradient as a function of the log-probabilities, the margins being constants."""
     margins, dtype = ctx.aux.margins, ctx.aux.margins.dtype
+    # Views, of which none depends on another, as one log-probability may on the other.
+    logps = [None if each is None else each.view_as(each) for each in logps]
     upcast = Logps(*(None if each is None else each.to(dtype) for each in logps))
     solved = margins, ctx.aux.multiplier, ctx.aux.residual
     loss, _ = array_loss(upcast, ctx.aux.mask, ctx.settings, lambda _: solved, WHOLE)

@@ -35,21 +35,20 @@ _given_up: set[str] = set()  # types of device on which kernels don't run
 def choose(impl: str, gaps: Tensor, problem: Problem) -> str:
     """Return the name of an implementation in `gamma_loss._dispatch.TABLE`.
 
-    In a graph being traced, mild settings become part of it. Others would be a loop in it, and
-    become one operator.
+    In a graph being traced, and under torch.func and its like, mild settings become part of it.
+    Others would be a loop in it, and become one operator.
     """
     eager = "host" if host.can_take(gaps, problem.size) else "eager"
     if problem.gamma0 == 0:
         return eager
     if impl == "triton" and _launcher(gaps.device):
         return "triton"
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_transforming():
         double = gaps.dtype == torch.float64
         in_graph = impl == "eager" or mild_passes(problem.gamma0, problem.tau, double)
         return "eager" if in_graph else "operator"
     if impl == "compile":
-        # Dynamo refuses torch.func, and modes such as FakeTensorMode would be traced.
-        return "compile" if problem.size > 1 and not is_transforming() else eager
+        return "compile" if problem.size > 1 else eager
     kernels = impl == "auto" and gaps.device.type in ("cuda", "xpu") and _launcher(gaps.device)
     return "triton" if kernels else eager
 
