@@ -9,6 +9,7 @@ from clients import replay
 
 PACKAGE = "axolotl"
 FIELDS = {f"field_{name}": name for name in ("prompt", "chosen", "rejected")}
+FIELDS["prompt_format"] = "{prompt}\n"  # no token spans prompt and response
 COMMON = {
     "base_model": "model", "datasets": [{"path": "pairs.jsonl", "ds_type": "json", "type": FIELDS,
                                          "split": "train"}],
@@ -23,10 +24,10 @@ SIMPO = {"rl": "simpo", "rl_beta": 10.0, "simpo_gamma": 4.0, "cpo_alpha": 0.0,
          "trainer_cls": "gamma_trainer.AxolotlGammaSimPOTrainer"}  # fmt: skip
 LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
 RUNS = {
+    "γ-SimPO": SIMPO,
     "γ-DPO": DPO,
     "γ-DPO, LoRA, accumulation": {**DPO, **LORA, "gradient_accumulation_steps": 2},
     "γ-DPO, resumed": {**DPO, "resumed": True},
-    "γ-SimPO": SIMPO,
 }
 
 
