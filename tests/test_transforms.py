@@ -1,0 +1,166 @@
+"""Every transformation of torch over every implementation: what plain autograd says.
+
+There the margins are held constant, as they are in a loss. What is not right has to be refused.
+"""
+
+import numpy as np
+import pytest
+from strategies import HARD, MILD
+
+from gamma_loss import gamma_dpo_loss, preference_loss, solve_margins
+
+torch = pytest.importorskip("torch")
+func = pytest.importorskip("torch.func")
+
+# From torch, which makes its decompositions at the first forward derivative.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+ROWS = np.random.default_rng(0).normal(size=(3, 6)) * 3
+AT, ALONG, OTHER = torch.tensor(ROWS)
+BATCH = torch.tensor(ROWS)
+
+
+def the_loss(impl, setting):
+    def loss(x):
+        zero = torch.zeros_like(x)
+        return gamma_dpo_loss(x, -0.3 * x, zero, zero, beta=0.7, impl=impl, **setting)[0]
+
+    return loss
+
+
+def held(setting, at):
+    """The loss with the margins that belong to a point."""
+
+    def gaps(x):
+        return 0.7 * (x - -0.3 * x)
+
+    shifts = solve_margins(gaps(at), impl="eager", **setting).margins - setting["gamma0"]
+    return lambda x: preference_loss(gaps(x), shifts).mean()
+
+
+def slope(loss, at=AT):
+    return torch.autograd.functional.jacobian(loss, at)
+
+
+def hessian(loss):
+    return torch.autograd.functional.hessian(loss, AT)
+
+
+def along(loss, order):
+    """Derivatives by `create_graph`, each along the same direction."""
+    x = AT.clone().requires_grad_()
+    value = loss(x)
+    for _ in range(order):
+        (slopes,) = torch.autograd.grad(value, x, create_graph=True)
+        value = (slopes * ALONG).sum()
+    return value.detach()
+
+
+def forward_mode(loss):
+    with torch.autograd.forward_ad.dual_level() as _:
+        dual = torch.autograd.forward_ad.make_dual(AT, ALONG)
+        return torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent
+
+
+def traced(loss, mode="real"):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(loss, tracing_mode=mode)(OTHER)(AT)
+
+
+def compiled(loss):
+    torch.compiler.reset()
+    return torch.compile(func.grad(loss), backend="aot_eager", fullgraph=True)(AT)
+
+
+# What a transformation gives, and what it has to be. Of a point alone unless it says otherwise.
+TRANSFORMATIONS = {
+    "grad": (lambda loss: func.grad(loss)(AT), slope),
+    "vmap": (lambda loss: func.vmap(loss)(BATCH), None),
+    "vmap of grad": (lambda loss: func.vmap(func.grad(loss))(BATCH), slope),
+    "jvp": (lambda loss: func.jvp(loss, (AT,), (ALONG,))[1], lambda loss: slope(loss) @ ALONG),
+    "jacfwd": (lambda loss: func.jacfwd(loss)(AT), slope),
+    "hessian": (lambda loss: func.hessian(loss)(AT), hessian),
+    "jacrev of jacrev": (lambda loss: func.jacrev(func.jacrev(loss))(AT), hessian),
+    "functionalize": (lambda loss: func.functionalize(loss)(AT), lambda loss: loss(AT)),
+    "functionalize of grad": (lambda loss: func.functionalize(func.grad(loss))(AT), slope),
+    "forward mode": (forward_mode, lambda loss: slope(loss) @ ALONG),
+    "make_fx": (traced, lambda loss: loss(AT)),
+    "make_fx of grad": (lambda loss: traced(func.grad(loss)), slope),
+    "symbolic make_fx": (lambda loss: traced(loss, "symbolic"), lambda loss: loss(AT)),
+    "create_graph": (lambda loss: along(loss, 2), lambda loss: ALONG @ hessian(loss) @ ALONG),
+    "create_graph twice": (lambda loss: along(loss, 3), None),
+    "grad in a compiled graph": (compiled, slope),
+}
+UNROLLED = {"make_fx", "make_fx of grad", "symbolic make_fx", "grad in a compiled graph"}
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@pytest.mark.parametrize("setting", [MILD, HARD], ids=["mild", "hard"])
+@pytest.mark.parametrize(
+    "impl",
+    ["auto", "eager", pytest.param("compile", marks=pytest.mark.xdist_group("compile")), "triton"],
+)
+def test_it_is_what_plain_autograd_says(impl, setting, name):
+    if impl == "triton":
+        pytest.importorskip("triton")
+    if impl == "eager" and setting is HARD and name in UNROLLED:
+        pytest.skip("unrolls the loop of the solver, which takes minutes")
+    transform, plain = TRANSFORMATIONS[name]
+    found = transform(the_loss(impl, setting))
+    if name.startswith("vmap"):
+        losses = [held(setting, at) for at in BATCH]
+        each = [
+            loss(at) if plain is None else plain(loss, at)
+            for loss, at in zip(losses, BATCH, strict=True)
+        ]
+        expected = torch.stack(each)
+    elif plain is None:  # the third derivative, by differences of the second
+        step, loss = 1e-4, held(setting, AT)
+        ahead, behind = (
+            torch.autograd.functional.hessian(loss, AT + sign * step * ALONG) for sign in (1, -1)
+        )
+        expected = ALONG @ ((ahead - behind) / (2 * step)) @ ALONG
+    else:
+        expected = plain(held(setting, AT))
+    assert expected.abs().max() > 1e-4
+    close = {"rtol": 1e-5, "atol": 1e-8} if name == "create_graph twice" else {}
+    torch.testing.assert_close(found, expected, **close)
+
+
+@pytest.mark.parametrize("setting", [MILD, HARD], ids=["mild", "hard"])
+@pytest.mark.parametrize("impl", ["auto", "compile", "triton"])
+def test_fake_tensors_get_shapes_and_gradients(impl, setting):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        x = mode.from_tensor(AT).requires_grad_()
+        loss, aux = gamma_dpo_loss(
+            x, x, x.detach(), x.detach(), beta=1.0, impl=impl, reduction="none", **setting
+        )
+        (slopes,) = torch.autograd.grad(loss.sum(), x)
+    assert loss.shape == slopes.shape == aux.margins.shape == (6,)
+    assert aux.residual.shape == ()
+    assert {each.dtype for each in (loss, slopes, aux.margins)} == {torch.float64}
+
+
+@pytest.mark.parametrize("impl", ["auto", "eager", "triton"])
+def test_gradcheck_and_gradgradcheck_with_one_pair(impl):
+    """One pair has the margin γ0 whatever its gap, so that differences see no margin move."""
+    x = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
+
+    def loss(x):
+        return gamma_dpo_loss(
+            x, -0.3 * x, 0 * x, 0 * x, beta=0.7, impl=impl, label_smoothing=0.1, **MILD
+        )[0]
+
+    assert torch.autograd.gradcheck(loss, x)
+    assert torch.autograd.gradgradcheck(loss, x)
+
+
+def test_a_second_derivative_of_a_compiled_loss_is_refused():
+    torch.compiler.reset()
+    for impl in ("auto", "triton"):
+        loss = torch.compile(the_loss(impl, MILD), backend="aot_eager")
+        with pytest.raises(RuntimeError):
+            along(loss, 2)
