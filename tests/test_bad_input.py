@@ -2,6 +2,8 @@
 
 import inspect
 import math
+import subprocess
+import sys
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -555,3 +557,28 @@ def test_no_look_at_values_on_the_device(torch):
         assert loss.device.type == aux.margins.device.type == "meta"
         state = gamma_loss.queue_push(gamma_loss.queue_init(rows[0], 3), rows[0], mask)
         assert state.gaps.device.type == gamma_loss.metrics(aux)["gamma/kl"].device.type == "meta"
+
+
+def test_a_default_device_at_the_first_call_leaves_no_trace(torch):
+    """In a process of its own, where nothing has been called before."""
+    code = f"""
+import torch, gamma_loss
+def everything():
+    gaps = torch.tensor({GAPS}, device="cpu")
+    settings = dict(gamma0=4.0, tau=0.1)
+    loss, aux = gamma_loss.gamma_preference_loss(gaps, **settings)
+    logs = gamma_loss.metrics(aux)
+    epsilon = gamma_loss.label_smoothing_from_shift(gaps, aux.shifts)
+    shift = gamma_loss.shift_from_label_smoothing(gaps, 0.1)
+    state = gamma_loss.queue_push(gamma_loss.queue_init(gaps, 4), gaps)
+    rule = gamma_loss.solve_margins_streaming([gaps], **settings)
+    margins = torch.from_numpy(rule.margins(gaps))
+    return [loss, *aux, *logs.values(), epsilon, shift, *state, margins]
+with torch.device("meta"):
+    first = everything()
+assert all(each.device.type == "cpu" for each in first)
+for one, other in zip(first, everything(), strict=True):
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
