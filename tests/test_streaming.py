@@ -98,7 +98,7 @@ def test_bad_chunks():
         solve_margins_streaming(iter([np.zeros(2)]), **MILD)
     with pytest.raises(ValueError, match="chunks must hold at least one finite gap, got none"):
         solve_margins_streaming([np.array([np.nan])], **MILD)
-    with pytest.raises(ValueError, match=r"chunks must be 1-D, one entry a pair, got shape \(2, 1\)"):
+    with pytest.raises(ValueError, match=r"chunks must be 1-D, .* got shape \(2, 1\)"):
         solve_margins_streaming([np.zeros((2, 1))], **MILD)
 
 
