@@ -536,6 +536,14 @@ def test_finite_gaps_far_beyond_what_is_promised_make_no_warning(setting, dtype)
     assert all(np.isfinite(each).all() for each in solution)
 
 
+def test_the_dtype_of_a_preference_loss(library):
+    lose, gaps = gamma_loss.preference_loss, library.array(GAPS, "float32")
+    for margins in (0.5, np.float64(0.5), library.array(GAPS, "float32")):
+        assert lose(gaps, margins).dtype == library.xp.float32
+    assert lose(gaps, library.array(GAPS)).dtype == library.xp.float64
+    assert lose(library.array(GAPS), gaps).dtype == library.xp.float64
+
+
 def test_half_precision_of_a_context(library):
     if library.name == "array_api_strict":
         pytest.skip("has none")
