@@ -62,9 +62,9 @@ def test_float32_accuracy_in_the_published_settings(solver, name):
 
 
 def test_the_worst_pools_that_were_found(solver):
-    """All of every implementation's, whatever it was that one of them did worst."""
+    """NumPy and eager torch take those of every implementation, others their own: they compile."""
     for pool in map(json.loads, WORST.read_text("utf-8").splitlines()):
-        if solver.name == "triton" and sum(pool["counts"]) > 1024:  # its interpreter is slow
+        if solver.name not in ("numpy", "eager", pool["solver"]):
             continue
         gaps = np.repeat(np.asarray(pool["values"], pool["dtype"]), pool["counts"])
         solution = solver(gaps, gamma0=pool["gamma0"], tau=pool["tau"])

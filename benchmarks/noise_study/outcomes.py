@@ -166,16 +166,17 @@ class Comparison(NamedTuple):
     p: float  # of a paired t-test of no difference
     equivalence_p: float  # the larger of two one-sided tests against ± BOUND
     detectable: float  # what a two-sided test at 5 % would have found in four of five studies
+    seeds: int
 
 
 def compare(gains: Sequence[float]) -> Comparison:
     """Test differences for a difference, and for being within ± `BOUND`."""
     mean, half, p = paired(dict(enumerate(gains)), dict.fromkeys(range(len(gains)), 0.0))
     if len(gains) < 2:
-        return Comparison(mean, half, p, math.nan, math.nan)
+        return Comparison(mean, half, p, math.nan, math.nan, len(gains))
     free, error = len(gains) - 1, float(np.std(gains, ddof=1)) / math.sqrt(len(gains))
     if error == 0:
-        return Comparison(mean, half, p, 0.0 if abs(mean) < BOUND else 1.0, 0.0)
+        return Comparison(mean, half, p, 0.0 if abs(mean) < BOUND else 1.0, 0.0, len(gains))
     equivalence = stats.t.sf((BOUND - abs(mean)) / error, free)
     critical = stats.t.ppf(1 - LEVEL / 2, free)
 
@@ -183,7 +184,7 @@ def compare(gains: Sequence[float]) -> Comparison:
         return float(stats.nct.sf(critical, free, shift)) - 0.8  # the other side adds nothing
 
     shift = optimize.brentq(missing, 0.1, 25.0)
-    return Comparison(mean, half, p, float(equivalence), shift * error)
+    return Comparison(mean, half, p, float(equivalence), shift * error, len(gains))
 
 
 def mean_by_seed(runs: Sequence[dict[int, float]]) -> dict[int, float]:

@@ -81,7 +81,8 @@ def status(results: Results) -> str:
         lines.append([task, *counts, f"{full} of {len(cells)}"])
     text = markdown(["task", *(f"{s} runs (computing)" for s in STAGES), "cells complete"], lines)
     machines = {r["result"]["machine"] for r in results.of_stage("cost")}
-    text += f"\n\nMachine: {', '.join(machines) or 'not recorded yet'}; one thread a worker."
+    if machines:
+        text += f"\n\nMachine: {', '.join(machines)}; one thread a worker."
     absent = [METHODS[name].label for name in study.methods if name not in methods]
     if absent:
         text += f"\n\n**Not run yet:** {', '.join(absent)}."
@@ -157,8 +158,11 @@ def judged(results: Results, rows: list[tuple[str, list[Comparison | None]]]) ->
         words = ["equivalent"] * (equivalent[id(cell)] < LEVEL)
         if different[id(cell)] < LEVEL:
             words.append("better" if cell.mean > 0 else "worse")
+        words = words or ["open"]
+        if cell.seeds < count:
+            words.append(f"{seeds(cell.seeds)} only")
         text = f"{number(cell.mean, 2, True)} ± {number(cell.half, 2)}"
-        return f"{text} ({number(cell.detectable, 2)}): {', '.join(words) or 'open'}"
+        return f"{text} ({number(cell.detectable, 2)}): {', '.join(words)}"
 
     count = results.study.seeds
     return markdown(

@@ -70,8 +70,8 @@ def _set_gamma0(config: GammaDPOConfig | GammaSimPOConfig) -> None:
             )
         config.gamma0 = gamma0
     _checks.number("beta", config.beta, above=0)
-    _checks.number("gamma0", config.gamma0, least=0)
-    _checks.number("tau", config.tau, above=0)
+    _checks.problem(config.gamma0, config.tau)
+    _checks.flag("centered", config.centered)
 
 
 @dataclass
