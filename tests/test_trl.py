@@ -358,6 +358,14 @@ def test_two_ranks_equal_one(make, two_ranks, family, fsdp2):
     assert_same_run(alone, result[0]["history"], result[0]["queue"])
 
 
+def test_under_fsdp2_policy_and_reference_round_alike(two_ranks):
+    if Version(TRL_VERSION) < Version("1.15"):
+        pytest.skip("TRL before 1.15 rounds the log-probability of each token to bfloat16")
+    first = two_ranks(GammaDPOTrainer, {"bf16": True}, fsdp2=True)[0]["history"][0]
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert first["rewards/margins"] == first["gamma/kl"] == 0.0
+
+
 def test_resuming_with_another_number_of_processes(make, two_ranks, tmp_path):
     trainer, config, settings = DPO
     settings = {**settings, "tau": 0.3, "save_strategy": "steps", "save_steps": 3}

@@ -43,10 +43,10 @@ def main():
     trainer = trainer(
         work["model"],
         args=config(
-            work["out"], use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=6,
+            work["out"], use_cpu=True, gradient_checkpointing=False, max_steps=6,
             per_device_train_batch_size=2, learning_rate=0.02, optim="sgd",
             lr_scheduler_type="constant", logging_steps=1, report_to=[], disable_tqdm=True,
-            **{"save_strategy": "no", **work["options"]},
+            **{"bf16": False, "save_strategy": "no", **work["options"]},
         ),
         train_dataset=datasets.Dataset.from_list(tiny_lm.pairs(48)),
         processing_class=transformers.AutoTokenizer.from_pretrained(work["model"]),

@@ -6,6 +6,7 @@ logging and checkpoints are TRL's; the queue of recent gaps goes into the checkp
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import warnings
@@ -347,7 +348,13 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
         margins = inputs.pop("margin", 0.0)
         if not self.precompute_ref_logps:
             reference = (self.ref_model or self.model,) if _TAKES_MODEL else ()
-            chosen, rejected = self.compute_ref_log_probs(*reference, inputs)
+            # As when TRL computes a loss: under FSDP2 autocast would round the reference otherwise
+            # than the policy.
+            self.accelerator.autocast = contextlib.nullcontext
+            try:
+                chosen, rejected = self.compute_ref_log_probs(*reference, inputs)
+            finally:
+                del self.accelerator.autocast
             inputs |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         logps: list[torch.Tensor] = []
 
