@@ -94,7 +94,7 @@ def test_formula(name):
 
 def test_every_method_has_a_test():
     assert METHODS.keys() - FORMULAS.keys() == {
-        "beta-dpo", "gamma-dpo-published", "gamma-simpo-published",
+        "beta-dpo", "gamma-dpo-averaged", "gamma-dpo-published", "gamma-simpo-published",
         "matched-dpo", "matched-dpo-once", "matched-simpo", "matched-simpo-once",
     }  # fmt: skip
 
@@ -270,16 +270,16 @@ def test_gradient_by_finite_differences(name):
     def loss(policy):
         torch.manual_seed(0)
         if name.startswith("gamma"):  # hold the margins, as the losses do
-            own = METHODS[name].averaged
-            gaps = 0.6 * torch.tensor(D if own else H)
+            relative = METHODS[name].relative
+            gaps = 0.6 * torch.tensor(H if relative else D)
             rule = make(name)
             moved = Logps(policy, *torch.tensor(ARRAYS[1:]))
-            moved = 0.6 * (moved.d if own else moved.h)
+            moved = 0.6 * (moved.h if relative else moved.d)
             if "published" in name:
                 margins = rule.margins(gaps)
             else:
                 margins = solve_margins(gaps, gamma0=1.5, tau=0.8).margins
-            shift = margins if own else margins - 1.5
+            shift = margins - 1.5 if relative else margins
             return torch.nn.functional.softplus(shift - moved).mean()
         changes = {"a": 0.0} if name == "beta-dpo" else {}
         return make(name, **changes)(Logps(policy, *torch.tensor(ARRAYS[1:])))
@@ -303,9 +303,9 @@ def test_gradient_by_finite_differences(name):
 # --- the variants ---
 
 
-@pytest.mark.parametrize(("name", "averaged"), [("gamma-dpo", False), ("gamma-simpo", True)])
-def test_variant_without_changes_is_the_method(name, averaged):
-    variant = GammaVariant(beta=0.6, gamma0=1.5, tau=0.8, averaged=averaged)
+@pytest.mark.parametrize(("name", "relative"), [("gamma-dpo", True), ("gamma-simpo", False)])
+def test_variant_without_changes_is_the_method(name, relative):
+    variant = GammaVariant(beta=0.6, gamma0=1.5, tau=0.8, relative=relative)
     method = make(name)
     for seed in range(3):  # with a filling queue
         batch = logps(np.random.default_rng(seed).normal(size=(4, 8)))

@@ -39,7 +39,7 @@ def run(folder):
         here = folder / name
         here.mkdir()
         tiny_lm.build(here / "model")
-        (here / "gamma_trainer.py").write_text("import recorder\n" + pages.code("axolotl"))
+        (here / "gamma_trainer.py").write_text(replay.RECORD + pages.code("axolotl"))
         (here / "pairs.jsonl").write_text("\n".join(map(json.dumps, replay.pairs(96))))
         for start in starts:
             config = {**COMMON, **options, **start}

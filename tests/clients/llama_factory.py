@@ -33,7 +33,7 @@ def run(folder):
         ranks, accumulated = options.pop("ranks", 1), options.pop("accumulated", 1)
         here = folder / name
         here.mkdir()
-        (here / "gamma_dpo.py").write_text("import recorder\n" + pages.code("llama_factory"))
+        (here / "gamma_dpo.py").write_text(replay.RECORD + pages.code("llama_factory"))
         (here / "torchaudio.py").touch()  # which it imports, and this does not need
         rows = [
             {"messages": [{"role": "user", "content": row["prompt"]}],

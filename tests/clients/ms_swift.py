@@ -32,7 +32,7 @@ def run(folder):
         here = folder / name
         here.mkdir()
         tiny_lm.build(here / "model")
-        (here / "gamma_swift.py").write_text("import recorder\n" + pages.code("ms_swift"))
+        (here / "gamma_swift.py").write_text(replay.RECORD + pages.code("ms_swift"))
         rows = [
             {"messages": [{"role": "user", "content": row["prompt"]},
                           {"role": "assistant", "content": row["chosen"]}],

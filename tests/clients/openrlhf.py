@@ -115,7 +115,7 @@ def run(folder):
             (here / path).parent.mkdir(parents=True, exist_ok=True)
             (here / path).write_text(text)
         tiny_lm.build(here / "model")
-        (here / "train_gamma_dpo.py").write_text("import recorder\n" + pages.code("openrlhf"))
+        (here / "train_gamma_dpo.py").write_text(replay.RECORD + pages.code("openrlhf"))
         program = ["torchrun", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else ["python", "-m"]
         replay.start(here, [*program, "clients.openrlhf"])
         yield replay.compare(here, name, ranks=ranks, beta=BETA, **pages.SETTING, reference=True)

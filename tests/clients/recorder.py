@@ -1,4 +1,4 @@
-"""Imported by a trainer's process: keeps what its model was given and what it answered."""
+"""Started in a trainer's process: keeps what its model was given and what it answered."""
 
 import atexit
 import os
@@ -32,5 +32,6 @@ def save():
     np.savez(f"calls-{rank}-{len(glob(f'calls-{rank}-*'))}.npz", **arrays)  # a resumed run's follow
 
 
-torch.nn.modules.module.register_module_forward_hook(listen, with_kwargs=True)
-atexit.register(save)
+def start():
+    torch.nn.modules.module.register_module_forward_hook(listen, with_kwargs=True)
+    atexit.register(save)

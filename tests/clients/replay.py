@@ -17,6 +17,7 @@ import tiny_lm
 
 TESTS = str(Path(__file__).parents[1])
 QUEUE = 2048  # the default of the losses
+RECORD = "import recorder\n\nrecorder.start()\n"  # at the head of what a trainer runs
 ROUNDING = 3e-5  # of float32 in rewards of about 100, four of which make a gap
 
 
