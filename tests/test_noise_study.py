@@ -579,14 +579,15 @@ def test_report_from_the_file_alone(done, tmp_path):
     study = TINY._replace(methods=plan.Study().methods)
     report.write(study, records, tmp_path)
     page = (tmp_path / "reproduction_tables.md").read_text()
-    assert "a machine" in page
-    assert "**Not run yet:** DPO, fixed margin, cDPO" in page
-    assert "not complete" not in tables.status(outcomes.Results(study, records))
+    own, _ = page.split("## Real annotators")  # what follows is of other studies
+    assert "a machine" in own
+    assert "**Not run yet:** DPO, fixed margin, cDPO" in own
+    assert "not complete" not in own
     runs = outcomes.Results(TINY, records).accuracy("digits", "gamma-dpo", "uniform", 0.4)
     centre, half = np.mean(list(runs.values())), outcomes.interval(runs.values())[1]
-    assert f"| γ-DPO | {centre:.1f} ± {half:.1f} |" in page
-    assert "| SimPO | " in page
-    assert "| AMaPO | " not in page
+    assert f"| γ-DPO | {centre:.1f} ± {half:.1f} |" in own
+    assert "| SimPO | " in own
+    assert "| AMaPO | " not in own
     for name in report.FIGURES:
         picture = (tmp_path / f"reproduction_{name}.svg").read_text()
         assert picture.startswith("<svg")
