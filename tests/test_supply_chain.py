@@ -93,3 +93,12 @@ def test_workflows_have_the_least_permissions(file):
                 assert step["with"]["persist-credentials"] is False
             # what others write (titles, branch names) would be part of the shell's text
             assert "${{" not in step.get("run", "")
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "tests" / "clients").glob("*.txt")), ids=lambda f: f.stem
+)
+def test_a_clients_pins_name_one_version_each(file):
+    pins = file.read_text("utf-8").splitlines()
+    assert len(pins) > 10
+    assert [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.+!]+", pin)] == []

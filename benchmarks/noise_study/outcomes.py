@@ -68,11 +68,13 @@ class Results:
         self, *cell: Any, labels: str = "noisy", checkpoint: str = "last", of: str = "test",
         shared: bool = False, stage: str = "search",
     ) -> dict[int, float]:  # fmt: skip
-        """Return percentages by seed."""
+        """Return percentages by seed, or none where a seed is missing."""
         if shared:
             runs = self.shared(*cell, checkpoint=checkpoint)
         else:
             runs = self.runs(*cell, labels=labels, checkpoint=checkpoint, stage=stage)
+        if len(runs) < self.study.seeds:
+            return {}
         return {s: 100 * plan.score(r, labels, checkpoint, of) for s, r in runs.items()}
 
     def noises(self) -> list[tuple[str, float]]:

@@ -33,11 +33,15 @@ from benchmarks.noise_study.tasks import RATER_KINDS
 
 DEFAULT = (4.0, 10.0)  # gamma0 and tau of the TRL trainers
 STAGES = ("reference", "search", "trace", "ablation", "kappa", "redrawn")
+EMPTY = "Not run yet."
 RANGES = ((0.0, 0.1), (0.1, 1.0), (1.0, 10.0), (10.0, 100.0), (100.0, 1e5))  # of κ
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [list(head), ["---", *["--:"] * (len(head) - 1)], *rows]
+    known = [row for row in rows if any(cell != "–" for cell in row[1:])]
+    if not known:
+        return EMPTY
+    lines = [list(head), ["---", *["--:"] * (len(head) - 1)], *known]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -93,8 +97,7 @@ def status(results: Results) -> str:
     if missing:
         text += (
             f"\n\n**The study is not complete:** {missing} cells (task, method, noise) have "
-            f"fewer than {study.seeds} seeds or none. Everything below is from what there is; a "
-            "dash is what is missing."
+            f"fewer than {study.seeds} seeds or none. They are dashes below, or left out."
         )
     return text
 
@@ -118,7 +121,7 @@ def verdict(results: Results) -> str:
             within = (least, math.inf)
             gains = [pooled(results, task, ours, theirs, within, stage) for task in tasks]
             name = f"{label((ours, theirs))}, {words}"
-            if any(gains) or words == "equal settings":
+            if any(gains):
                 rows.append((name, [compare(g) if g else None for g in gains]))
         for words, how in tuned:
             found = []
@@ -154,7 +157,7 @@ def judged(results: Results, rows: list[tuple[str, list[Comparison | None]]]) ->
 
     def shown(cell: Comparison | None) -> str:
         if cell is None:
-            return "not run yet"
+            return "–"
         words = ["equivalent"] * (equivalent[id(cell)] < LEVEL)
         if different[id(cell)] < LEVEL:
             words.append("better" if cell.mean > 0 else "worse")
@@ -164,10 +167,11 @@ def judged(results: Results, rows: list[tuple[str, list[Comparison | None]]]) ->
         text = f"{number(cell.mean, 2, True)} ± {number(cell.half, 2)}"
         return f"{text} ({number(cell.detectable, 2)}): {', '.join(words)}"
 
-    count = results.study.seeds
+    count, tasks = results.study.seeds, results.study.tasks
+    columns = [i for i in range(len(tasks)) if any(found[i] for _, found in rows)]
     return markdown(
-        [f"difference, {seeds(count)}", *results.study.tasks],
-        ([name, *map(shown, found)] for name, found in rows),
+        [f"difference, {seeds(count)}", *(tasks[i] for i in columns)],
+        [[name, *(shown(found[i]) for i in columns)] for name, found in rows],
     )
 
 
@@ -225,7 +229,7 @@ def used(results: Results) -> list[tuple[float, float]]:
 def over_kappa(results: Results) -> str:
     """Return γ-PO − its matched losses where κ alone changes."""
     if not results.of_stage("kappa"):
-        return "Not run yet."
+        return EMPTY
     runs = {plan.key(run): run for run in results.of_stage("kappa")}
     rows = []
     for task, (ours, *matched) in itertools.product(
@@ -243,7 +247,9 @@ def over_kappa(results: Results) -> str:
                         value = 100 * plan.score(run["result"], "noisy", "last", "test")
                         points[spec["method"]].setdefault(spec["seed"], []).append(value)
                 means = [{s: float(np.mean(v)) for s, v in p.items()} for p in points.values()]
-                row.append(pair(*paired(*means)[:2], sign=True, digits=2))
+                complete = all(len(mean) == results.study.seeds for mean in means)
+                gain = paired(*means)[:2] if complete else (math.nan, math.nan)
+                row.append(pair(*gain, sign=True, digits=2))
             rows.append(row)
     head = [f"κ = {kappa:g}" for kappa in results.study.kappas]
     return markdown([f"difference, {seeds(results.study.seeds)}", *head], rows)
@@ -313,7 +319,7 @@ def references(results: Results) -> str:
     """Return what the policy ranks right before any training, in per cent."""
     runs = results.of_stage("reference")
     if not runs:
-        return "Not run yet."
+        return EMPTY
     cells = []
     for task in results.study.tasks:
         values = [100 * run["result"]["ranking"] for run in runs if run["task"] == task]
@@ -347,14 +353,19 @@ def gains(results: Results) -> str:
 
 
 def overall(results: Results, of: str) -> str:
-    """Mean accuracy over the noisy cells that all methods have, by task."""
+    """Mean accuracy over the noisy cells, by task, of the methods that have them all."""
     head, columns = [f"method, {seeds(results.study.seeds)}"], []
     for task, (way, how) in itertools.product(results.study.tasks, WAYS.items()):
-        count, means = over_noises(results, task, results.methods(), of=of, **how)
+        complete = [
+            method
+            for method in results.methods()
+            if all(results.accuracy(task, method, *n, of=of, **how) for n in results.noisy())
+        ]
+        count, means = over_noises(results, task, complete, of=of, **how)
         head.append(f"{task}, {way} ({count})")
         columns.append(means)
     rows = [
-        [method.label, *(pair(*interval(means[m].values())) for means in columns)]
+        [method.label, *(pair(*interval(means.get(m, {}).values())) for means in columns)]
         for m, method in results.methods().items()
     ]
     return markdown(head, rows)
@@ -391,10 +402,11 @@ def differences(results: Results) -> str:
 def folded(results: Results, table: Callable[..., str]) -> str:
     """Return a table for each task and way of choosing, to be unfolded by the reader."""
     fold = '<details markdown="1"><summary>{}, {}</summary>\n\n{}\n\n</details>'
-    return "\n\n".join(
-        fold.format(task, way, table(task, **how))
+    tables = {
+        (task, way): table(task, **how)
         for task, (way, how) in itertools.product(results.study.tasks, WAYS.items())
-    )
+    }
+    return "\n\n".join(fold.format(*key, text) for key, text in tables.items() if text != EMPTY)
 
 
 def selection(results: Results) -> str:
@@ -545,7 +557,7 @@ def loops(results: Results) -> str:
             "% of pairs of gaps out of order", "% of the budget in the top tenth: exact; loop",
             "mean margin of negative gaps / γ0: exact; loop",
             "largest / γ0: exact; loop"]  # fmt: skip
-    return markdown(head, rows) if rows else "Not run yet."
+    return markdown(head, rows)
 
 
 def change_name(change: dict[str, Any]) -> str:
