@@ -43,7 +43,7 @@ def table(done):
     return {row[0]: row[1:-1] for row in rows if row and row[0] in ("DPO", "γ-DPO")}
 
 
-def test_quick_run_twice(tmp_path, run):
+def test_quick_run_twice_and_with_another_seed(tmp_path, run):
     first = subprocess.run(
         [sys.executable, PROGRAM, "--quick", "--out", "picture.png"],
         capture_output=True, text=True, cwd=tmp_path,
@@ -58,11 +58,8 @@ def test_quick_run_twice(tmp_path, run):
     again = run("--quick", "--out", "picture.svg")
     assert table(again) == table(first)
     assert "How hard pairs pull</text>" in (tmp_path / "picture.svg").read_text()
-
-
-def test_another_seed_is_another_run(run):
-    first, second = (table(run("--quick", "--method", "dpo", "--seed", s)) for s in (0, 1))
-    assert first != second
+    other = run("--quick", "--method", "dpo", "--seed", 1)
+    assert table(other)["DPO"] != table(first)["DPO"]
 
 
 def test_one_method_and_own_pairs(tmp_path, run):
