@@ -11,7 +11,8 @@ size.
 
 The worst pools found are printed as code that reproduces them and, with ``--out``, appended to
 FILE.jsonl, from which the next search starts and which the tests replay. A run that was interrupted
-goes on with the first implementation that has not had its time (without FILE.json: with all).
+goes on with the first implementation that has not had its time (without FILE.json: with all);
+the seconds are the processor's, so that other work beside takes nothing away.
 "ranks" is the solver for parts, with all gaps in one. Triton's interpreter takes part if
 TRITON_INTERPRET=1, in small pools.
 """
@@ -139,7 +140,7 @@ def search(
 
     All of the pools to start from are looked at, however little time there is.
     """
-    rng, end = np.random.default_rng(seed), time.perf_counter() + seconds
+    rng, end = np.random.default_rng(seed), time.process_time() + seconds
     worst: dict[str, tuple[float, Pool]] = {}
     looked = 0
 
@@ -154,11 +155,11 @@ def search(
     for start in starts:
         look(start)
     goals = cycle(GOALS)
-    while not looked or time.perf_counter() < end:
+    while not looked or time.process_time() < end:
         goal, again = next(goals), worst and rng.random() < 0.3
         pool = worst[goal][1] if again else drawn(rng, dtype, most)
         height, quiet = look(pool)[goal], 0
-        while quiet < PATIENCE and time.perf_counter() < end:
+        while quiet < PATIENCE and time.process_time() < end:
             other = changed(rng, dtype, most, pool)
             value = look(other)[goal]
             quiet = 0 if value > height else quiet + 1
@@ -259,11 +260,11 @@ def measure(
     starts = [Pool(*(each[key] for key in Pool._fields)) for each in args.corpus
               if who.items() <= each.items()]  # fmt: skip
     most = INTERPRETED if name == "triton" and args.device == "cpu" else SIZES[-1]
-    begin = time.perf_counter()
+    begin = time.process_time()
     worst, pools = search(
         ways[name], ways["numpy"], dtype, seconds, most, starts, time.time_ns() % 2**32
     )
-    row = who | {"seconds": time.perf_counter() - begin, "pools": pools}
+    row = who | {"seconds": time.process_time() - begin, "pools": pools}
     yield row | {goal: value for goal, (value, _) in worst.items()}
     for goal, (value, pool) in worst.items():
         if args.out and value and pool not in starts:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import socket
@@ -227,13 +228,23 @@ def test_the_loss_of_an_evaluation_from_first_principles(
     assert logs["eval_gamma/max"] == pytest.approx(margins.max(), rel=1e-4)
 
 
+@pytest.fixture
+def spawned_workers():
+    """Loaders' workers start afresh: JAX, which other tests load, warns of forks, and rightly."""
+    multiprocessing.set_start_method("spawn", force=True)
+    yield
+    multiprocessing.set_start_method(None, force=True)
+
+
 @FAMILIES
+@pytest.mark.usefixtures("spawned_workers")
 def test_training_stores_gaps_less_the_margins_of_the_data(make, data, family):
     trainer, config, settings = family
-    options = {"per_device_train_batch_size": 48, "max_steps": 1, "dataloader_num_workers": 1}
+    options = {"per_device_train_batch_size": 48, "max_steps": 1}
     targets = np.random.default_rng(1).normal(size=48)
     queues = []
-    for rows in (data, data.add_column("margin", targets)):
+    for workers, rows in enumerate((data, data.add_column("margin", targets))):
+        options["dataloader_num_workers"] = workers
         trained = make(trainer, config, **settings, **options, train_dataset=rows)
         trained.train()
         queues.append(stored(trained).numpy())

@@ -58,6 +58,7 @@ def main():
     gaps, mask = trainer.gamma_loss.queue.context()
     result = {"history": trainer.state.log_history, "queue": gaps[mask].tolist()}
     Path(work["out"], f"rank{os.environ['RANK']}.json").write_text(json.dumps(result))
+    trainer.accelerator.end_training()  # or a thread of the group may outlive the interpreter
 
 
 if __name__ == "__main__":
