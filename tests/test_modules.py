@@ -237,8 +237,22 @@ def test_wrong_arguments(torch):
         preference_loss(queue_size=-1)
     with pytest.raises(TypeError, match="queue_size must be an int, got NoneType"):
         preference_loss(queue_size=None)
+    good = {"beta": 1.0, "gamma0": 1.0, "tau": 1.0}
+    for bad, problem in (
+        ({"beta": 0}, "beta must be finite and > 0, got 0"),
+        ({"gamma0": -2.0}, "gamma0 must be finite and >= 0, got -2"),
+        ({"tau": 1e-12}, "gamma0 / tau must be from 1e-30 to 1e[+]09, got 1.0 / 1e-12"),
+        ({"centered": "no"}, "centered must be True or False, got 'no'"),
+        ({"label_smoothing": 0.5, "robust": True}, "label_smoothing must be .*, got 0.5"),
+        ({"reduction": "none of them"}, "reduction must be one of .*, got 'none of them'"),
+        ({"impl": "cuda"}, "impl must be one of .*, got 'cuda'"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=problem):  # before any call
+            GammaDPOLoss(**good | bad)
+    module = GammaDPOLoss(**good)
+    module.settings["gamma0"] = -2.0  # as by a schedule
     with pytest.raises(ValueError, match="gamma0 must be finite and >= 0, got -2"):
-        GammaDPOLoss(beta=1.0, gamma0=-2.0, tau=1.0)(*logps(torch, 4))
+        module(*logps(torch, 4))
 
 
 def test_a_name_that_does_not_exist():

@@ -1,6 +1,7 @@
 """The main job runs, repeats itself, and names what is wrong with a file."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -52,7 +53,10 @@ def test_quick_run_twice_and_with_another_seed(tmp_path, run):
     assert all(len(row) == 5 for row in table(first).values())
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert not first.stderr  # a progress bar is for a terminal
-    seen = first.stdout.partition("What was seen:")[2]
+    chosen, _, seen = first.stdout.partition("What was seen:")
+    assert float(re.search("as flat as asked for at tau = (.*)\\.$", chosen, re.M)[1]) > 0
+    factor = float(re.search(r"those of DPO with (.*) times the beta", seen)[1])
+    assert factor == pytest.approx(0.7, abs=0.05)  # on gaps of γ-DPO's own run
     assert "mean margin" in seen
     assert "no evidence" in seen
     again = run("--quick", "--out", "picture.svg")
@@ -66,12 +70,18 @@ def test_one_method_and_own_pairs(tmp_path, run):
     file = tmp_path / "pairs.jsonl"
     pairs = [{**GOOD, "prompt": f"{i} + é =", "rejected": " no" * i} for i in range(1, 13)]
     file.write_text("\n".join(map(json.dumps, pairs)) + "\n\n")
-    done = run("--quick", "--method", "gamma-dpo", "--pairs", file)
+    done = run("--quick", "--method", "gamma-dpo", "--tau", 2, "--pairs", file)
     (row,) = table(done).values()
     assert (row[2], row[4]) == ("-", "-")  # own labels stay as they are, so none is flipped ...
-    done = run("--quick", "--method", "gamma-dpo", "--pairs", file, "--flip", "0.3")
+    done = run("--quick", "--method", "gamma-dpo", "--tau", 2, "--pairs", file, "--flip", 0.3)
     (row,) = table(done).values()
     assert float(row[2]) > 0  # ... unless it is asked for
+
+
+def test_a_beta_factor_that_cannot_be_had(run):
+    done = run("--quick", "--beta-factor", 1e-9)
+    assert done.returncode == 2
+    assert done.stderr.startswith("argument --beta-factor: beta_factor can be at least ")
 
 
 @pytest.mark.parametrize(
@@ -115,6 +125,7 @@ def test_bytes_that_are_not_utf8(tmp_path, run):
         (["--flip", "0.7"], "must be between 0 and 0.5, got 0.7"),
         (["--tau", "0"], "must be positive and finite, got 0"),
         (["--steps", "x"], "invalid int value: 'x'"),
+        (["--method", "gamma-dpo"], "gamma-dpo alone needs --tau: there are no gaps of DPO's"),
     ],
 )
 def test_bad_arguments(tmp_path, run, arguments, complaint):

@@ -20,7 +20,7 @@ from gamma_loss.torch import sequence_logps
 
 PROMPT = "<|im_start|>user\nWrite one sentence of a film review.<|im_end|>\n<|im_start|>assistant\n"
 END = "<|im_end|>"
-PAIRS = 8  # whose logits are held at once where no gradient is wanted
+TEXTS = 8  # whose logits are made at once
 
 
 class Tail(nn.Module):
@@ -51,12 +51,12 @@ class Reviews(NamedTuple):
 
     def logps(self, tail: nn.Module, pairs: Tensor) -> Tensor:
         """Return summed log-probabilities, (pairs, 2), of pairs of texts."""
-        if torch.is_grad_enabled():
-            return self._logps(tail, pairs)
-        return torch.cat([self._logps(tail, part) for part in pairs.split(PAIRS)])
-
-    def _logps(self, tail: nn.Module, pairs: Tensor) -> Tensor:
         texts = pairs.flatten()
+        order = self.lengths()[texts].argsort()  # parts of like length have little padding
+        parts = [self._logps(tail, part) for part in texts[order].split(TEXTS)]
+        return torch.cat(parts)[order.argsort()].view(-1, 2)
+
+    def _logps(self, tail: nn.Module, texts: Tensor) -> Tensor:
         kept = self.kept[texts]
         longest = int(kept.any(0).nonzero().max()) + 1
         hidden, kept = self.states[texts, :longest], kept[:, :longest]
@@ -67,7 +67,7 @@ class Reviews(NamedTuple):
         first = int(kept.any(0).nonzero().min())
         logits = self.model.lm_head(tail.norm(hidden[:, first - 1 :]))
         tokens = self.tokens[texts, first - 1 : longest]
-        return sequence_logps(logits, tokens, kept[:, first - 1 :]).view(-1, 2)
+        return sequence_logps(logits, tokens, kept[:, first - 1 :])
 
     @torch.no_grad()
     def sample(self, tail: nn.Module, count: int, longest: int) -> dict[str, float]:
@@ -108,7 +108,7 @@ class Reviews(NamedTuple):
         ends[:, :start] = 0
         written = ends.cumsum(1) - ends == 0  # up to the first end, with it
         written[:, :start] = False
-        parts = zip(tokens.split(PAIRS), written.split(PAIRS), strict=True)
+        parts = zip(tokens.split(TEXTS), written.split(TEXTS), strict=True)
         return torch.cat([sequence_logps(self.model(t).logits, t, w) for t, w in parts])
 
 
@@ -122,9 +122,11 @@ def prepare(
     tokens, present = encoded["input_ids"].to(device), encoded["attention_mask"].bool().to(device)
     kept = present.clone()
     kept[:, : len(tokenizer(PROMPT)["input_ids"])] = False
-    states = []
+    lengths = present.sum(1)
+    states = torch.zeros(*tokens.shape, model.config.hidden_size, device=device)
     with torch.no_grad():
-        for part in tqdm(tokens.split(16), desc="states", disable=None):
-            outputs = model.model(part, output_hidden_states=True)
-            states.append(outputs.hidden_states[-1 - layers])
-    return Reviews(model, tokenizer, tokens, kept, torch.cat(states))
+        for part in tqdm(lengths.argsort().split(16), desc="states", disable=None):
+            longest = int(lengths[part].max())
+            outputs = model.model(tokens[part, :longest], output_hidden_states=True)
+            states[part, :longest] = outputs.hidden_states[-1 - layers]
+    return Reviews(model, tokenizer, tokens, kept, states)

@@ -161,7 +161,7 @@ def embed(texts: list[str], batch: int = 16) -> Tensor:
         part = order[start : start + batch]
         tokens = tokenizer([texts[i] for i in part], return_tensors="pt", padding=True)
         with torch.no_grad():
-            hidden = model(**tokens, output_hidden_states=True).hidden_states[LAYER]
+            hidden = model.model(**tokens, output_hidden_states=True).hidden_states[LAYER]
         mask = tokens["attention_mask"][..., None].to(hidden.dtype)
         for i, row in zip(part, (hidden * mask).sum(1) / mask.sum(1), strict=True):
             features[i] = row

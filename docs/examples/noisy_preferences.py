@@ -3,7 +3,8 @@
 A byte-level language model learns the source text of Python's standard library. It is then aligned
 on preference pairs, a true continuation of a prompt against a corrupted one (from barely to
 heavily), of which a fraction has its two responses swapped by mistake. Plain DPO and γ-DPO start
-from the same model and see the same pairs in the same order. Nothing is downloaded.
+from the same model and see the same pairs in the same order; γ-DPO's tau is chosen by the gaps that
+DPO ends with. Nothing is downloaded.
 
     python noisy_preferences.py                       # about two minutes on two CPU cores
     python noisy_preferences.py --quick               # a smoke test
@@ -32,6 +33,7 @@ from tqdm import tqdm as progress
 
 from gamma_loss import (
     MatchedLoss,
+    choose_settings,
     gamma_dpo_loss,
     gamma_preference_loss,
     match_logistic,
@@ -284,10 +286,9 @@ def align(
         optimizer.step()
     seconds = time.perf_counter() - began
 
-    gamma0 = args.gamma0 if method == "gamma-dpo" else 0.0
+    gamma0, tau = (args.gamma0, args.tau) if method == "gamma-dpo" else (0.0, 1.0)
     seen = [
-        gamma_preference_loss(gaps, gamma0=gamma0, tau=args.tau, centered=True)[1]
-        for gaps in history
+        gamma_preference_loss(gaps, gamma0=gamma0, tau=tau, centered=True)[1] for gaps in history
     ]
     return Run(
         steps,
@@ -353,6 +354,18 @@ def report(runs: dict[str, Run], flipped: Tensor, args: argparse.Namespace) -> s
         "  are no evidence for or against either method.",
     ]
     return "\n".join(lines)
+
+
+def choose_tau(gaps: Tensor, args: argparse.Namespace) -> float:
+    """Choose tau by how much flatter γ-DPO is to be than DPO, on the gaps that DPO ended with."""
+    try:
+        settings = choose_settings(
+            gaps, gamma0=args.gamma0, beta_factor=args.beta_factor, centered=True
+        )
+    except ValueError as error:  # that cannot be had
+        stop(f"argument --beta-factor: {error}")
+    print(f"On DPO's last gaps γ-DPO is as flat as asked for at tau = {settings['tau']:.3g}.")
+    return settings["tau"]
 
 
 def matched(gaps: Tensor, args: argparse.Namespace) -> MatchedLoss:
@@ -490,7 +503,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=positive(float), default=2.5e-4, help="learning rate of either method")
     add("--beta", type=positive(float), default=0.2, help="reward units per nat")
     add("--gamma0", type=positive(float), default=4.0, help="γ-DPO: mean margin, reward units")
-    add("--tau", type=positive(float), default=2.0, help="γ-DPO: weight of the KL term")
+    add(
+        "--beta-factor",
+        type=positive(float),
+        default=0.7,
+        help="γ-DPO acts as DPO with so many times the beta, on DPO's last gaps: tau is chosen so",
+    )
+    add(
+        "--tau",
+        type=positive(float),
+        default=argparse.SUPPRESS,
+        help="γ-DPO: weight of the KL term, instead of --beta-factor",
+    )
     add("--seed", type=int, default=0, help="of everything random")
     add("--pairs", type=Path, metavar="FILE.jsonl", help="own pairs: prompt, chosen, rejected")
     add("--out", type=Path, default=Path("noisy_preferences.png"), help="where the picture goes")
@@ -500,6 +524,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         stop(f"{parser.prog}: error: argument --out: {problem}")
     if args.pairs and not args.pairs.is_file():
         stop(f"{parser.prog}: error: argument --pairs: no such file: {args.pairs}")
+    args.tau = getattr(args, "tau", None)
+    if args.method == "gamma-dpo" and not args.tau:
+        problem = "gamma-dpo alone needs --tau: there are no gaps of DPO's to choose it by"
+        stop(f"{parser.prog}: error: argument --method: {problem}")
     args.flip = getattr(args, "flip", 0.0 if args.pairs else 0.2)
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.width, args.pretrain_steps, args.train_pairs, steps = 192, 500, 4096, 300
@@ -527,7 +555,11 @@ def main(argv: list[str] | None = None) -> None:
 
     model = pretrain(text, args, generator)
     methods = list(METHODS) if args.method == "both" else [args.method]
-    runs = {method: align(method, model, train, heldout, args) for method in methods}
+    runs: dict[str, Run] = {}
+    for method in methods:
+        if method == "gamma-dpo" and not args.tau:
+            args.tau = choose_tau(runs["dpo"].gaps[-1], args)
+        runs[method] = align(method, model, train, heldout, args)
     watched = train.flipped[:WATCHED]
     print(report(runs, watched, args))
     draw(runs, watched, args)

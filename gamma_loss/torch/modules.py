@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from gamma_loss import _checks, _dispatch
@@ -39,6 +40,10 @@ class _QueuedLoss(torch.nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
+        rest = settings | {"impl": "auto"}  # what a call would refuse is refused now
+        _checks.number("beta", rest.pop("beta", 1.0), above=0)
+        _checks.choice("impl", settings["impl"], _dispatch.IMPLEMENTATIONS)
+        gamma_preference_loss(np.zeros(1), **rest)
         self._function = function
         self.group = group
         self.settings = settings
@@ -170,7 +175,7 @@ class GammaDPOLoss(_QueuedLoss):
     Raises
     ------
     TypeError, ValueError
-        For a queue_size that is no integer >= 0, and from a call as `gamma_dpo_loss` does.
+        For a queue_size that is no integer >= 0, and as `gamma_dpo_loss`: for settings at once.
 
     Notes
     -----
