@@ -98,6 +98,8 @@ def not_plain(array: Array) -> str:
         return "a masked array" if hasattr(array, "mask") else ""
     if array.is_nested:
         return "a nested tensor"
+    if hasattr(array, "get_mask"):
+        return "a masked tensor"
     return "" if array.layout is sys.modules["torch"].strided else f"a {array.layout} tensor"
 
 

@@ -108,12 +108,15 @@ ODD = {  # what is refused everywhere, by the libraries that have it
     "nested": lambda library: library.xp.nested.nested_tensor(
         [library.array(GAPS)], layout=library.xp.jagged
     ),
+    "masked tensors": lambda library: library.xp.masked.masked_tensor(
+        library.array(GAPS), library.xp.tensor([True, False, False])
+    ),
     "quantized": lambda library: library.xp.quantize_per_tensor(
         library.array(GAPS, "float32"), 0.1, 0, library.xp.qint8
     ),
 }  # fmt: skip
 NUMPYS = {"masked", "objects", "strings", "dates", "records", "bfloat16", "float8"}
-TORCHS = {"sparse", "mkldnn", "nested", "quantized"}
+TORCHS = {"sparse", "mkldnn", "nested", "masked tensors", "quantized"}
 
 
 def odd(library):
@@ -129,6 +132,10 @@ def complaint(error, call, *arguments, **more):
     return str(caught.value)
 
 
+PROTOTYPE = pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors:UserWarning")
+
+
+@PROTOTYPE
 def test_what_is_no_array_of_real_numbers(library, name):
     entry = TABLE[name]
     for kind, value in odd(library).items():
@@ -140,6 +147,7 @@ def test_what_is_no_array_of_real_numbers(library, name):
             assert ", got " in text, (kind, text)
 
 
+@PROTOTYPE
 def test_a_queue_takes_no_such_things(library):
     state = gamma_loss.queue_init(library.array(GAPS), 3)
     push, solve = gamma_loss.queue_push, gamma_loss.solve_margins
@@ -158,6 +166,7 @@ def test_a_queue_takes_no_such_things(library):
             assert text.startswith("context_mask must "), kind
 
 
+@PROTOTYPE
 def test_streaming_takes_real_numbers(library):
     if library.name not in ("numpy", "torch"):
         pytest.skip("chunks are NumPy's, or torch's")

@@ -40,10 +40,14 @@ class _QueuedLoss(torch.nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
-        rest = settings | {"impl": "auto"}  # what a call would refuse is refused now
-        _checks.number("beta", rest.pop("beta", 1.0), above=0)
-        _checks.choice("impl", settings["impl"], _dispatch.IMPLEMENTATIONS)
-        gamma_preference_loss(np.zeros(1), **rest)
+        try:  # what a call would refuse is refused now
+            rest = settings | {"impl": "auto"}
+            _checks.number("beta", rest.pop("beta", 1.0), above=0)
+            _checks.choice("impl", settings["impl"], _dispatch.IMPLEMENTATIONS)
+            gamma_preference_loss(np.zeros(1), **rest)
+        except Exception as error:
+            _dispatch.fail(group, error)
+            raise
         self._function = function
         self.group = group
         self.settings = settings
