@@ -246,21 +246,24 @@ def test_lines_without_the_reference_among_lines_with_it(tmp_path, ranks):
     assert names(tmp_path) == ["logps.jsonl"]
 
 
+NO_GAPS = [
+    (np.zeros(0), "must hold gaps in a 1-D array of floats, got float64 (0,)"),
+    (np.zeros((2, 2)), "must hold gaps in a 1-D array of floats, got float64 (2, 2)"),
+    (np.arange(3), "must hold gaps in a 1-D array of floats, got int64 (3,)"),
+    (np.full(3, np.nan), "none of its 3 gaps is finite: look at how"),
+    (np.array([None, 1.0]), "no .npy file of numbers (Array can't be memory-mapped"),
+    (b"", "no .npy file of numbers (EOF"),
+    (b"PK\3\4 a zip file, as .npz is", "no .npy file of numbers (the magic string"),
+    ("cut short", "no .npy file of numbers (mmap length is greater than file size)"),
+]
+
+
 @pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (np.zeros(0), "must hold gaps in a 1-D array of floats, got float64 (0,)"),
-        (np.zeros((2, 2)), "must hold gaps in a 1-D array of floats, got float64 (2, 2)"),
-        (np.arange(3), "must hold gaps in a 1-D array of floats, got int64 (3,)"),
-        (np.full(3, np.nan), "none of its 3 gaps is finite: look at how"),
-        (np.array([None, 1.0]), "no .npy file of numbers (Array can't be memory-mapped"),
-        (b"", "no .npy file of numbers (EOF"),
-        (b"PK\3\4 a zip file, as .npz is", "no .npy file of numbers (the magic string"),
-        ("cut short", "no .npy file of numbers (mmap length is greater than file size)"),
-    ],
+    ("content", "words", "ranks"),
+    # What all ranks find out together, and what each finds out alone.
+    [*((*case, 1) for case in NO_GAPS), (*NO_GAPS[3], 2), (*NO_GAPS[-1], 2)],
     ids=str,
 )
-@pytest.mark.parametrize("ranks", [1, 2])
 def test_arrays_that_hold_no_gaps(tmp_path, content, words, ranks):
     pytest.importorskip("tqdm")
     file, out = tmp_path / "gaps.npy", tmp_path / "out.npy"
