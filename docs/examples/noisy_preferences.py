@@ -498,7 +498,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--steps",
         type=positive(int),
         default=argparse.SUPPRESS,
-        help="alignment steps of each method (default: 300, or 24 with --quick)",
+        help="alignment steps of each method (default: 300, or 12 with --quick)",
     )
     add("--lr", type=positive(float), default=2.5e-4, help="learning rate of either method")
     add("--beta", type=positive(float), default=0.2, help="reward units per nat")
@@ -532,7 +532,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.width, args.pretrain_steps, args.train_pairs, steps = 192, 500, 4096, 300
     if args.quick:
-        args.width, args.pretrain_steps, args.train_pairs, steps = 64, 30, 256, 24
+        args.width, args.pretrain_steps, args.train_pairs, steps = 64, 10, 128, 12
     args.steps = getattr(args, "steps", steps)
     return args
 
