@@ -364,8 +364,12 @@ def choose_tau(gaps: Tensor, args: argparse.Namespace) -> float:
         )
     except ValueError as error:  # that cannot be had
         stop(f"argument --beta-factor: {error}")
-    print(f"On DPO's last gaps γ-DPO is as flat as asked for at tau = {settings['tau']:.3g}.")
-    return settings["tau"]
+    tau = settings["tau"]
+    print(
+        f"tau = {tau:.3g}: on DPO's last gaps γ-DPO then acts as DPO with {args.beta_factor:g} "
+        "times the beta"
+    )
+    return tau
 
 
 def matched(gaps: Tensor, args: argparse.Namespace) -> MatchedLoss:
