@@ -151,6 +151,6 @@ def test_too_few_pairs(tmp_path, run):
 def test_help(run):
     done = run("--help")
     assert done.returncode == 0
-    for option in ("--flip", "--seed", "--steps", "--gamma0", "--tau", "--beta", "--lr",
+    for option in ("--flip", "--seed", "--steps", "--gamma0", "--tau", "--beta-factor", "--lr",
                    "--method", "--out", "--pairs", "--quick"):  # fmt: skip
         assert option in done.stdout
