@@ -248,10 +248,10 @@ def cases(args: argparse.Namespace) -> list[tuple[Any, ...]]:
 
 
 def measure(
-    args: argparse.Namespace, seconds: float, name: str, dtype: str, ways: dict[str, Solve],
+    args: argparse.Namespace, _: float, name: str, dtype: str, ways: dict[str, Solve],
     share: float,
 ) -> Iterator[Result]:  # fmt: skip
-    """Yield the worst that an implementation does, and keep the pools."""
+    """Yield the worst that an implementation does in its share of time, and keep the pools."""
     who = {"solver": name, "dtype": dtype}
     for row in args.done:
         if who.items() <= row.items() and row["seconds"] >= 0.9 * share:
@@ -262,7 +262,7 @@ def measure(
     most = INTERPRETED if name == "triton" and args.device == "cpu" else SIZES[-1]
     begin = time.process_time()
     worst, pools = search(
-        ways[name], ways["numpy"], dtype, seconds, most, starts, time.time_ns() % 2**32
+        ways[name], ways["numpy"], dtype, share, most, starts, time.time_ns() % 2**32
     )
     row = who | {"seconds": time.process_time() - begin, "pools": pools}
     yield row | {goal: value for goal, (value, _) in worst.items()}

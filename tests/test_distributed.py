@@ -249,6 +249,7 @@ WRONG = [
     (LOSS, [1.0], {"reduction": "max"}, "ValueError: reduction must be one of"),
     (LOSS, [1.0], {"label_smoothing": 0.7}, "ValueError: label_smoothing must be"),
     (MODULE, [1.0], {"gamma0": -1.0}, "ValueError: gamma0 must be"),
+    (MODULE, [1.0], {"queue_size": -1}, "ValueError: queue_size must be"),
     (STREAMING, [np.zeros((2, 2))], {}, "ValueError: chunks must be 1-D"),
     (STREAMING, iter([]), {}, "TypeError: chunks must be readable"),
     (STREAMING, [np.zeros(2)], {"gamma0": -1.0}, "ValueError: gamma0 must be"),

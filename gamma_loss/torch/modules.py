@@ -45,13 +45,13 @@ class _QueuedLoss(torch.nn.Module):
             _checks.number("beta", rest.pop("beta", 1.0), above=0)
             _checks.choice("impl", settings["impl"], _dispatch.IMPLEMENTATIONS)
             gamma_preference_loss(np.zeros(1), **rest)
+            queue_size = _checks.whole_number("queue_size", queue_size, least=0)
         except Exception as error:
             _dispatch.fail(group, error)
             raise
         self._function = function
         self.group = group
         self.settings = settings
-        queue_size = _checks.whole_number("queue_size", queue_size, least=0)
         self.queue = GapQueue(queue_size) if queue_size else None
         self._context: QueueState | None = None  # what the last training forward solved over
         self._unwatched = _WATCHED
@@ -179,7 +179,8 @@ class GammaDPOLoss(_QueuedLoss):
     Raises
     ------
     TypeError, ValueError
-        For a queue_size that is no integer >= 0, and as `gamma_dpo_loss`: for settings at once.
+        As `gamma_dpo_loss` does, for settings as soon as it is made; for a queue_size that is no
+        integer >= 0. With a group the other ranks are told.
 
     Notes
     -----
