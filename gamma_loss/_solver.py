@@ -13,6 +13,8 @@ from gamma_loss._arrays import (
     epsilon,
     inner,
     is_free_to_read,
+    is_jax,
+    jitted,
     numbers_namespace,
     reader,
     repeat,
@@ -70,10 +72,20 @@ def solve(
     xp, zero = solver_namespace(gaps), gaps[0] * 0
     if gamma0 == 0:  # nothing to share out, and no scale to measure x by
         return xp.zeros_like(gaps), zero, zero
-    g0, a = zero + gamma0, zero + gamma0 / tau
-    if passes := mild_passes(gamma0, tau, bits(gaps) >= 64):
-        return newton(gaps, weights, g0, a, passes, spread)
-    return finish(iterate(begin(gaps, weights, g0, a, spread), spread), spread)
+    passes = mild_passes(gamma0, tau, bits(gaps) >= 64)
+    run = jitted(_solve, (4, 5)) if is_jax(gaps) and spread is WHOLE else _solve
+    result: tuple[Array, Array, Array] = run(
+        gaps, weights, zero + gamma0, zero + gamma0 / tau, passes, spread
+    )
+    return result
+
+
+def _solve(
+    gaps: Array, weights: Array | None, gamma0: Array, a: Array, passes: int, spread: Spread
+) -> tuple[Array, Array, Array]:
+    if passes:
+        return newton(gaps, weights, gamma0, a, passes, spread)
+    return finish(iterate(begin(gaps, weights, gamma0, a, spread), spread), spread)
 
 
 def iterate(state: State, spread: Spread = WHOLE, run: Run = directly) -> State:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from strategies import HARD, MILD
 
-from gamma_loss import gamma_dpo_loss, gamma_preference_loss, metrics, solve_margins
+from gamma_loss import _solver, gamma_dpo_loss, gamma_preference_loss, metrics, solve_margins
 
 
 def rows(shape, seed=0):
@@ -73,6 +73,39 @@ def test_torch_compile_with_a_schedule_of_gamma0(torch):
         compiled = torch.compile(solve, fullgraph=True, backend="eager")
         for gamma0 in (1.0, 2.0, 30.0):
             torch.testing.assert_close(compiled(gaps, gamma0), solve(gaps, gamma0))
+
+
+@pytest.mark.parametrize("settings", [[MILD, (3.0, 10.0)], [HARD, (3.0, 0.5)]])
+def test_jax_compiles_a_solve_once_for_all_settings(jax, settings):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name)
+    )
+    try:
+        gaps = jax.numpy.asarray(rows(23))  # a size of its own, which no other test has compiled
+        solve_margins(gaps, **settings[0])
+        assert any("backend_compile" in name for name in compiled)
+        compiled.clear()
+        solve_margins(gaps, gamma0=settings[1][0], tau=settings[1][1])
+        assert not any("backend_compile" in name for name in compiled)
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def test_other_libraries_end_their_loops():
+    """An array of the standard takes the passes that NumPy takes, not the most there can be."""
+    passes = []
+    for xp in (np, pytest.importorskip("array_api_strict")):
+        gaps, gamma0, a = map(xp.asarray, (rows(50) + 4, np.array(4.0), np.array(40.0)))
+        calls = []
+
+        def run(function, *arguments, calls=calls):
+            calls.append(function)
+            return function(*arguments)
+
+        _solver.iterate(_solver.begin(gaps, None, gamma0, a), run=run)
+        passes.append(calls.count(_solver.follow))
+    assert 3 < passes[0] == passes[1] < 20
 
 
 @pytest.mark.parametrize("setting", [MILD, HARD])

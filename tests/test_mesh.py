@@ -14,6 +14,7 @@ from strategies import HARD, MILD
 from gamma_loss import gamma_preference_loss, solve_margins
 
 jax = pytest.importorskip("jax")
+pytestmark = pytest.mark.xdist_group("mesh")  # whose work is done once
 
 SETTINGS, LIMITS = {"mild": MILD, "hard": HARD}, {"gather": 2**17, "reduce": 0}
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
