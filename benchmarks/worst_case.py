@@ -12,7 +12,8 @@ size.
 The worst pools found are printed as code that reproduces them and, with ``--out``, appended to
 FILE.jsonl, from which the next search starts and which the tests replay. A run that was interrupted
 goes on with the first implementation that has not had its time (without FILE.json: with all);
-the seconds are the processor's, so that other work beside takes nothing away.
+the seconds are the processor's, so that other work beside takes nothing away, and all
+implementations have as many.
 "ranks" is the solver for parts, with all gaps in one. Triton's interpreter takes part if
 TRITON_INTERPRET=1, in small pools.
 """
@@ -25,7 +26,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from itertools import cycle, product
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -242,9 +243,9 @@ def cases(args: argparse.Namespace) -> list[tuple[Any, ...]]:
         if corpus.exists():
             args.corpus = [json.loads(line) for line in corpus.read_text("utf-8").splitlines()]
         args.done = json.loads(before)["results"] if before else []
-    plan = list(product(ways, ("float64", "float32")))
-    plan.remove(("streaming", "float32"))  # which computes in float64
-    return [(name, dtype, ways, args.seconds / len(plan)) for name, dtype in plan]
+    dtypes = dict.fromkeys(ways, ("float64", "float32")) | {"streaming": ("float64",)}
+    share = args.seconds / len(ways)
+    return [(name, each, ways, share / len(dtypes[name])) for name in ways for each in dtypes[name]]
 
 
 def measure(

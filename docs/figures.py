@@ -214,16 +214,24 @@ def passes(name: str) -> str:
 
 
 def streaming(before: str, after: str) -> str:
-    """Seconds for a million gaps, and readings of them, before and after."""
+    """Seconds for each million gaps, and readings of them, before and after."""
     rows = []
     for old, new in zip(*(results(name)["streaming"] for name in (before, after)), strict=True):
         seconds = [median(row["solvers"]["streaming"]) / row["gaps"] for row in (new, old)]
-        of_numpy = new["solvers"]["streaming"]["times_as_fast_as_numpy"]
+        of_numpy = new["solvers"]["streaming"].get("times_as_fast_as_numpy")
         rows.append(
-            [f"`{new['setting']}`", *(f"{value:.2f}" for value in seconds), new["readings"],
-             old["readings"], f"{1 / of_numpy:.1f}"]
+            [f"`{new['setting']}`", f"{new['gaps']:,}", *(f"{value:.2f}" for value in seconds),
+             new["readings"], old["readings"], of_numpy and f"{1 / of_numpy:.1f}"]
         )  # fmt: skip
-    columns = ["setting", "s / million gaps", "before", "readings", "before", "of NumPy's time"]
+    columns = [
+        "setting",
+        "gaps",
+        "s / million gaps",
+        "before",
+        "readings",
+        "before",
+        "of NumPy's time",
+    ]
     return table(columns, rows)
 
 

@@ -76,9 +76,10 @@ def solve_margins(
     impl : {"auto", "eager", "compile", "triton"}
         How to solve; all agree to rounding error.
 
-        - "eager": array operations one by one; for a pool of up to 32,767 gaps of torch on the CPU
-          NumPy's on views of them, which take the host less time. Inside torch.compile or jax.jit
-          they become part of the caller's graph.
+        - "eager": array operations one by one. For torch on the CPU, NumPy's on views of the gaps,
+          which take less time, but for a pool of more than 65,536 where torch has several threads.
+          Inside torch.compile or jax.jit they become part of the caller's graph; other JAX arrays
+          are solved by one program, compiled for each shape.
         - "compile" (torch): the same through torch.compile, compiled at the first call for a kind
           of pool (dtype, device, masks), not for a size or for values of gamma0 and tau.
         - "triton" (torch, on a GPU that Triton knows): one launch of a kernel for a pool of up to

@@ -7,7 +7,8 @@ import hypothesis
 import numpy as np
 import pytest
 
-from gamma_loss import MarginSolution, solve_margins
+from gamma_loss import MarginSolution, _dispatch, solve_margins
+from gamma_loss._pool import Beside, check
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Random examples on a developer's machine, the same ones every time where CI is to be repeatable.
@@ -100,7 +101,12 @@ class Solver:
             name: None if array is None else self.torch.tensor(np.asarray(array), device=device)
             for name, array in {"reward_gaps": np.asarray(gaps), **arrays}.items()
         }
-        solution = solve_margins(**arrays, **settings, impl=self.name)
+        if self.name == "eager":  # by torch's own operations, where `solve_margins` takes NumPy's
+            gaps = arrays.pop("reward_gaps")
+            problem = check("reward_gaps", gaps, Beside(**arrays), group=None, **settings)
+            solution = _dispatch.solve("eager", gaps, problem)
+        else:
+            solution = solve_margins(**arrays, **settings, impl=self.name)
         return MarginSolution(*(np.asarray(array.cpu())[()] for array in solution))
 
     def padded(self, gaps, mask):

@@ -15,14 +15,15 @@ from gamma_loss._pool import Beside, Problem, Solution
 from gamma_loss._spread import WHOLE
 from gamma_loss._torch.gradient import with_slopes
 
-# From here on torch shares an operation among threads.
-_LIMIT = 32_768
+_LIMIT = 2**16  # beyond it torch's operations are faster, if they have threads to share among
 _PLAIN = torch.Tensor, torch.nn.Parameter  # of which NumPy sees all
 
 
 def can_take(gaps: Tensor, size: int) -> bool:
     """Whether a pool of a size is one to solve here."""
-    return size < _LIMIT and type(gaps) in _PLAIN and is_free_to_read(gaps)
+    if type(gaps) not in _PLAIN or not is_free_to_read(gaps):
+        return False
+    return size <= _LIMIT or torch.get_num_threads() == 1
 
 
 def solve(gaps: Tensor, problem: Problem) -> Solution:
