@@ -26,8 +26,7 @@ _lock = threading.RLock()  # for calls as well: Dynamo's state is not one thread
 def solve(gaps: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Return margins, ν and the certificate."""
     gaps, beside = gaps.detach(), problem.beside
-    g0 = torch.tensor(problem.gamma0, dtype=gaps.dtype, device=gaps.device)
-    a = torch.tensor(problem.gamma0 / problem.tau, dtype=gaps.dtype, device=gaps.device)
+    g0, a = (gaps.new_full((), each) for each in (problem.gamma0, problem.gamma0 / problem.tau))
     if passes := mild_passes(problem.gamma0, problem.tau, gaps.dtype == torch.float64):
         result: tuple[Tensor, Tensor, Tensor] = _run(_mild, gaps, beside, g0, a, passes)
         return result
