@@ -4,10 +4,10 @@
 
 For every implementation and dtype climbs over pools and settings of the promised domain, from many
 starts, towards the largest of three figures: ``error``, |x - x*| / (1 + x*) of x = γ/γ0 at its
-worst in the pool; ``certificate``, mean |x - x*| over the bound that the residual proves, so that
-one above 1 is broken; and ``disagreement``, like the error, from NumPy's result. Pools are a few
-distinct gaps, many times over, so that the bisecting oracle of `tests/oracles.py` is quick for any
-size.
+worst in the pool, over what is promised for it; ``certificate``, mean |x - x*| over the bound that
+the residual proves; and ``disagreement``, |x - x'| / (1 + x*) from NumPy's result, over twice what
+is promised. Above 1 any of them is broken. Pools are a few distinct gaps, many times over, so that
+the bisecting oracle of `tests/oracles.py`, which has the promise too, is quick for any size.
 
 The worst pools found are printed as code that reproduces them and, with ``--out``, appended to
 FILE.jsonl, from which the next search starts and which the tests replay. A run that was interrupted
@@ -115,7 +115,8 @@ def solvers(args: argparse.Namespace) -> dict[str, Solve]:
 def figures(solve: Solve, peer: Solve, dtype: str, pool: Pool) -> dict[str, float]:
     """Return what is wrong with a solution; a failure, or no number, is infinitely wrong."""
     gaps, setting = np.repeat(np.asarray(pool.values, dtype), pool.counts), pool[2:]
-    exact = oracle().margins(gaps, *setting)[0] / pool.gamma0
+    exact, nu = oracle().margins(gaps, *setting)
+    promised, exact = oracle().promised(dtype, exact, nu, gaps, *setting), exact / pool.gamma0
     try:
         margins, residual = solve(gaps, *setting)
     except Exception:
@@ -124,9 +125,9 @@ def figures(solve: Solve, peer: Solve, dtype: str, pool: Pool) -> dict[str, floa
     other = peer(gaps, *setting)[0].astype(np.longdouble) / pool.gamma0
     bound = 2 * np.expm1(np.longdouble(residual))
     found = [
-        np.max(np.abs(x - exact) / (1 + exact)),
+        np.max(np.abs(x - exact) / (1 + exact)) / promised,
         np.mean(np.abs(x - exact)) / max(bound, 1e-30),
-        np.max(np.abs(x - other) / (1 + exact)),
+        np.max(np.abs(x - other) / (1 + exact)) / (2 * promised),
     ]
     return dict(zip(GOALS, map(float, np.nan_to_num(found, nan=np.inf)), strict=True))
 

@@ -326,7 +326,7 @@ def test_worst_case_climbs_to_a_planted_error(by_numpy):
     solve = planted(by_numpy)
     worst, looked = worst_case.search(solve, by_numpy, "float64", 60, 64, [], seed=0)
     assert 50 < looked <= 60
-    for goal, least in {"error": 1e-9, "certificate": 1e3, "disagreement": 1e-9}.items():
+    for goal, least in {"error": 1e4, "certificate": 1e3, "disagreement": 5e3}.items():
         found, pool = worst[goal]
         assert found >= least, goal
         assert worst_case.figures(solve, by_numpy, "float64", pool)[goal] == found

@@ -4,7 +4,10 @@ import mpmath
 import numpy as np
 import oracles
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from scipy import optimize
+from strategies import gamma0s, pools, taus
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -61,3 +64,37 @@ def test_two_pairs_against_forty_digits(gaps, gamma0, tau):
     # bisected to 1e-17, on values of a few ulps of a
     tolerance = 1e-15 + 8 * np.finfo(oracles.Real).eps * (1 + gamma0 / tau)
     assert np.max(np.abs(x - expected) / (1 + expected)) <= tolerance
+
+
+@given(pools(max_size=12), gamma0s, taus, st.integers(0, 2**32 - 1))
+def test_condition_bounds_what_a_change_of_the_numbers_does(gaps, gamma0, tau, seed):
+    exact, nu = oracles.margins(gaps, gamma0, tau)
+    condition = oracles.condition(exact, nu, gaps, gamma0, tau)
+    size = min(1e-9, 1e-3 / condition)  # so small that the second order is a thousandth
+    assume(condition * size > 1e-14)  # far above the oracle's own error
+    signs = size * np.random.default_rng(seed).choice([-1.0, 1.0], gaps.size + 2)
+    factors = 1 + signs.astype(oracles.Real)
+    changed, _ = oracles.margins(gaps * factors[2:], gamma0 * factors[0], tau * factors[1])
+    x, moved = exact / gamma0, np.abs(changed / factors[0] - exact) / gamma0
+    assert np.max(moved / (1 + x)) <= 2.1 * size * condition  # τ and γ0 both change a
+
+
+ILL = [  # few pairs with nearly all of the mass, of which hardly any can move: values, counts
+    ([10_000.0, -1.6638433722704753, -1.294518389395866], [10, 73_563, 1],
+     1.3593585065766032, 0.0010027109377336572, 1e4),
+    ([-4.6864013671875, 10_000.0, 458.3445129394531, 17.426937103271484, 1.3230886679593823e-06],
+     [29_927, 4, 1, 4, 1], 1.3537779223650013, 0.005570714910570129, 5e3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "counts", "gamma0", "tau", "least"), ILL)
+def test_condition_of_pools_that_are_ill_conditioned(values, counts, gamma0, tau, least):
+    """A rounding error of the large gaps alone moves another margin by a good share of it."""
+    gaps = np.repeat(values, counts)
+    exact, nu = oracles.margins(gaps, gamma0, tau)
+    condition = oracles.condition(exact, nu, gaps, gamma0, tau)
+    assert condition >= least
+    size = 1e-9
+    changed, _ = oracles.margins(np.where(gaps == 1e4, 1e4 * (1 + size), gaps), gamma0, tau)
+    moved = np.max(np.abs(changed - exact) / (gamma0 + exact))
+    assert condition * size / 20 <= moved <= condition * size
