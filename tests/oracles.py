@@ -77,8 +77,8 @@ def margins(reward_gaps, gamma0, tau):
 def condition(exact, nu, reward_gaps, gamma0, tau):
     """How far the solution moves when all numbers of the problem move: the worst x, over 1 + x.
 
-    To first order, for a relative change of 1 in the worst direction of every gap, γ0, τ, the
-    budget and each term of a pair's equation. Where ν is beyond a / 2, that is
+    To first order, for a relative change of 1 in the worst direction of every gap, γ0, a, the
+    budget and each term of a pair's equation; docs/theory.md, Proposition 9. Where ν is beyond a / 2, that is
     ``u - a σ(-z) = ν - a``, as in `margins`.
     """
     gaps, index, counts = np.unique(reward_gaps, return_index=True, return_counts=True)
