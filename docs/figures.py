@@ -304,13 +304,14 @@ def worst_pools(name: str) -> str:
     """Return the worst that a search found of each implementation, in how many pools."""
     goals = ("error", "certificate", "disagreement")
     return table(
-        ["solver", "dtype", "pools", *goals],
+        ["solver", "dtype", "minutes", "pools", *goals],
         (
             [
                 row["solver"],
                 row["dtype"],
+                f"{row['seconds'] / 60:.0f}",
                 f"{row['pools']:,}",
-                *(f"{row[goal]:.1e}" for goal in goals),
+                *(f"{row[goal]:.2g}" for goal in goals),
             ]
             for row in results(name)["results"]
         ),
