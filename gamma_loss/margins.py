@@ -52,8 +52,9 @@ def solve_margins(
     get large margins and ambiguous ones small margins, between γ0 e^-a and γ0 e^a; τ → ∞ gives
     every pair γ0.
 
-    The solution is exact to the rounding of the problem's numbers wherever gamma0 is in [1e-3, 100],
-    tau in [1e-3, 1e3] and the gaps in ±1e4; ``residual`` is the proof of accuracy that comes with each call.
+    The solution is exact to the rounding of the problem's numbers wherever gamma0 is in
+    [1e-3, 100], tau in [1e-3, 1e3] and the gaps in ±1e4; ``residual`` is the proof of accuracy that
+    comes with each call.
 
     Parameters
     ----------

@@ -78,8 +78,8 @@ def condition(exact, nu, reward_gaps, gamma0, tau):
     """How far the solution moves when all numbers of the problem move: the worst x, over 1 + x.
 
     To first order, for a relative change of 1 in the worst direction of every gap, γ0, a, the
-    budget and each term of a pair's equation; docs/theory.md, Proposition 9. Where ν is beyond a / 2, that is
-    ``u - a σ(-z) = ν - a``, as in `margins`.
+    budget and each term of a pair's equation, which is ``u - a σ(-z) = ν - a`` where ν is beyond
+    a / 2, as in `margins`. Proposition 9 of docs/theory.md.
     """
     gaps, index, counts = np.unique(reward_gaps, return_index=True, return_counts=True)
     gaps, gamma0, exact = gaps.astype(Real), Real(gamma0), exact[index]
