@@ -10,9 +10,8 @@ is promised. Above 1 any of them is broken. Pools are a few distinct gaps, many 
 the bisecting oracle of `tests/oracles.py`, which has the promise too, is quick for any size.
 
 The worst pools found are printed as code that reproduces them and, with ``--out``, appended to
-FILE.jsonl, from which the next search starts and which the tests replay. A run that was interrupted
-goes on with the first implementation that has not had its time (without FILE.json: with all);
-the seconds are the processor's, so that other work beside takes nothing away, and all
+FILE.jsonl, from which the next search starts and which the tests replay. A further run goes on with
+those that have not had their time yet (without FILE.json: with all); the seconds are the processor's, so that other work beside takes nothing away, and all
 implementations have as many.
 "ranks" is the solver for parts, with all gaps in one. Triton's interpreter takes part if
 TRITON_INTERPRET=1, in small pools.
@@ -253,21 +252,28 @@ def measure(
     args: argparse.Namespace, _: float, name: str, dtype: str, ways: dict[str, Solve],
     share: float,
 ) -> Iterator[Result]:  # fmt: skip
-    """Yield the worst that an implementation does in its share of time, and keep the pools."""
+    """Yield the worst that an implementation does in its share of time, and keep the pools.
+
+    What it has had of its share before counts.
+    """
     who = {"solver": name, "dtype": dtype}
+    before = {"seconds": 0.0, "pools": 0} | dict.fromkeys(GOALS, 0.0)
     for row in args.done:
-        if who.items() <= row.items() and row["seconds"] >= 0.9 * share:
-            yield row
-            return
+        if who.items() <= row.items():
+            before = row
+    if before["seconds"] >= 0.9 * share:
+        yield before
+        return
     starts = [Pool(*(each[key] for key in Pool._fields)) for each in args.corpus
               if who.items() <= each.items()]  # fmt: skip
     most = INTERPRETED if name == "triton" and args.device == "cpu" else SIZES[-1]
-    begin = time.process_time()
+    begin, left = time.process_time(), share - before["seconds"]
     worst, pools = search(
-        ways[name], ways["numpy"], dtype, share, most, starts, time.time_ns() % 2**32
+        ways[name], ways["numpy"], dtype, left, most, starts, time.time_ns() % 2**32
     )
-    row = who | {"seconds": time.process_time() - begin, "pools": pools}
-    yield row | {goal: value for goal, (value, _) in worst.items()}
+    spent = {"seconds": before["seconds"] + time.process_time() - begin}
+    found = {goal: max(value, before[goal]) for goal, (value, _) in worst.items()}
+    yield who | spent | {"pools": before["pools"] + pools} | found
     for goal, (value, pool) in worst.items():
         if args.out and value and pool not in starts:
             with args.out.with_suffix(".jsonl").open("a", encoding="utf-8") as file:
