@@ -11,8 +11,8 @@ the bisecting oracle of `tests/oracles.py`, which has the promise too, is quick 
 
 The worst pools found are printed as code that reproduces them and, with ``--out``, appended to
 FILE.jsonl, from which the next search starts and which the tests replay. A further run goes on with
-those that have not had their time yet (without FILE.json: with all); the seconds are the processor's, so that other work beside takes nothing away, and all
-implementations have as many.
+those that have not had their time yet (without FILE.json: with all). The seconds are the
+processor's, so that other work beside takes nothing away, and all implementations have as many.
 "ranks" is the solver for parts, with all gaps in one. Triton's interpreter takes part if
 TRITON_INTERPRET=1, in small pools.
 """

@@ -391,7 +391,7 @@ def test_worst_case_keeps_pools_and_goes_on_where_it_was(monkeypatch, capsys, tm
     assert longer[0]["error"] >= rows[0]["error"]
     assert longer[0]["pools"] > rows[0]["pools"]
     share = 90 / 2 / 2  # of an implementation, of a dtype
-    assert share <= longer[0]["seconds"] <= share + 3  # those that it had before count
+    assert share <= longer[0]["seconds"] <= share + 5  # those that it had before count
 
 
 @pytest.mark.parametrize("name", harness.HARD)
