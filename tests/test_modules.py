@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 import re
 import warnings
 
@@ -164,8 +165,21 @@ def test_a_copy_keeps_the_group_and_has_a_queue_of_its_own(torch):
         average.module(*logps(torch, 4, seed=1))
         assert len(stored(loss_module)) * 2 == len(stored(average.module))
         assert average.module.settings == loss_module.settings
+
+        saved = pickle.dumps(loss_module)
+        again = pickle.loads(saved)  # noqa: S301
+        assert again.group is loss_module.group
+        assert stored(again) == stored(loss_module)
+        again(*logps(torch, 4, seed=1))
+        assert len(stored(again)) == 2 * len(stored(loss_module))
+        other = GammaDPOLoss(**SETTING, group=distributed.new_group())
+        assert copy.copy(other).group is copy.deepcopy(other).group is other.group
+        with pytest.raises(TypeError, match="got another group: save its state_dict"):
+            pickle.dumps(other)
     finally:
         distributed.destroy_process_group()
+    with pytest.raises(RuntimeError, match="init_process_group before it is unpickled"):
+        pickle.loads(saved)  # noqa: S301
 
 
 def test_a_retried_step_starts_from_the_saved_state(torch):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from gamma_loss import _checks, _dispatch
 from gamma_loss._torch import distributed
@@ -25,6 +25,33 @@ from gamma_loss.torch.queue import GapQueue
 
 _WATCHED = 100  # training forwards, after which a loss says whether it has done anything
 _IDLE = 1e-4  # nats: below this KL, margins are within about 1.4 % of gamma0
+
+
+class _Group:
+    """The ranks of a module: a copy is of the same, and a pickle can name no others than all."""
+
+    def __init__(self, ranks: Any) -> None:
+        self.ranks = ranks
+
+    def __deepcopy__(self, _: dict[int, Any]) -> _Group:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., _Group], tuple[()]]:
+        if self.ranks is not dist.group.WORLD:
+            raise TypeError(
+                "a module can be pickled with group=torch.distributed.group.WORLD or none, "
+                "got another group: save its state_dict"
+            )
+        return _all_ranks, ()
+
+
+def _all_ranks() -> _Group:
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "this module shares its pool with all ranks: call "
+            "torch.distributed.init_process_group before it is unpickled, or load a state_dict"
+        )
+    return _Group(dist.group.WORLD)
 
 
 class _QueuedLoss(torch.nn.Module):
@@ -50,17 +77,16 @@ class _QueuedLoss(torch.nn.Module):
             _dispatch.fail(group, error)
             raise
         self._function = function
-        self.group = group
+        self._group = None if group is None else _Group(group)
         self.settings = settings
         self.queue = GapQueue(queue_size) if queue_size else None
         self._context: QueueState | None = None  # what the last training forward solved over
         self._unwatched = _WATCHED
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _QueuedLoss:
-        memo[id(self.group)] = self.group  # a copy is one of the same ranks
-        new = memo[id(self)] = type(self).__new__(type(self))
-        new.__dict__ |= copy.deepcopy(self.__dict__, memo)
-        return new
+    @property
+    def group(self) -> Any:
+        """The ranks that share one pool, or None."""
+        return None if self._group is None else self._group.ranks
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
