@@ -288,8 +288,8 @@ def review_task(size: dict[str, int], seed: int, device: str) -> Task:
         logged = in_slices(reviews.logps, reference, inputs)
         return Split(inputs, pairs.difference, logged, reviews.lengths()[inputs], pairs.wrong)
 
-    return Task(
-        reference, reviews.logps, *map(split, drawn), size["steps"], size["batch"], checkpoints=2,
+    return Task(  # evaluated at its end alone, as that takes long
+        reference, reviews.logps, *map(split, drawn), size["steps"], size["batch"], checkpoints=1,
         sample=functools.partial(reviews.sample, count=size["samples"], longest=RESPONSE_TOKENS),
     )  # fmt: skip
 
