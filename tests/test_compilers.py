@@ -75,19 +75,28 @@ def test_torch_compile_with_a_schedule_of_gamma0(torch):
             torch.testing.assert_close(compiled(gaps, gamma0), solve(gaps, gamma0))
 
 
-@pytest.mark.parametrize("settings", [[MILD, (3.0, 10.0)], [HARD, (3.0, 0.5)]])
-def test_jax_compiles_a_solve_once_for_all_settings(jax, settings):
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: compiled.append(name)
-    )
+@pytest.mark.parametrize(
+    ("other", "first", "second", "size"),
+    [
+        (HARD, MILD, {"gamma0": 3.0, "tau": 10.0}, 23),
+        (MILD, HARD, {"gamma0": 3.0, "tau": 0.5}, 29),
+    ],
+)
+def test_jax_compiles_one_program_for_a_shape_whatever_the_setting(jax, other, first, second, size):
+    names = []
+    listen = jax.monitoring.register_event_duration_secs_listener
+    listen(lambda name, *_, **__: names.append(name))
+
+    def programs(setting):
+        names.clear()
+        solve_margins(gaps, **setting)
+        return sum("backend_compile" in name for name in names)
+
     try:
-        gaps = jax.numpy.asarray(rows(23))  # a size of its own, which no other test has compiled
-        solve_margins(gaps, **settings[0])
-        assert any("backend_compile" in name for name in compiled)
-        compiled.clear()
-        solve_margins(gaps, gamma0=settings[1][0], tau=settings[1][1])
-        assert not any("backend_compile" in name for name in compiled)
+        gaps = jax.numpy.asarray(rows(size))
+        programs(other)  # compiles what surrounds a solve, too
+        assert programs(first) == 1
+        assert programs(second) == 0
     finally:
         jax.monitoring.clear_event_listeners()
 
