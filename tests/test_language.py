@@ -28,7 +28,7 @@ def model(tmp_path):
 
 @pytest.fixture
 def reviews(model):
-    return language.prepare(TEXTS, 1, "cpu", load=lambda: model)
+    return language.prepare(TEXTS, 1, "cpu", half=False, load=lambda: model)
 
 
 def whole(model, tokenizer, text):
@@ -50,6 +50,15 @@ def test_log_probabilities_are_the_whole_models(model, reviews):
     tokens = [len(model[1](language.PROMPT + t + language.END)["input_ids"]) for t in TEXTS]
     prompt = len(model[1](language.PROMPT)["input_ids"])
     assert reviews.lengths().tolist() == [count - prompt for count in tokens]
+
+
+def test_half_precision_is_near(model, reviews):
+    half = language.prepare(TEXTS, 1, "cpu", load=lambda: model)
+    pairs = torch.tensor([[0, 1], [2, 3]])
+    exact, rounded = (each.logps(each.reference(1), pairs) for each in (reviews, half))
+    assert rounded.dtype == torch.float32
+    error = (rounded / exact - 1).abs().max()
+    assert 0 < error < 2**-6  # bfloat16 has eight bits, some errors add up
 
 
 def test_only_the_copy_is_trained(model, reviews):

@@ -211,6 +211,16 @@ def test_matched_losses_share_the_configurations():
         assert others == [first, first]
 
 
+def test_the_language_model_has_one_setting():
+    (ours,) = plan.configurations("gamma-simpo", "reviews", plan.LANGUAGE.configurations)
+    (matched,) = plan.configurations("matched-simpo", "reviews", plan.LANGUAGE.configurations)
+    (base,) = plan.configurations("simpo", "reviews", plan.LANGUAGE.configurations)
+    assert ours == matched == {"lr": 1e-4, "beta": 2.4, "gamma0": 1.0, "tau": 0.1}
+    assert base == {"lr": 1e-4, "beta": 2.4, "margin": 1.0}
+    (summed,) = plan.configurations("gamma-dpo", "reviews", plan.LANGUAGE.configurations)
+    assert summed == ours | {"beta": 0.1}
+
+
 def test_settings_drawn_anew():
     study = plan.Study()
     tried = [

@@ -1,8 +1,9 @@
 """A language model as the policy: SmolLM2-135M, of which the last layers are trained.
 
 The prompt asks for a sentence of a film review, the responses are two such sentences, and labels
-are people's (`raters`). States before the trained layers are computed once for each text. What is
-trained runs in float32, so log-probabilities are those of the whole model.
+are people's (`raters`). States before the trained layers are computed once for each text. All runs
+under autocast in bfloat16, policy and reference alike, as models are trained; parameters, gradients
+and the log-softmax are float32.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from gamma_loss.torch import sequence_logps
 
 PROMPT = "<|im_start|>user\nWrite one sentence of a film review.<|im_end|>\n<|im_start|>assistant\n"
 END = "<|im_end|>"
-TEXTS = 8  # whose logits are made at once
+TEXTS = 16  # whose logits are made at once
 
 
 class Tail(nn.Module):
@@ -39,6 +40,7 @@ class Reviews(NamedTuple):
     tokens: Tensor  # (texts, longest), the prompt's first
     kept: Tensor  # (texts, longest), which are tokens of a response
     states: Tensor  # (texts, longest, width)
+    half: bool  # whether matrices are multiplied in bfloat16
 
     def lengths(self) -> Tensor:
         """Return how many tokens each response has, its end among them."""
@@ -49,25 +51,36 @@ class Reviews(NamedTuple):
         inner = self.model.model
         return copy.deepcopy(Tail(inner.layers[-layers:], inner.norm))
 
+    def autocast(self) -> torch.autocast:
+        """Return the context that all of the model runs in."""
+        return torch.autocast(self.tokens.device.type, torch.bfloat16, enabled=self.half)
+
     def logps(self, tail: nn.Module, pairs: Tensor) -> Tensor:
         """Return summed log-probabilities, (pairs, 2), of pairs of texts."""
         texts = pairs.flatten()
         order = self.lengths()[texts].argsort()  # parts of like length have little padding
-        parts = [self._logps(tail, part) for part in texts[order].split(TEXTS)]
+        with self.autocast():
+            parts = [self._logps(tail, part) for part in texts[order].split(TEXTS)]
         return torch.cat(parts)[order.argsort()].view(-1, 2)
 
     def _logps(self, tail: nn.Module, texts: Tensor) -> Tensor:
-        kept = self.kept[texts]
+        """Read all texts as one sequence behind one prompt, none of which sees another."""
+        kept, start = self.kept[texts], int(self.kept[0].nonzero().min())
         longest = int(kept.any(0).nonzero().max()) + 1
-        hidden, kept = self.states[texts, :longest], kept[:, :longest]
-        position = torch.arange(longest, device=hidden.device)[None]
-        rotation = self.model.model.rotary_emb(hidden, position)
-        for layer in tail.layers:  # causal: padding comes last, and is seen by nothing
-            hidden = layer(hidden, position_ids=position, position_embeddings=rotation)
-        first = int(kept.any(0).nonzero().min())
-        logits = self.model.lm_head(tail.norm(hidden[:, first - 1 :]))
-        tokens = self.tokens[texts, first - 1 : longest]
-        return sequence_logps(logits, tokens, kept[:, first - 1 :])
+        first = torch.arange(start, device=kept.device)
+        text, position = kept.nonzero(as_tuple=True)
+        index = torch.full_like(kept, start - 1, dtype=torch.long)  # which token is where
+        index[text, position] = torch.arange(start, start + len(text), device=kept.device)
+        hidden = torch.cat([self.states[texts[0], :start], self.states[texts][kept]])[None]
+        text, position = torch.cat([first * 0 - 1, text]), torch.cat([first, position])
+        seen = ((text == text[:, None]) | (text < 0)) & (position <= position[:, None])
+        rotation = self.model.model.rotary_emb(hidden, position[None])
+        for layer in tail.layers:
+            hidden = layer(hidden, attention_mask=seen[None, None], position_embeddings=rotation)
+        # A token is told by the one before it, a text's first by the prompt's last.
+        used = slice(start - 1, longest)
+        logits = self.model.lm_head(tail.norm(hidden[0])[index[:, used]])
+        return sequence_logps(logits, self.tokens[texts, used], kept[:, used])
 
     @torch.no_grad()
     def sample(self, tail: nn.Module, count: int, longest: int) -> dict[str, float]:
@@ -85,10 +98,11 @@ class Reviews(NamedTuple):
             inner.layers = nn.ModuleList([*own[0][:-head], *tail.layers])
             inner.norm = tail.norm
             torch.manual_seed(0)  # the same luck for every policy
-            tokens = self.model.generate(
-                **prompt, do_sample=True, top_k=0, max_new_tokens=longest,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )  # fmt: skip
+            with self.autocast():
+                tokens = self.model.generate(
+                    **prompt, do_sample=True, top_k=0, max_new_tokens=longest,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                )  # fmt: skip
             ratio = self._of_tokens(tokens)
         finally:
             inner.layers, inner.norm = own
@@ -109,12 +123,14 @@ class Reviews(NamedTuple):
         written = ends.cumsum(1) - ends == 0  # up to the first end, with it
         written[:, :start] = False
         parts = zip(tokens.split(TEXTS), written.split(TEXTS), strict=True)
-        return torch.cat([sequence_logps(self.model(t).logits, t, w) for t, w in parts])
+        with self.autocast():
+            return torch.cat([sequence_logps(self.model(t).logits, t, w) for t, w in parts])
 
 
 def prepare(
-    texts: list[str], layers: int, device: str, load: Callable[[], Any] = raters.language_model
-) -> Reviews:
+    texts: list[str], layers: int, device: str, half: bool = True,
+    load: Callable[[], Any] = raters.language_model,
+) -> Reviews:  # fmt: skip
     """Compute the states of texts before the last layers."""
     model, tokenizer = load()
     model = model.to(device).requires_grad_(False)
@@ -124,9 +140,10 @@ def prepare(
     kept[:, : len(tokenizer(PROMPT)["input_ids"])] = False
     lengths = present.sum(1)
     states = torch.zeros(*tokens.shape, model.config.hidden_size, device=device)
-    with torch.no_grad():
+    reviews = Reviews(model, tokenizer, tokens, kept, states, half)
+    with torch.no_grad(), reviews.autocast():
         for part in tqdm(lengths.argsort().split(16), desc="states", disable=None):
             longest = int(lengths[part].max())
             outputs = model.model(tokens[part, :longest], output_hidden_states=True)
-            states[part, :longest] = outputs.hidden_states[-1 - layers]
-    return Reviews(model, tokenizer, tokens, kept, states)
+            states[part, :longest] = outputs.hidden_states[-1 - layers].float()
+    return reviews

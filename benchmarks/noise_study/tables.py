@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,15 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         return EMPTY
     lines = [list(head), ["---", *["--:"] * (len(head) - 1)], *known]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def by_method(results: Results, columns: dict[str, Callable[[str], str]]) -> str:
+    """Return a row for each method that was run, of what each column's function says of it."""
+    rows = [
+        [method.label, *(cell(name) for cell in columns.values())]
+        for name, method in results.methods().items()
+    ]
+    return markdown([f"method, {seeds(results.study.seeds)}", *columns], rows)
 
 
 def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
@@ -354,7 +365,7 @@ def gains(results: Results) -> str:
 
 def overall(results: Results, of: str) -> str:
     """Mean accuracy over the noisy cells, by task, of the methods that have them all."""
-    head, columns = [f"method, {seeds(results.study.seeds)}"], []
+    columns: dict[str, Callable[[str], str]] = {}
     for task, (way, how) in itertools.product(results.study.tasks, WAYS.items()):
         complete = [
             method
@@ -362,26 +373,19 @@ def overall(results: Results, of: str) -> str:
             if all(results.accuracy(task, method, *n, of=of, **how) for n in results.noisy())
         ]
         count, means = over_noises(results, task, complete, of=of, **how)
-        head.append(f"{task}, {way} ({count})")
-        columns.append(means)
-    rows = [
-        [method.label, *(pair(*interval(means.get(m, {}).values())) for means in columns)]
-        for m, method in results.methods().items()
-    ]
-    return markdown(head, rows)
+        columns[f"{task}, {way} ({count})"] = lambda m, means=means: pair(
+            *interval(means.get(m, {}).values())
+        )
+    return by_method(results, columns)
 
 
 def accuracies(results: Results) -> str:
     def table(task: str, **how: Any) -> str:
-        rows = [
-            [method.label, *(
-                pair(*interval(results.accuracy(task, m, *noise, **how).values()))
-                for noise in results.noises()
-            )]
-            for m, method in results.methods().items()
-        ]  # fmt: skip
-        head = f"method, {seeds(results.study.seeds)}"
-        return markdown([head, *map(noise_name, results.noises())], rows)
+        def cell(m: str, noise: tuple[str, float]) -> str:
+            return pair(*interval(results.accuracy(task, m, *noise, **how).values()))
+
+        columns = {noise_name(n): partial(cell, noise=n) for n in results.noises()}
+        return by_method(results, columns)
 
     return folded(results, table)
 
@@ -411,28 +415,28 @@ def folded(results: Results, table: Callable[..., str]) -> str:
 
 def selection(results: Results) -> str:
     """Return what choosing on clean validation labels would have gained, over the noisy cells."""
-    rows = []
-    for m, method in results.methods().items():
-        row = [method.label]
-        for task, checkpoint in itertools.product(results.study.tasks, ("last", "best")):
-            gains = []
-            for noise in results.noises():
-                clean, noisy = (
-                    results.accuracy(task, m, *noise, labels=labels, checkpoint=checkpoint)
-                    for labels in ("clean", "noisy")
-                )
-                if clean and noisy and noise[1] > 0:
-                    gains.append(np.mean(list(clean.values())) - np.mean(list(noisy.values())))
-            row.append(number(float(np.mean(gains)) if gains else None, 1, True))
-        rows.append(row)
-    columns = itertools.product(results.study.tasks, ("last", "best"))
-    head = f"method, {seeds(results.study.seeds)}"
-    return markdown([head, *(", ".join(column) for column in columns)], rows)
+
+    def cell(m: str, task: str, checkpoint: str) -> str:
+        gains = []
+        for noise in results.noisy():
+            clean, noisy = (
+                results.accuracy(task, m, *noise, labels=labels, checkpoint=checkpoint)
+                for labels in ("clean", "noisy")
+            )
+            if clean and noisy:
+                gains.append(np.mean(list(clean.values())) - np.mean(list(noisy.values())))
+        return number(float(np.mean(gains)) if gains else None, 1, True)
+
+    ways = itertools.product(results.study.tasks, ("last", "best"))
+    columns = {f"{t}, {c}": partial(cell, task=t, checkpoint=c) for t, c in ways}
+    return by_method(results, columns)
 
 
-def columns_of(results: Results, rates: Sequence[float]) -> list[tuple[str, tuple[str, float]]]:
-    noises = [noise for noise in results.noises() if noise[1] in rates]
-    return list(itertools.product(results.study.tasks, noises))
+def watched(results: Results) -> dict[str, tuple[str, tuple[str, float]]]:
+    """Return the cells, task and noise, whose runs were done again and watched, by their name."""
+    noises = [noise for noise in results.noises() if noise[1] in plan.TRACED_RATES]
+    cells = itertools.product(results.study.tasks, noises)
+    return {f"{task}, {noise_name(noise)}": (task, noise) for task, noise in cells}
 
 
 def last(values: Sequence[Any]) -> Any:
@@ -446,20 +450,18 @@ def mean_of(values: Iterable[float | None]) -> float | None:
 
 def weights(results: Results) -> str:
     """Return the ratio of weights in training, and where γ-PO's is above its base's."""
-    columns, ratios = columns_of(results, (0.2, 0.4)), {}
-    for m, (task, noise) in itertools.product(results.methods(), columns):
+
+    @functools.cache
+    def ratio(m: str, task: str, noise: tuple[str, float]) -> float | None:
         runs = results.repeated("trace", task, m, *noise).values()
         pairs = [last(run["weights"]) for run in runs]
-        known = mean_of(w[0] / w[1] for w in pairs if w and w[0] and w[1])
-        ratios[m, task, noise] = known
-    rows = [
-        [method.label, *(number(ratios[m, task, noise], 2) for task, noise in columns)]
-        for m, method in results.methods().items()
-    ]
-    head = f"method, {seeds(results.study.seeds)}"
-    text = markdown([head, *(f"{task}, {noise_name(noise)}" for task, noise in columns)], rows)
+        return mean_of(w[0] / w[1] for w in pairs if w and w[0] and w[1])
+
+    cells = watched(results)
+    columns = {name: lambda m, c=c: number(ratio(m, *c), 2) for name, c in cells.items()}
+    text = by_method(results, columns)
     for ours, base in FAMILIES.items():
-        both = [(ratios.get((ours, *c)), ratios.get((base, *c))) for c in columns]
+        both = [(ratio(ours, *c), ratio(base, *c)) for c in cells.values()]
         known = [(first, second) for first, second in both if first and second]
         above = sum(first > second for first, second in known)
         text += f"\n\n{label((ours, base))}: higher in {above} of {len(known)} cells."
@@ -468,10 +470,10 @@ def weights(results: Results) -> str:
 
 def suppression(results: Results) -> str:
     """Return how much the margins change the ratio of weights at the gaps that training saw."""
-    columns, rows, changes = columns_of(results, (0.2, 0.4)), [], []
+    cells, rows, changes = watched(results), [], []
     for m in FAMILIES:
         row = [METHODS[m].label]
-        for task, noise in columns:
+        for task, noise in cells.values():
             run = traced(results, task, m, noise)
             if not run:
                 row.append("–")
@@ -486,13 +488,11 @@ def suppression(results: Results) -> str:
             row.append(" → ".join(number(ratio, 2) for ratio in ratios))
             changes.append(ratios[1] / ratios[0] - 1)
         rows.append(row)
-    head = f"method, {seeds(1)}"
-    text = markdown([head, *(f"{task}, {noise_name(noise)}" for task, noise in columns)], rows)
     same = sum(abs(change) < 0.01 for change in changes)
     lower, higher = (sum(s * change >= 0.01 for change in changes) for s in (-1, 1))
     return (
-        f"{text}\n\nChanged by less than 1 % in {same} of {len(changes)} cells, lower by more in "
-        f"{lower}, higher by more in {higher}."
+        f"{markdown([f'method, {seeds(1)}', *cells], rows)}\n\nChanged by less than 1 % in {same} "
+        f"of {len(changes)} cells, lower by more in {lower}, higher by more in {higher}."
     )
 
 
@@ -502,23 +502,17 @@ def traced(results: Results, task: str, method: str, noise: tuple[str, float]) -
 
 
 def detection(results: Results) -> str:
-    columns = columns_of(results, (0.2, 0.4))
-    rows = []
-    for m, method in results.methods().items():
-        names = {"auc_loss": "loss", "auc_margin": "margin", "auc_smoothing": "implied smoothing"}
-        for name, label in names.items():
-            if name != "auc_loss" and m not in OURS:
-                continue
-            row = [f"{method.label}: {label}"]
-            for task, noise in columns:
-                runs = results.repeated("trace", task, m, *noise).values()
-                row.append(number(mean_of(last(run[name]) for run in runs), 3))
-            rows.append(row)
-    head = [
-        f"ranking, {seeds(results.study.seeds)}",
-        *(f"{task}, {noise_name(noise)}" for task, noise in columns),
-    ]
-    return markdown(head, rows)
+    names = {"auc_loss": "loss", "auc_margin": "margin", "auc_smoothing": "implied smoothing"}
+    cells, rows = watched(results), []
+    for (m, method), (name, words) in itertools.product(results.methods().items(), names.items()):
+        if name != "auc_loss" and m not in OURS:
+            continue
+        row = [f"{method.label}: {words}"]
+        for task, noise in cells.values():
+            runs = results.repeated("trace", task, m, *noise).values()
+            row.append(number(mean_of(last(run[name]) for run in runs), 3))
+        rows.append(row)
+    return markdown([f"ranking, {seeds(results.study.seeds)}", *cells], rows)
 
 
 def costs(results: Results) -> str:

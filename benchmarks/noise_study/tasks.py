@@ -63,7 +63,7 @@ SIZES = {
 for size in SIZES.values():  # the raters' tasks are tables too
     size |= dict.fromkeys(raters.DOMAINS, size["digits"])
 SIZES["quick"]["reviews"] = {"layers": 1, "pairs": 8, "steps": 2, "batch": 4, "samples": 2}
-SIZES["full"]["reviews"] = {"layers": 2, "pairs": 480, "steps": 60, "batch": 16, "samples": 64}
+SIZES["full"]["reviews"] = {"layers": 6, "pairs": 1024, "steps": 60, "batch": 16, "samples": 64}
 SIZES["large"]["reviews"] = {
     "layers": 30,
     "pairs": 8000,
@@ -270,7 +270,7 @@ def review_task(size: dict[str, int], seed: int, device: str) -> Task:
     count = size["pairs"]
     within = {
         "train": (count, 1.0),
-        "validation": (count // 4, 1.0),
+        "validation": (count // 8, 1.0),
         "test": (count // 2, math.inf),
     }
     drawn = [

@@ -122,9 +122,9 @@ def train(spec: Spec) -> dict[str, Any]:
     if task.sample and not diverged:
         result |= task.sample(model)
         if "gamma0" in settings:
-            logps = in_slices(task.logps, model, task.train.inputs)
-            gaps = settings["beta"] * gaps_of(task.train, logps, method)
-            result["spread"] = spread(torch.where(wrong.to(device), -gaps, gaps), settings)
+            logps = in_slices(task.logps, model, task.validation.inputs)
+            gaps = settings["beta"] * gaps_of(task.validation, logps, method)
+            result["spread"] = spread(torch.where(wrong_validation, -gaps, gaps), settings)
     if traced and spec["seed"] == 0:
         result["test_gaps"] = rounded(test_gaps(task, model, spec))
     return result
