@@ -20,6 +20,7 @@ D = ARRAYS[0] - ARRAYS[1]
 SETTINGS = {
     "margin": 0.7, "epsilon": 0.2, "a": 0.5, "rho": 0.25, "beta_prime": 0.8, "alpha": 14.0,
     "gamma0": 1.5, "tau": 0.8, "exponent": 1.5, "eta0": 0.85, "momentum": 0.3,
+    "tau_dir": 0.7, "gamma_max": 0.9, "steps": 1,
 }  # fmt: skip
 # Sums of a few dozen float64 terms of order one.
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -54,6 +55,19 @@ def right(h, eta):  # RE-PO's probability that a label is right
     return eta * sigmoid(h) / (eta * sigmoid(h) + (1 - eta) * sigmoid(-h))
 
 
+def routing(gaps, gamma):  # PLC-DPO's w and q at the first batch, whose statistics count a fiftieth
+    z = (gaps - 0.02 * gaps.mean()) / np.sqrt(0.02 * np.mean((gaps - gaps.mean()) ** 2))
+    energies = np.exp([np.log(0.8) + z / 0.7, np.log(0.1) - z / 0.7, np.log(0.1) - abs(z) / 1.15])
+    q = energies / energies.sum(0)
+    return gamma * ((q.max(0) - 1 / 3) / (2 / 3)) ** 0.8, q
+
+
+def plc(gaps, gamma):
+    w, (clean, flip, tie) = routing(gaps, gamma)
+    corrected = clean * nll(gaps) + flip * nll(-gaps) + tie * nll(-abs(gaps))
+    return ((1 - w) * nll(gaps) + w * corrected).mean()
+
+
 def amapo_margin(d):
     z = (d.mean() - d) / d.std(ddof=1)
     return np.where(d < d.mean(), np.exp(z * d.mean()), 0)
@@ -78,6 +92,7 @@ FORMULAS = {
     "re-po": lambda: (
         right(0.6 * H, 0.85) * nll(0.6 * H) + (1 - right(0.6 * H, 0.85)) * nll(-0.6 * H)
     ).mean(),
+    "plc-dpo": lambda: plc(0.6 * H, 0.9),
     "gamma-dpo": lambda: nll(0.6 * H - exact(0.6 * H) + 1.5).mean(),
     "simpo": lambda: nll(0.6 * D - 0.7).mean(),
     "alpha-dpo": lambda: nll(0.6 * (D - alpha_shift(H)) - 0.7).mean(),
@@ -172,6 +187,25 @@ def test_repo_learns_how_reliable_the_labels_are():
     assert 0 < certain.eta < 1
 
 
+def test_plc_dpo_turns_labels_round_once_it_is_warm():
+    gaps, p = 0.6 * H, sigmoid(0.6 * H)
+    w, (clean, flip, tie) = routing(gaps, 0.9)
+    corrected = clean * (1 - p) - flip * p - tie * np.sign(gaps) * sigmoid(abs(gaps))
+    weights = weights_of(make("plc-dpo"))
+    np.testing.assert_allclose(weights, (1 - w) * (1 - p) + w * corrected, **CLOSE)
+    assert weights[gaps.argmin()] < 0.2 * (1 - p)[gaps.argmin()]  # hardly trained as labelled
+    long = make("plc-dpo", steps=40)
+    dpo, losses = value("dpo"), [long(logps()).item() for _ in range(42)]
+    np.testing.assert_allclose(losses[:2], dpo, **CLOSE)  # 7 % of 40 are 2.8 steps
+    assert abs(losses[2] - dpo) > 1e-3
+    strengths = []
+    for step in (10, 40, 42):  # on statistics that hardly move any more
+        long.step, long.mean, long.variance = step - 1, torch.zeros(()), torch.ones(())
+        strengths.append(dpo - long(logps()).item())
+    assert strengths[1] / strengths[0] == pytest.approx((40 - 2.8) / (10 - 2.8), rel=1e-12)
+    assert strengths[2] == strengths[1]
+
+
 def fitted(gaps, target):
     """The closest ``c σ(d - b g)`` to the weights, by another fit."""
     found = optimize.least_squares(
@@ -258,7 +292,12 @@ def test_the_published_loop_differs_where_it_does_not():
     assert np.abs(margins - exact(gaps, 4.0, 0.1)).max() > 4.0
 
 
-HELD = ("alpha-dpo", "amapo", "re-po")  # whose constants for autograd depend on the policy
+HELD = (
+    "alpha-dpo",
+    "amapo",
+    "re-po",
+    "plc-dpo",
+)  # whose constants for autograd depend on the policy
 
 
 @pytest.mark.parametrize(

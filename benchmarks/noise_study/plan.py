@@ -12,7 +12,7 @@ from scipy.stats import qmc
 
 from benchmarks.baselines import METHODS
 from benchmarks.noise_study.raters import DOMAINS
-from benchmarks.noise_study.tasks import TASKS
+from benchmarks.noise_study.tasks import SIZES, TASKS
 from benchmarks.noise_study.train import Spec
 
 CONFIGURATIONS = 12  # tried for each method, task, noise and seed
@@ -38,6 +38,8 @@ SPACE = {
     "exponent": (0.5, 4.0, True),
     "eta0": (0.55, 0.99, False),
     "momentum": (0.003, 0.3, True),
+    "tau_dir": (0.35, 1.5, True),
+    "gamma_max": (0.25, 0.95, False),
     # The one setting of the language model: κ = 10.
     "reviews.margin": (1.0, 1.0, True),
     "reviews.gamma0": (1.0, 1.0, True),
@@ -46,6 +48,13 @@ SPACE = {
     "reviews.exponent": (2.0, 2.0, True),
     "reviews.eta0": (0.9, 0.9, False),
     "reviews.momentum": (0.1, 0.1, True),
+    "reviews.tau_dir": (0.55, 0.55, True),
+    "reviews.gamma_max": (0.85, 0.85, False),
+    # PLC-DPO's schedule ends with the training.
+    **{
+        f"{task}.steps": (size["steps"], size["steps"], False)
+        for task, size in SIZES["full"].items()
+    },
 }
 UNIFORM = tuple(("uniform", rate) for rate in (0.0, 0.2, 0.4, 0.1, 0.3))
 AMBIGUOUS = tuple(("ambiguous", rate) for rate in (0.2, 0.4))
@@ -119,7 +128,7 @@ LANGUAGE = Study(
     seeds=3, configurations=1, tasks=("reviews",), noises=PEOPLE.noises, ablation_noises=(),
     kappas=(), redrawn=False, traced=False, cost_seconds=0.0,
     methods=("dpo", "gamma-dpo", "gamma-dpo-averaged", "matched-dpo", "ropo", "holder-dpo", "re-po",
-             "simpo", "gamma-simpo", "matched-simpo"),
+             "plc-dpo", "simpo", "gamma-simpo", "matched-simpo"),
 )  # fmt: skip
 QUICK = Study(
     size="quick", seeds=1, configurations=1, tasks=("digits", "bytes"),
@@ -155,17 +164,18 @@ def configurations(
         **{name: space_of(name, method, task) for name in names},
     }
     places = qmc.LatinHypercube(d=4, seed=draw).random(count)
+    fixed = {name: between(*space, 0.0) for name, space in spaces.items() if space[0] == space[1]}
+    drawn = [name for name in spaces if name not in fixed]
     return tuple(
-        {
-            name: between(*space, place)
-            for (name, space), place in zip(spaces.items(), row, strict=False)
-        }
+        {name: between(*spaces[name], place) for name, place in zip(drawn, row, strict=False)}
+        | fixed
         for row in places.tolist()
     )
 
 
 def space_of(name: str, method: str, task: str) -> tuple[float, float, bool]:
-    return SPACE.get(f"{task}.{name}", SPACE.get(f"{method}.{name}", SPACE[name]))
+    own = (f"{task}.{name}", f"{method}.{name}", name)
+    return next(SPACE[key] for key in own if key in SPACE)
 
 
 def between(low: float, high: float, logarithmic: bool, place: float) -> float:

@@ -227,6 +227,7 @@ def cost(spec: Spec) -> dict[str, Any]:
     middle = {
         "epsilon": 0.2, "margin": 1.0, "a": 0.5, "rho": 0.2, "beta_prime": 1.0, "alpha": 14.0,
         "exponent": 2.0, "eta0": 0.9, "momentum": 0.1, "gamma0": 4.0, "tau": 10.0,
+        "tau_dir": 0.55, "gamma_max": 0.85, "steps": 1.0,
     }  # fmt: skip
 
     def step(method: Method) -> Callable[[], None]:
