@@ -16,6 +16,7 @@ from benchmarks.noise_study.plan import Records, Study
 OURS = ("gamma-dpo", "gamma-dpo-published", "gamma-simpo", "gamma-simpo-published")
 FAMILIES = {"gamma-dpo": "dpo", "gamma-simpo": "simpo"}  # γ-PO and its base
 LEVEL = 0.05
+FEWEST = 3  # seeds that a test takes
 BOUND = 1.0  # percentage points within which two methods count as equivalent
 WAYS: dict[str, dict[str, Any]] = {  # how settings and checkpoint are chosen
     "last": {"checkpoint": "last"},
@@ -172,10 +173,13 @@ class Comparison(NamedTuple):
 
 
 def compare(gains: Sequence[float]) -> Comparison:
-    """Test differences for a difference, and for being within ± `BOUND`."""
+    """Test differences for a difference, and for being within ± `BOUND`.
+
+    Not fewer than `FEWEST`: accuracies come in steps, so that two may differ alike by chance.
+    """
+    if len(gains) < FEWEST:
+        return Comparison(float(np.mean(gains)), *[math.nan] * 4, len(gains))
     mean, half, p = paired(dict(enumerate(gains)), dict.fromkeys(range(len(gains)), 0.0))
-    if len(gains) < 2:
-        return Comparison(mean, half, p, math.nan, math.nan, len(gains))
     free, error = len(gains) - 1, float(np.std(gains, ddof=1)) / math.sqrt(len(gains))
     if error == 0:
         return Comparison(mean, half, p, 0.0 if abs(mean) < BOUND else 1.0, 0.0, len(gains))

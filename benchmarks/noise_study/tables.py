@@ -169,6 +169,8 @@ def judged(results: Results, rows: list[tuple[str, list[Comparison | None]]]) ->
     def shown(cell: Comparison | None) -> str:
         if cell is None:
             return "–"
+        if math.isnan(cell.p):
+            return f"{number(cell.mean, 2, True)}: not tested, {seeds(cell.seeds)} only"
         words = ["equivalent"] * (equivalent[id(cell)] < LEVEL)
         if different[id(cell)] < LEVEL:
             words.append("better" if cell.mean > 0 else "worse")
