@@ -69,8 +69,8 @@ def test_the_loss_is_an_infimal_convolution(seed, gamma0, tau, gap):
     nu = float(oracles.margins(pool(seed), gamma0, tau)[1])
     value, margin = loss(gap, gamma0, tau, nu)
     x = x_at(gap, gamma0, tau, nu)
-    # A minimum to float64's rounding is found to the root of that over its curvature in log x, which
-    # is at least τ x; the search itself ends within some 1e-8 of its place.
+    # A minimum to float64's rounding is found to the root of that over its curvature in log x, at
+    # least τ x; the search itself ends within some 1e-8 of its place.
     rounding = np.finfo(float).eps * (1 + abs(value))
     assert margin == pytest.approx(gamma0 * x, rel=1e-6 + 4 * np.sqrt(rounding / (tau * x)))
     step = 1e-3
