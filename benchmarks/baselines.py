@@ -170,9 +170,9 @@ class PLCDPO:
     Cho et al. 2026, arXiv:2608.30597, Eqs. 3 to 17, in the recipe that it calls aggressive (Table
     21) but for what is searched: τ_dir (there 0.55) and γ_max (0.85). What it leaves open is chosen
     by what it reports. γ_t rises linearly from the end of the warm-up to γ_max at the last step:
-    then the first fifth of training has 1.9 % of all γ_t, as in A.5. π = (0.8, 0.1, 0.1): then q of
-    a normal z has means 0.66, 0.29, 0.05, in Table 19 with 5 % flips 0.68, 0.27, 0.06. M and S²
-    start at 0.
+    then the first fifth of training has 2.0 % of all γ_t, in A.5 1.9 % of all w. π = (0.8, 0.1,
+    0.1): then q of a normal z has means 0.66, 0.29, 0.05, in Table 19 with 5 % flips 0.68, 0.27,
+    0.06. M and S² start at 0.
     """
 
     PRIOR, TIE, KEPT, WARM, POWER = (0.8, 0.1, 0.1), 1.15, 0.98, 0.07, 0.8
