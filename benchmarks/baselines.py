@@ -177,7 +177,7 @@ class PLCDPO:
 
     PRIOR, TIE, KEPT, WARM, POWER = (0.8, 0.1, 0.1), 1.15, 0.98, 0.07, 0.8
 
-    def __init__(self, *, beta: float, tau_dir: float, gamma_max: float, steps: float) -> None:
+    def __init__(self, *, beta: float, tau_dir: float, gamma_max: float, steps: int) -> None:
         self.beta, self.tau_dir, self.gamma_max, self.steps = beta, tau_dir, gamma_max, steps
         self.mean, self.variance, self.step = 0.0, 0.0, 0
 
@@ -385,6 +385,7 @@ class Method(NamedTuple):
     settings: tuple[str, ...]  # besides beta
     averaged: bool = False  # whether log-probabilities are means over a response's tokens
     relative: bool = True  # to the reference: whether pairs are ranked by h, or by d
+    scheduled: bool = False  # whether the loss takes ``steps``, how many the training has
 
     def make(self, **settings: float) -> Callable[[Logps], Tensor]:
         """Return the loss as a function of the log-probabilities alone, with a fresh memory."""
@@ -405,7 +406,7 @@ METHODS = {
     "sympo": Method("SymPO", sympo, ()),
     "holder-dpo": Method("Hölder-DPO", holder_dpo, ("exponent",)),
     "re-po": Method("RE-PO", REPO, ("eta0", "momentum")),
-    "plc-dpo": Method("PLC-DPO", PLCDPO, ("tau_dir", "gamma_max", "steps")),
+    "plc-dpo": Method("PLC-DPO", PLCDPO, ("tau_dir", "gamma_max"), scheduled=True),
     "gamma-dpo": Method("γ-DPO", GammaDPO, ("gamma0", "tau")),
     "gamma-dpo-averaged": Method("γ-DPO, averaged", GammaDPO, ("gamma0", "tau"), averaged=True),
     "gamma-dpo-published": Method("γ-DPO, 20-step loop", PublishedGammaDPO, ("gamma0", "tau")),

@@ -32,7 +32,8 @@ def logps(arrays=ARRAYS):
 
 def make(name, beta=0.6, **changes):
     method = METHODS[name]
-    return method.make(beta=beta, **({k: SETTINGS[k] for k in method.settings} | changes))
+    names = (*method.settings, *["steps"] * method.scheduled)
+    return method.make(beta=beta, **({name: SETTINGS[name] for name in names} | changes))
 
 
 def value(name, **changes):
@@ -292,12 +293,8 @@ def test_the_published_loop_differs_where_it_does_not():
     assert np.abs(margins - exact(gaps, 4.0, 0.1)).max() > 4.0
 
 
-HELD = (
-    "alpha-dpo",
-    "amapo",
-    "re-po",
-    "plc-dpo",
-)  # whose constants for autograd depend on the policy
+# Their constants for autograd depend on the policy.
+HELD = ("alpha-dpo", "amapo", "re-po", "plc-dpo")
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,13 @@ def test_the_language_model_has_one_setting():
     assert summed == ours | {"beta": 0.1}
 
 
+def test_a_schedule_ends_with_the_training():
+    for size in ("quick", "full", "large"):
+        study = plan.Study(size=size)
+        spec = plan.search(study, "bytes", "plc-dpo", "uniform", 0.2, 0)[0]
+        assert train.make_loss(spec).steps == tasks.SIZES[size]["bytes"]["steps"]
+
+
 def test_settings_drawn_anew():
     study = plan.Study()
     tried = [
@@ -491,11 +498,11 @@ def test_equivalence_and_the_smallest_effect_that_would_be_seen():
     studies = rng.normal(found.detectable, np.std(gains, ddof=1), (20_000, 5))
     seen = stats.ttest_1samp(studies, 0.0, axis=1).pvalue < 0.05
     assert seen.mean() == pytest.approx(0.8, abs=5 * math.sqrt(0.8 * 0.2 / 20_000))
-    far = outcomes.compare([1.4, 0.9, 1.3])
+    far = outcomes.compare([1.4, 0.9, 1.3, 1.1, 1.2])
     assert far.equivalence_p > 0.5
-    assert outcomes.compare([0.5, 0.5, 0.5]).equivalence_p == 0.0
-    assert outcomes.compare([1.5, 1.5, 1.5]).equivalence_p == 1.0
-    few = outcomes.compare([0.2, 0.2])  # two equal steps of accuracy say nothing
+    assert outcomes.compare([0.5] * 5).equivalence_p == 0.0
+    assert outcomes.compare([1.5] * 5).equivalence_p == 1.0
+    few = outcomes.compare([0.2, 0.2, 0.2])  # equal steps of accuracy, by chance
     assert few.mean == pytest.approx(0.2)
     assert math.isnan(few.p)
     assert math.isnan(few.equivalence_p)
@@ -503,9 +510,9 @@ def test_equivalence_and_the_smallest_effect_that_would_be_seen():
 
 def test_gains_at_equal_settings():
     """Settings k of both methods are paired, in each seed, over the noisy cells."""
-    study = TINY._replace(seeds=3, noises=(("uniform", 0.0), ("uniform", 0.2), ("uniform", 0.4)))
+    study = TINY._replace(seeds=5, noises=(("uniform", 0.0), ("uniform", 0.2), ("uniform", 0.4)))
     records = {}
-    for seed, (_, rate), method in itertools.product(range(3), study.noises, ("dpo", "gamma-dpo")):
+    for seed, (_, rate), method in itertools.product(range(5), study.noises, ("dpo", "gamma-dpo")):
         for k, s in enumerate(plan.search(study, "digits", method, "uniform", rate, seed)):
             # By hand: γ-DPO's gain is 10 k + 2 seed points at 20 %, twice that at 40 %.
             gain = (0.1 * k + 0.02 * seed) * rate / 0.2 * (method == "gamma-dpo")
@@ -513,16 +520,16 @@ def test_gains_at_equal_settings():
             records[plan.key(s)] = a_record(s, noisy=[0.5], clean=[0.5], test=[test])
     results = outcomes.Results(study, records)
     first, second = results.at_equal_settings("digits", "gamma-dpo", "dpo")
-    assert first == pytest.approx({0: 0.0, 1: 3.0, 2: 6.0})
-    assert second == pytest.approx({0: 15.0, 1: 18.0, 2: 21.0})
+    assert first == pytest.approx({seed: 3.0 * seed for seed in range(5)})
+    assert second == pytest.approx({seed: 15 + 3.0 * seed for seed in range(5)})
     everything = tables.pooled(results, "digits", "gamma-dpo", "dpo")
-    assert everything == pytest.approx([7.5, 10.5, 13.5])
+    assert everything == pytest.approx([7.5, 10.5, 13.5, 16.5, 19.5])
     kappas = results.kappas("gamma-dpo")
     above = tables.pooled(results, "digits", "gamma-dpo", "dpo", (max(kappas), math.inf))
     assert above == pytest.approx(
         list((first, second)[kappas.index(max(kappas))].values())
     )  # fmt: skip
-    for seed, (_, rate), m in itertools.product(range(3), study.noises[1:], ("dpo", "gamma-dpo")):
+    for seed, (_, rate), m in itertools.product(range(5), study.noises[1:], ("dpo", "gamma-dpo")):
         for s in plan.search(study, "digits", m, "uniform", rate, seed, "redrawn"):
             # A gain of one point for each unit of log κ, so that which κ counts shows.
             gain = math.log(s["settings"].get("gamma0", 1) ** 2 / s["settings"].get("tau", 1)) / 100
@@ -530,15 +537,15 @@ def test_gains_at_equal_settings():
     anew = tables.pooled(results, "digits", "gamma-dpo", "dpo", (1.0, math.inf), "redrawn")
     strong = [
         [math.log(kappa) for kappa in results.kappas("gamma-dpo", seed + 1) if kappa >= 1]
-        for seed in range(3)
+        for seed in range(5)
     ]
     assert anew == pytest.approx([np.mean(gains) for gains in strong if gains])
     row = next(r for r in tables.verdict(results).splitlines() if "DPO, equal settings |" in r)
-    assert row.startswith("| γ-DPO − DPO, equal settings | +10.50 ± ")
-    assert row.endswith(": open |")
-    lost = plan.search(study, "digits", "dpo", "uniform", 0.4, 2)[0]
+    assert row.startswith("| γ-DPO − DPO, equal settings | +13.50 ± ")
+    assert row.endswith(": better |")
+    lost = plan.search(study, "digits", "dpo", "uniform", 0.4, 4)[0]
     fewer = {key: record for key, record in records.items() if key != plan.key(lost)}
-    row = "| γ-DPO − DPO, equal settings | +9.00: not tested, 2 seeds only |"
+    row = "| γ-DPO − DPO, equal settings | +12.00: not tested, 4 seeds only |"
     assert row in tables.verdict(outcomes.Results(study, fewer))
     assert "matched" not in tables.verdict(results)  # which was not run
 

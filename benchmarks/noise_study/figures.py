@@ -28,8 +28,7 @@ STYLE = {
     "cdpo": ("#009e73", "--"), "rdpo": ("#009e73", ":"), "ipo": ("#cc79a7", "-"),
     "beta-dpo": ("#e69f00", "-"), "dr-dpo": ("#56b4e9", "-"), "ropo": ("#8b4513", "-"),
     "alpha-dpo": ("#e69f00", "--"), "amapo": ("#cc79a7", "--"), "sympo": ("#56b4e9", "--"),
-    "holder-dpo": ("#8b4513", "--"), "re-po": ("#009e73", "-."),
-    "plc-dpo": ("#e69f00", "-."),
+    "holder-dpo": ("#8b4513", "--"), "re-po": ("#009e73", "-."), "plc-dpo": ("#e69f00", "-."),
     "matched-dpo": ("#0072b2", "--"), "matched-dpo-once": ("#0072b2", "-."),
     "matched-simpo": ("#d55e00", "--"), "matched-simpo-once": ("#d55e00", "-."),
 }  # fmt: skip

@@ -16,7 +16,7 @@ from benchmarks.noise_study.plan import Records, Study
 OURS = ("gamma-dpo", "gamma-dpo-published", "gamma-simpo", "gamma-simpo-published")
 FAMILIES = {"gamma-dpo": "dpo", "gamma-simpo": "simpo"}  # γ-PO and its base
 LEVEL = 0.05
-FEWEST = 3  # seeds that a test takes
+FEWEST = 5  # seeds that a test takes
 BOUND = 1.0  # percentage points within which two methods count as equivalent
 WAYS: dict[str, dict[str, Any]] = {  # how settings and checkpoint are chosen
     "last": {"checkpoint": "last"},
@@ -175,7 +175,7 @@ class Comparison(NamedTuple):
 def compare(gains: Sequence[float]) -> Comparison:
     """Test differences for a difference, and for being within ± `BOUND`.
 
-    Not fewer than `FEWEST`: accuracies come in steps, so that two may differ alike by chance.
+    Not fewer than `FEWEST`: accuracies come in steps, so that a few may differ alike by chance.
     """
     if len(gains) < FEWEST:
         return Comparison(float(np.mean(gains)), *[math.nan] * 4, len(gains))

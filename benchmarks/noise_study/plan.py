@@ -12,7 +12,7 @@ from scipy.stats import qmc
 
 from benchmarks.baselines import METHODS
 from benchmarks.noise_study.raters import DOMAINS
-from benchmarks.noise_study.tasks import SIZES, TASKS
+from benchmarks.noise_study.tasks import TASKS
 from benchmarks.noise_study.train import Spec
 
 CONFIGURATIONS = 12  # tried for each method, task, noise and seed
@@ -50,11 +50,6 @@ SPACE = {
     "reviews.momentum": (0.1, 0.1, True),
     "reviews.tau_dir": (0.55, 0.55, True),
     "reviews.gamma_max": (0.85, 0.85, False),
-    # PLC-DPO's schedule ends with the training.
-    **{
-        f"{task}.steps": (size["steps"], size["steps"], False)
-        for task, size in SIZES["full"].items()
-    },
 }
 UNIFORM = tuple(("uniform", rate) for rate in (0.0, 0.2, 0.4, 0.1, 0.3))
 AMBIGUOUS = tuple(("ambiguous", rate) for rate in (0.2, 0.4))
@@ -164,11 +159,11 @@ def configurations(
         **{name: space_of(name, method, task) for name in names},
     }
     places = qmc.LatinHypercube(d=4, seed=draw).random(count)
-    fixed = {name: between(*space, 0.0) for name, space in spaces.items() if space[0] == space[1]}
-    drawn = [name for name in spaces if name not in fixed]
     return tuple(
-        {name: between(*spaces[name], place) for name, place in zip(drawn, row, strict=False)}
-        | fixed
+        {
+            name: between(*space, place)
+            for (name, space), place in zip(spaces.items(), row, strict=False)
+        }
         for row in places.tolist()
     )
 

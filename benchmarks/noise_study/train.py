@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from benchmarks import _harness as harness
 from benchmarks.baselines import METHODS, Logps, Method
 from benchmarks.noise_study.tasks import (
+    SIZES,
     Split,
     Task,
     flips_of_a_call,
@@ -56,6 +57,8 @@ def method_of(spec: Spec) -> tuple[Method, dict[str, Any]]:
 
 def make_loss(spec: Spec) -> Callable[[Logps], Tensor]:
     method, settings = method_of(spec)
+    if method.scheduled:
+        settings["steps"] = SIZES[spec["size"]][spec["task"]]["steps"]
     return method.loss(**settings) if spec["stage"] == "ablation" else method.make(**settings)
 
 
@@ -227,11 +230,12 @@ def cost(spec: Spec) -> dict[str, Any]:
     middle = {
         "epsilon": 0.2, "margin": 1.0, "a": 0.5, "rho": 0.2, "beta_prime": 1.0, "alpha": 14.0,
         "exponent": 2.0, "eta0": 0.9, "momentum": 0.1, "gamma0": 4.0, "tau": 10.0,
-        "tau_dir": 0.55, "gamma_max": 0.85, "steps": 1.0,
+        "tau_dir": 0.55, "gamma_max": 0.85, "steps": task.steps,
     }  # fmt: skip
 
     def step(method: Method) -> Callable[[], None]:
-        compute_loss = method.make(beta=0.5, **{name: middle[name] for name in method.settings})
+        names = (*method.settings, *["steps"] * method.scheduled)
+        compute_loss = method.make(beta=0.5, **{name: middle[name] for name in names})
         model = copy.deepcopy(task.reference).requires_grad_(True)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
 
