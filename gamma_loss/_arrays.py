@@ -38,7 +38,8 @@ def is_numpy(array: object) -> bool:
 def is_jax(array: object) -> bool:
     """Whether an array is one of JAX's; JAX is not imported to find out."""
     jax = sys.modules.get("jax")
-    return jax is not None and isinstance(array, jax.Array)
+    # Not asked of a tensor: torch.compile traces no isinstance that a class has made its own.
+    return jax is not None and not is_torch(array) and isinstance(array, jax.Array)
 
 
 # By type: to find out takes longer than most operations on a few hundred gaps.
@@ -225,17 +226,19 @@ def total(array: Array) -> Array:
 
     torch's own sum and NumPy's are in pairs. A compiler's are not, so it gets another one.
     """
+    # Not -size % _ROW, which torch 2.6 compiles to C++'s remainder, a negative number.
+    rows = (array.shape[0] + _ROW - 1) // _ROW
+    rest = rows * _ROW - array.shape[0]
     if is_torch(array):
         torch = sys.modules["torch"]
         if torch.compiler.is_compiling():
             if array.dtype == torch.float64:
-                array = torch.nn.functional.pad(array, (0, -array.shape[0] % _ROW))
-                array = torch.sum(array.reshape(-1, _ROW), 1)
+                array = torch.nn.functional.pad(array, (0, rest)).reshape(rows, _ROW)
+                array = torch.sum(array, 1)
             return torch.sum(array, dtype=torch.float64).to(array.dtype)
-    elif is_jax(array) and array.shape[0] > _ROW:
+    elif is_jax(array) and rows > 1:
         jnp = sys.modules["jax"].numpy
-        padded = jnp.pad(array, (0, -array.shape[0] % _ROW))
-        return total(jnp.sum(padded.reshape(-1, _ROW), axis=1))
+        return total(jnp.sum(jnp.pad(array, (0, rest)).reshape(rows, _ROW), axis=1))
     return solver_namespace(array).sum(array)
 
 

@@ -197,7 +197,8 @@ def with_care(pairs: Pairs, u: Array, s: Array, k: Array, step: Step) -> Step:
     xp = solver_namespace(u)
     far = xp.abs(step.du + step.y * step.du) > FAR
     if not is_free_to_read(u):
-        return step._replace(du=xp.where(far, careful_step(pairs, u, s, k, step), step.du))
+        du = xp.where(far, careful_step(pairs, u, s, k, step), step.du)
+        return Step(step.change, step.y, step.d, du)  # torch.compile of 2.6 knows no _replace
     some = pairs._replace(weights=None, start=pairs.start[far])
     step.du[far] = careful_step(some, u[far], s, k, Step(*(each[far] for each in step)))
     return step

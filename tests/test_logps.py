@@ -300,14 +300,14 @@ def test_torch_func_and_export():
     logits, labels, mask = example()
 
     class Model(torch.nn.Module):
-        def forward(self, logits):
+        def forward(self, logits, labels, mask):
             return sequence_logps(logits, labels, mask, average=True)
 
-    expected = Model()(logits)
-    gradient = torch.func.grad(lambda x: Model()(x).sum())(logits.detach())
+    expected = Model()(logits, labels, mask)
+    gradient = torch.func.grad(lambda x: Model()(x, labels, mask).sum())(logits.detach())
     assert torch.equal(gradient, torch.autograd.grad(expected.sum(), logits)[0])
-    exported = torch.export.export(Model(), (logits.detach(),)).module()
-    assert torch.equal(exported(logits), expected)
+    exported = torch.export.export(Model(), (logits.detach(), labels, mask)).module()
+    assert torch.equal(exported(logits, labels, mask), expected)
 
 
 def test_autocast_changes_nothing():

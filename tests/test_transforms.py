@@ -103,7 +103,7 @@ UNROLLED = {"make_fx", "make_fx of grad", "symbolic make_fx", "grad in a compile
 )
 def test_it_is_what_plain_autograd_says(impl, setting, name):
     if impl == "triton":
-        pytest.importorskip("triton")
+        pytest.importorskip("triton", minversion="3.3")
     if impl == "eager" and setting is HARD and name in UNROLLED:
         pytest.skip("unrolls the loop of the solver, which takes minutes")
     transform, plain = TRANSFORMATIONS[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -229,7 +230,7 @@ def choose_for_all(
     if len(complete) < study.configurations:
         return None
     return max(
-        complete, key=lambda runs: sum(score(r["result"], "noisy", checkpoint) for r in runs)
+        complete, key=lambda runs: math.fsum(score(r["result"], "noisy", checkpoint) for r in runs)
     )
 
 

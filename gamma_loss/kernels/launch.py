@@ -19,6 +19,9 @@ from gamma_loss.kernels.passes import Memory
 if TYPE_CHECKING:
     from gamma_loss._pool import Beside
 
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # which take no named tuples
+    raise ImportError(f"the kernels need Triton 3.3 or later, this is {triton.__version__}")
+
 INTERPRETED: bool = math.INTERPRETED.value
 POOL_LIMIT = 16_384  # the largest pool that one program takes
 PROGRAMS = 256  # at most, for a larger one
