@@ -245,7 +245,7 @@ def test_steps_converge_that_are_careful_where_plain_ones_are_long(problem, seed
 @given(problems(), st.integers(0, 2**32 - 1), log_uniform(1e-3, 2))
 def test_no_two_steps_back_and_forth_are_short(problem, seed, reach):
     # To lead back and forth between u and v, the mean of D in between is D of both added up.
-    u = Real(1) * starts(problem, seed)
+    u = starts(problem, seed).astype(Real)
     y = problem.z(u) + problem.gaps
     v = u + reach / (1 + y)
     rise = problem.a * (sigmoid(problem.z(v)) - sigmoid(problem.z(u)))
@@ -280,7 +280,7 @@ def test_what_a_step_leaves(problem, reach, sign):
     roots, pairs = problem.roots(), problem.pairs()
     u = (roots + sign * reach / (1 + problem.z(roots) + problem.gaps)).astype(float)
     _, y, d, du = problem.step(u)
-    new, f, slack = Real(1) * u + du, np.abs(problem.f(u)), problem.rounding(roots) + 1e-18
+    new, f, slack = u.astype(Real) + du, np.abs(problem.f(u)), problem.rounding(roots) + 1e-18
     close = np.abs(du) * (1 + y) <= _level.CLOSE
     assert np.all(close | (reach > 0.2))
     assert np.all((np.abs(new - roots) <= 0.7 * du**2 * (1 + y) + slack)[close])
@@ -291,7 +291,8 @@ def test_what_a_step_leaves(problem, reach, sign):
         assert (left < math.inf) == close[i] or root < 2e-22  # an x so small has no say
         assert abs(np.exp(new[i]) - root) / (1 + root) <= left + slack[i]
     if close.all():  # what the mean of x is predicted to be
-        x, change = np.exp(Real(1) * u), np.exp(roots) - np.exp(Real(1) * u) * (1 + Real(1) * du)
+        x = np.exp(u.astype(Real))
+        change = np.exp(roots) - x * (1 + du.astype(Real))
         slack = slack * (1 + np.exp(roots))
         assert np.abs(np.mean(change)) <= 1.5 * np.mean(x * du**2 * (1 + y)) + np.mean(slack)
 
@@ -464,7 +465,7 @@ def test_certificate(problem, size, seed, solved):
     u = roots + np.random.default_rng(seed).normal(size=roots.size) * size
     u = np.minimum(u, problem.pairs().most).astype(float)
     log_mass = np.log(np.mean(np.exp(u)))
-    x = np.exp(Real(1) * u - log_mass)
+    x = np.exp(u.astype(Real) - log_mass)
     bounds = _level.certify(state.pairs, u, *problem.side(), log_mass)
     assert np.all(np.abs(x - np.exp(roots)) <= np.max(bounds) * (1 + x))
     values, _, residual = _solver.finish(state._replace(u=u, level=level))

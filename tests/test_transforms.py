@@ -92,6 +92,13 @@ TRANSFORMATIONS = {
     "create_graph twice": (lambda loss: along(loss, 3), None),
     "grad in a compiled graph": (compiled, slope),
 }
+
+
+def needs_triton(impl):
+    if impl == "triton":
+        pytest.importorskip("triton", minversion="3.3")
+
+
 UNROLLED = {"make_fx", "make_fx of grad", "symbolic make_fx", "grad in a compiled graph"}
 
 
@@ -102,8 +109,7 @@ UNROLLED = {"make_fx", "make_fx of grad", "symbolic make_fx", "grad in a compile
     ["auto", "eager", pytest.param("compile", marks=pytest.mark.xdist_group("compile")), "triton"],
 )
 def test_it_is_what_plain_autograd_says(impl, setting, name):
-    if impl == "triton":
-        pytest.importorskip("triton", minversion="3.3")
+    needs_triton(impl)
     if impl == "eager" and setting is HARD and name in UNROLLED:
         pytest.skip("unrolls the loop of the solver, which takes minutes")
     transform, plain = TRANSFORMATIONS[name]
@@ -133,6 +139,7 @@ def test_it_is_what_plain_autograd_says(impl, setting, name):
 def test_fake_tensors_get_shapes_and_gradients(impl, setting):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    needs_triton(impl)
     with FakeTensorMode() as mode:
         x = mode.from_tensor(AT).requires_grad_()
         loss, aux = gamma_dpo_loss(
@@ -147,6 +154,7 @@ def test_fake_tensors_get_shapes_and_gradients(impl, setting):
 @pytest.mark.parametrize("impl", ["auto", "eager", "triton"])
 def test_gradcheck_and_gradgradcheck_with_one_pair(impl):
     """One pair has the margin γ0 whatever its gap, so that differences see no margin move."""
+    needs_triton(impl)
     x = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
 
     def loss(x):
