@@ -80,7 +80,7 @@ class Solver:
         elif name != "numpy":
             self.torch = pytest.importorskip("torch")
         if name == "triton":
-            pytest.importorskip("triton", minversion="3.3")
+            pytest.importorskip("triton", minversion="3.5")
 
     def __call__(self, gaps, *, context=None, context_mask=None, mask=None, **settings):
         arrays = {"context": context, "context_mask": context_mask, "mask": mask}

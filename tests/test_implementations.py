@@ -27,7 +27,7 @@ def device(torch):
 
 @pytest.fixture
 def triton(torch):
-    return pytest.importorskip("triton", minversion="3.3")
+    return pytest.importorskip("triton", minversion="3.5")
 
 
 @pytest.fixture

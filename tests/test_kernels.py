@@ -23,7 +23,7 @@ HARD = [(STEEP, 0.0), ((3.0, 0.5), 0.0), ((50.0, 1.0), 50.0)]  # settings, and a
 
 @pytest.fixture
 def launch(torch):
-    pytest.importorskip("triton", minversion="3.3")
+    pytest.importorskip("triton", minversion="3.5")
     from gamma_loss.kernels import launch
 
     return launch
@@ -308,7 +308,7 @@ for dtype in (torch.float32, torch.float64):
 
 
 def test_no_kernel_spills_registers_on_sm_90(torch):
-    pytest.importorskip("triton", minversion="3.3")
+    pytest.importorskip("triton", minversion="3.5")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE_AHEAD], env=environment, capture_output=True, text=True

@@ -19,8 +19,8 @@ from gamma_loss.kernels.passes import Memory
 if TYPE_CHECKING:
     from gamma_loss._pool import Beside
 
-if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # which take no named tuples
-    raise ImportError(f"the kernels need Triton 3.3 or later, this is {triton.__version__}")
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):  # of named tuples they take no None
+    raise ImportError(f"the kernels need Triton 3.5 or later, this is {triton.__version__}")
 
 INTERPRETED: bool = math.INTERPRETED.value
 POOL_LIMIT = 16_384  # the largest pool that one program takes
