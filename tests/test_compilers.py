@@ -1,10 +1,20 @@
 """Tracing: torch.compile, torch.vmap, jax.jit and jax.vmap take the library as it is."""
 
+import sys
+import types
+
 import numpy as np
 import pytest
 from strategies import HARD, MILD
 
-from gamma_loss import _solver, gamma_dpo_loss, gamma_preference_loss, metrics, solve_margins
+from gamma_loss import (
+    _arrays,
+    _solver,
+    gamma_dpo_loss,
+    gamma_preference_loss,
+    metrics,
+    solve_margins,
+)
 
 
 def rows(shape, seed=0):
@@ -54,6 +64,22 @@ def test_torch_compile_makes_one_graph_for_all_sizes(torch, setting):
         logps = torch.tensor(rows((2, size)))
         torch.testing.assert_close(compiled(*logps), loss(*logps))
     assert len(graphs) == 1
+
+
+def test_a_tensor_is_not_asked_whether_it_is_jaxs(torch, monkeypatch):
+    """torch.compile of 2.14 traces no isinstance that a class has made its own, as JAX's has."""
+
+    class Asks(type):
+        def __instancecheck__(cls, instance):
+            raise AssertionError("asked")
+
+    class Array(metaclass=Asks):
+        pass
+
+    monkeypatch.setitem(sys.modules, "jax", types.SimpleNamespace(Array=Array))
+    assert not _arrays.is_jax(torch.zeros(1))
+    with pytest.raises(AssertionError, match="asked"):
+        _arrays.is_jax(np.zeros(1))
 
 
 def test_torch_inductor_agrees(torch):
