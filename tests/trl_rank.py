@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import datasets
@@ -58,7 +59,11 @@ def main():
     gaps, mask = trainer.gamma_loss.queue.context()
     result = {"history": trainer.state.log_history, "queue": gaps[mask].tolist()}
     Path(work["out"], f"rank{os.environ['RANK']}.json").write_text(json.dumps(result))
-    trainer.accelerator.end_training()  # or a thread of the group may outlive the interpreter
+    trainer.accelerator.end_training()
+    # Gloo's threads live on where a device mesh holds their group, and one that drops a tensor
+    # while the interpreter shuts down aborts the process: leave without that.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
