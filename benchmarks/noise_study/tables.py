@@ -16,6 +16,7 @@ from benchmarks.baselines import METHODS
 from benchmarks.noise_study import plan
 from benchmarks.noise_study.outcomes import (
     FAMILIES,
+    FEWEST,
     LEVEL,
     OURS,
     WAYS,
@@ -170,7 +171,8 @@ def judged(results: Results, rows: list[tuple[str, list[Comparison | None]]]) ->
         if cell is None:
             return "–"
         if math.isnan(cell.p):
-            return f"{number(cell.mean, 2, True)}: not tested, {seeds(cell.seeds)} only"
+            few = "" if cell.seeds == count else f": not tested, {seeds(cell.seeds)} only"
+            return number(cell.mean, 2, True) + few
         words = ["equivalent"] * (equivalent[id(cell)] < LEVEL)
         if different[id(cell)] < LEVEL:
             words.append("better" if cell.mean > 0 else "worse")
@@ -182,8 +184,9 @@ def judged(results: Results, rows: list[tuple[str, list[Comparison | None]]]) ->
 
     count, tasks = results.study.seeds, results.study.tasks
     columns = [i for i in range(len(tasks)) if any(found[i] for _, found in rows)]
+    few = " (too few to test)" if count < FEWEST else ""
     return markdown(
-        [f"difference, {seeds(count)}", *(tasks[i] for i in columns)],
+        [f"difference, {seeds(count)}{few}", *(tasks[i] for i in columns)],
         [[name, *(shown(found[i]) for i in columns)] for name, found in rows],
     )
 
