@@ -52,6 +52,13 @@ def test_code_of_a_page_runs_from_top_to_bottom(page, one_rank):
             names.update(test.globs)
 
 
+def test_propositions_are_numbered_in_order_and_only_those_proven_are_cited():
+    text = (DOCS / "theory.md").read_text("utf-8")
+    proven = [int(n) for n in re.findall(r"^\*\*Proposition (\d+)\.\*\*", text, re.MULTILINE)]
+    assert proven == list(range(1, len(proven) + 1))
+    assert {int(n) for n in re.findall(r"Proposition (\d+)", text)} == set(proven)
+
+
 @pytest.fixture(scope="module")
 def figures():
     spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
