@@ -16,6 +16,7 @@ from benchmarks.baselines import METHODS
 from benchmarks.noise_study import plan
 from benchmarks.noise_study.outcomes import BOUND, FAMILIES, OURS, Results, interval
 from benchmarks.noise_study.tables import noise_name, traced
+from benchmarks.noise_study.train import ends_and_middle
 
 SHOWN = ("dpo", "simpo", *OURS)
 WIDTH, HEIGHT = 9.0, 2.7  # inches, of a page and of a row
@@ -164,15 +165,14 @@ def draw_margins(results: Results, path: Path) -> None:
             run = traced(results, task, m, noise)
             if not run:
                 continue
-            count = len(run["pairs"])
-            for column, i in enumerate((0, count // 2, count - 1)):
-                ax = axes[row, column]
-                gaps, flipped, margins, _ = map(np.array, run["pairs"][i])
+            shown = zip(ends_and_middle(run["step"]), run["pairs"], strict=True)
+            for ax, (step, columns) in zip(axes[row], shown, strict=False):
+                gaps, flipped, margins, _ = map(np.array, columns)
                 for value, colour, label in ((0, "#0072b2", "clean"), (1, "#d55e00", "flipped")):
                     which = flipped == value
                     ax.scatter(gaps[which], margins[which], s=6, c=colour, alpha=0.5, lw=0,
                                label=label, rasterized=True)  # fmt: skip
-                ax.set(title=f"{METHODS[m].label}, {task}, step {run['step'][i]}",
+                ax.set(title=f"{METHODS[m].label}, {task}, step {step}",
                        xlabel="reward gap", ylabel="margin $γ_i$")  # fmt: skip
                 legend(ax)
 
