@@ -104,8 +104,10 @@ def status(results: Results) -> str:
         text += f"\n\n**Not run yet:** {', '.join(absent)}."
     if study.kappas and not results.of_stage("kappa"):
         text += "\n\n**Not run yet:** γ-PO and its matched losses over κ at fixed settings."
-    if study.redrawn and not results.of_stage("redrawn"):
-        text += "\n\n**Not run yet:** configurations drawn anew for each seed."
+    drawn = {run["task"] for run in results.of_stage("redrawn")}
+    if lacking := [task for task in study.tasks if study.redrawn and task not in drawn]:
+        text += "\n\n**Not run yet:** configurations drawn anew for each seed, on "
+        text += f"{', '.join(lacking)}."
     if missing:
         text += (
             f"\n\n**The study is not complete:** {missing} cells (task, method, noise) have "
