@@ -16,9 +16,8 @@ from benchmarks.baselines import METHODS
 from benchmarks.noise_study import plan
 from benchmarks.noise_study.outcomes import BOUND, FAMILIES, OURS, Results, interval
 from benchmarks.noise_study.tables import noise_name, traced
-from benchmarks.noise_study.train import ends_and_middle
+from benchmarks.noise_study.train import SHOWN, ends_and_middle
 
-SHOWN = ("dpo", "simpo", *OURS)
 WIDTH, HEIGHT = 9.0, 2.7  # inches, of a page and of a row
 GREY = "#888888"
 STYLE = {
