@@ -22,7 +22,7 @@ from gamma_loss import PUBLISHED_SETTINGS  # noqa: E402
 
 TINY = plan.Study(
     size="quick", seeds=2, configurations=2, tasks=("digits",), noises=(("uniform", 0.4),),
-    ablation_noises=(), kappas=(10.0,), redrawn=False, cost_seconds=0.1,
+    calls=(), ablation_noises=(), kappas=(10.0,), redrawn=False, cost_seconds=0.1,
     methods=("dpo", "gamma-dpo", "simpo", "gamma-simpo"),
 )  # fmt: skip
 COST = {
@@ -244,6 +244,23 @@ def test_settings_drawn_anew():
     anew = [s for s in planned if s.get("stage") == "redrawn"]
     assert len(anew) == len(plan.CORE) * 2 * 2  # for each of two seeds two configurations
     assert plan.expected(few)["digits"] - plan.expected(TINY)["digits"] == len(anew)
+
+
+def test_the_published_noise_is_run_beside():
+    study = TINY._replace(calls=plan.CALLS)
+    planned = [s for block in plan.blocks(study, {}) for s in block]
+    calls = [s for s in planned if s.get("kind") == "call"]
+    assert {(s["stage"], s["rate"]) for s in calls} == {("search", 0.2), ("search", 0.4)}
+    assert plan.expected(study)["digits"] - plan.expected(TINY)["digits"] == len(calls)
+    records = {}
+    for s in calls:  # which gains one point for γ-DPO at the lower rate, and loses it at the other
+        ours = (s["method"] == "gamma-dpo") * (0.01 if s["rate"] == 0.2 else -0.01)
+        test = 0.5 + s["seed"] / 100 + ours
+        records[plan.key(s)] = a_record(s, noisy=[0.5], clean=[0.5], test=[test])
+    results = outcomes.Results(study, records)
+    rows = tables.by_noise(results, plan.CALLS).splitlines()
+    assert "| γ-DPO − DPO; labels: 20% of calls flipped | +1.00 |" in rows
+    assert "| γ-DPO − DPO; labels: 40% of calls flipped | −1.00 |" in rows
 
 
 def test_kappa_alone_is_swept():

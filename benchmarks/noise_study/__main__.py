@@ -121,11 +121,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--hours", type=float, default=1e9, help="stop after this time; a later call goes on")
     add("--seeds", type=int, help="repetitions of everything (default: 5)")
     add(
-        "--published-noise",
-        action="store_true",
-        help="flips as in the published code too: whole micro-batches, drawn at each call",
-    )
-    add(
         "--study",
         choices=tuple(STUDIES),
         default="tasks",
@@ -163,8 +158,6 @@ def main(argv: list[str] | None = None) -> int:
     elif args.device == "cuda":
         study = LARGE if args.study == "tasks" else study._replace(size="large")
     study = study._replace(device=args.device, seeds=args.seeds or study.seeds)
-    if args.published_noise:
-        study = study._replace(noises=study.noises + plan.CALLS)
     complete = True
     if args.command != "report":
         complete = carry_out(study, args.results, args.workers, args.hours)

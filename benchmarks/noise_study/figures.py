@@ -16,7 +16,7 @@ from benchmarks.baselines import METHODS
 from benchmarks.noise_study import plan
 from benchmarks.noise_study.outcomes import BOUND, FAMILIES, OURS, Results, interval
 from benchmarks.noise_study.tables import noise_name, traced
-from benchmarks.noise_study.train import SHOWN, ends_and_middle
+from benchmarks.noise_study.train import FIGURE_NOISE, SHOWN, ends_and_middle
 
 WIDTH, HEIGHT = 9.0, 2.7  # inches, of a page and of a row
 GREY = "#888888"
@@ -128,13 +128,9 @@ def draw_accuracy(results: Results, path: Path) -> None:
             ax.set_ylabel("test accuracy (%)")
 
 
-def figure_noise(results: Results) -> tuple[str, float]:
-    return max(n for n in results.study.noises if n[0] == "uniform")
-
-
 def draw_rewards(results: Results, path: Path) -> None:
     """Distribution of reward gaps on clean test pairs: the paper's Figure 2."""
-    tasks, noise = results.study.tasks, figure_noise(results)
+    tasks, noise = results.study.tasks, FIGURE_NOISE
     with figure(path, 2, len(tasks)) as axes:
         for (row, relative), (column, task) in itertools.product(
             enumerate((True, False)), enumerate(tasks)
@@ -156,7 +152,7 @@ def draw_rewards(results: Results, path: Path) -> None:
 
 def draw_margins(results: Results, path: Path) -> None:
     """Margins against gaps over training: the paper's Figure 5."""
-    noise = figure_noise(results)
+    noise = FIGURE_NOISE
     methods = ("gamma-dpo", "gamma-simpo")
     cells = list(itertools.product(methods, results.study.tasks))
     with figure(path, len(cells), 3) as axes:
@@ -178,7 +174,7 @@ def draw_margins(results: Results, path: Path) -> None:
 
 def draw_weights(results: Results, path: Path) -> None:
     """Pair weight of flipped over that of clean pairs, over training."""
-    tasks, noise = results.study.tasks, figure_noise(results)
+    tasks, noise = results.study.tasks, FIGURE_NOISE
     with figure(path, 2, len(tasks)) as axes:
         for (row, relative), (column, task) in itertools.product(
             enumerate((True, False)), enumerate(tasks)
@@ -204,7 +200,7 @@ def draw_weights(results: Results, path: Path) -> None:
 
 def draw_roc(results: Results, path: Path) -> None:
     """Finding flipped pairs by what training saw of them in its last part."""
-    tasks, noise = results.study.tasks, figure_noise(results)
+    tasks, noise = results.study.tasks, FIGURE_NOISE
     with figure(path, 1, len(tasks)) as axes:
         for ax, task in zip(axes[0], tasks, strict=True):
             for m in ("dpo", "gamma-dpo", "simpo", "gamma-simpo"):
@@ -230,7 +226,7 @@ def draw_roc(results: Results, path: Path) -> None:
 def draw_grid(results: Results, path: Path) -> None:
     """Accuracy over γ0 and τ; the labels in the fields are κ."""
     study = results.study
-    noise = (*study.ablation_noises, figure_noise(results))[0]
+    noise = (*study.ablation_noises, FIGURE_NOISE)[0]
     with figure(path, len(plan.ABLATION_METHODS), len(study.tasks)) as axes:
         for (row, m), (column, task) in itertools.product(
             enumerate(plan.ABLATION_METHODS), enumerate(study.tasks)

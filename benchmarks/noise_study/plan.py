@@ -98,6 +98,7 @@ class Study(NamedTuple):
     tasks: tuple[str, ...] = ("digits", "diabetes", "bytes")
     methods: tuple[str, ...] = tuple(name for name in METHODS if name != "gamma-dpo-averaged")
     noises: tuple[tuple[str, float], ...] = NOISES
+    calls: tuple[tuple[str, float], ...] = CALLS  # which the verdict's methods get beside
     ablation_noises: tuple[tuple[str, float], ...] = ABLATION_NOISES
     ablation_seeds: int = 3
     changes: tuple[str, ...] = tuple(CHANGES)
@@ -110,25 +111,26 @@ class Study(NamedTuple):
 # A larger model and fewer runs: meant for half an hour of one GPU.
 LARGE = Study(
     size="large", device="cuda", configurations=6, tasks=("bytes",), noises=UNIFORM[:3],
-    ablation_noises=(("uniform", 0.4),), ablation_seeds=1,
+    calls=(), ablation_noises=(("uniform", 0.4),), ablation_seeds=1,
     changes=("as chosen", "pool", "form", "gradient", "smoothing"), kappas=(),
     redrawn=False,
 )  # fmt: skip
 # Labels by real annotators: clean, one rater's, and uniform flips as often.
 PEOPLE = Study(
-    seeds=10, tasks=tuple(DOMAINS), noises=(("uniform", 0.0), *RATERS), ablation_noises=(),
-    cost_seconds=0.0,
+    seeds=10, tasks=tuple(DOMAINS), noises=(("uniform", 0.0), *RATERS), calls=(),
+    ablation_noises=(), cost_seconds=0.0,
 )  # fmt: skip
 # The same for a language model as the policy, at one setting: nothing is tuned.
 LANGUAGE = Study(
-    seeds=3, configurations=1, tasks=("reviews",), noises=PEOPLE.noises, ablation_noises=(),
-    kappas=(), redrawn=False, traced=False, cost_seconds=0.0,
+    seeds=3, configurations=1, tasks=("reviews",), noises=PEOPLE.noises, calls=(),
+    ablation_noises=(), kappas=(), redrawn=False, traced=False, cost_seconds=0.0,
     methods=("dpo", "gamma-dpo", "gamma-dpo-averaged", "matched-dpo", "ropo", "holder-dpo", "re-po",
              "plc-dpo", "simpo", "gamma-simpo", "matched-simpo"),
 )  # fmt: skip
 QUICK = Study(
     size="quick", seeds=1, configurations=1, tasks=("digits", "bytes"),
-    noises=(("uniform", 0.4), ("ambiguous", 0.4)), ablation_noises=(("uniform", 0.4),),
+    noises=(("uniform", 0.4), ("ambiguous", 0.4)), calls=CALLS[1:],
+    ablation_noises=(("uniform", 0.4),),
     ablation_seeds=1, changes=("as chosen", "gradient"), kappas=(10.0,), cost_seconds=0.2,
 )  # fmt: skip
 
@@ -325,11 +327,13 @@ def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
         core = [method for method in CORE if method in study.methods]
         yield _searches(study, task, core, study.noises, "search")
         yield list(over_kappa(study, records, task))
-    for noises in (UNIFORM[:3], UNIFORM[3:] + AMBIGUOUS, CALLS + RATERS):
+    for noises in (UNIFORM[:3], UNIFORM[3:] + AMBIGUOUS, RATERS):
         for task in study.tasks:
             yield _searches(study, task, study.methods, noises, "search")
             yield list(traces(study, records, task))
             yield list(ablations(study, records, task))
+    for task in study.tasks:
+        yield _searches(study, task, CORE, study.calls, "search")
     for task in study.tasks * study.redrawn:
         yield _searches(study, task, CORE, [n for n in study.noises if n[1]], "redrawn")
 
@@ -337,7 +341,7 @@ def blocks(study: Study, records: Records) -> Iterator[list[Spec]]:
 def _searches(
     study: Study, task: str, methods: Iterable[str], noises: Iterable[tuple[str, float]], stage: str
 ) -> list[Spec]:
-    noises = [noise for noise in noises if noise in study.noises]
+    noises = [noise for noise in noises if noise in study.noises + study.calls]
     cells = itertools.product(range(study.seeds), noises, methods)
     return [
         s for seed, noise, method in cells for s in search(study, task, method, *noise, seed, stage)
@@ -354,6 +358,7 @@ def expected(study: Study) -> dict[str, int]:
     swept *= bool(study.kappas) + len(study.kappas) * sum(map(len, KAPPA_METHODS.values()))
     noisy = sum(rate > 0 for _, rate in study.noises) * study.configurations
     anew = len(CORE) * study.seeds * noisy if study.redrawn else 0
+    anew += len(CORE) * study.seeds * len(study.calls) * study.configurations
     count = (
         len(study.methods) * study.seeds * (searched + traced) + ablated * changed + swept + anew
     )

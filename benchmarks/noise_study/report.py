@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks.noise_study import figures, tables
+from benchmarks.noise_study import figures, plan, tables
 from benchmarks.noise_study.outcomes import Results
 from benchmarks.noise_study.plan import Records, Study
 
@@ -21,6 +21,7 @@ TASKS = {
         "kappa": tables.by_kappa,
         "over-kappa": tables.over_kappa,
         "gains": tables.gains,
+        "calls": lambda results: tables.by_noise(results, plan.CALLS),
         "choices": tables.choices,
         "configurations": tables.configurations,
         "mean": lambda results: tables.overall(results, "test"),

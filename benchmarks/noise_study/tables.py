@@ -72,7 +72,8 @@ def noise_name(noise: tuple[str, float]) -> str:
     kind, rate = noise
     if kind in RATER_KINDS:
         return {"rater": "one rater", "as often": "uniform, as often"}[kind]
-    return f"{rate:.0%}" + ("" if kind == "uniform" else f" {kind}")
+    words = {"uniform": "", "ambiguous": " ambiguous", "call": " of calls flipped"}
+    return f"{rate:.0%}{words[kind]}"
 
 
 def seeds(count: int) -> str:
@@ -151,14 +152,21 @@ def verdict(results: Results) -> str:
 
 def arms(results: Results) -> str:
     """Return γ-PO against matched and base losses where people's labels, or as many, are wrong."""
+    return by_noise(results, results.noises(), ("test", "clear"))
+
+
+def by_noise(
+    results: Results, noises: Iterable[tuple[str, float]], tested: Sequence[str] = ("test",)
+) -> str:
+    """Return γ-PO against matched and base losses at equal settings, for each noise by itself."""
     rows: list[tuple[str, list[Comparison | None]]] = []
-    for (ours, base), noise in itertools.product(FAMILIES.items(), results.noises()):
-        for theirs, of in itertools.product((f"matched-{base}", base), ("test", "clear")):
+    for (ours, base), noise in itertools.product(FAMILIES.items(), noises):
+        for theirs, of in itertools.product((f"matched-{base}", base), tested):
             more = {"noises": [noise], "of": of}
             gains = [pooled(results, task, ours, theirs, **more) for task in results.study.tasks]
-            words = {"test": "all pairs", "clear": "pairs rated more than 1 apart"}[of]
+            words = {"test": "; all pairs", "clear": "; pairs rated more than 1 apart"}[of]
             labels = noise_name(noise) if noise[1] else "clean"
-            name = f"{label((ours, theirs))}; labels: {labels}; {words}"
+            name = f"{label((ours, theirs))}; labels: {labels}{words if tested[1:] else ''}"
             rows.append((name, [compare(g) if g else None for g in gains]))
     return judged(results, rows)
 

@@ -35,6 +35,7 @@ FLIPS, VALIDATION_FLIPS, BATCHES = 10_000, 20_000, 30_000
 TRACED = 250  # pairs of a traced interval that the figures get
 FIGURED = ("dpo", "simpo", "gamma-dpo", "gamma-simpo")  # of these methods, for the file's size
 SHOWN = (*FIGURED, "gamma-dpo-published", "gamma-simpo-published")  # and their test gaps
+FIGURE_NOISE = ("uniform", 0.4)
 Spec = dict[str, Any]
 
 
@@ -124,7 +125,8 @@ def train(spec: Spec) -> dict[str, Any]:
                 trace(*(torch.cat(parts) for parts in zip(*seen, strict=True)), spec, curves)
                 seen = []
     if traced:
-        curves["pairs"] = ends_and_middle(curves["pairs"])
+        last = curves["pairs"][-1:]
+        curves["pairs"] = ends_and_middle(curves["pairs"]) if noise == FIGURE_NOISE else last
     result = {**curves, "diverged": diverged}
     if task.sample and not diverged:
         result |= task.sample(model)
