@@ -152,6 +152,8 @@ def test_pairs_are_kept_for_the_figures_only(name):
     steps = [result["step"][i] for i in (0, tasks.CHECKPOINTS // 2, -1)]
     assert train.ends_and_middle(result["step"]) == steps
     assert len(result["pairs"]) == (3 if name in train.FIGURED else 0)
+    other = train.run(a_spec(name, kind="ambiguous"))["result"]
+    assert len(other["pairs"]) == (name in train.FIGURED)  # the last alone
     assert train.ends_and_middle([1, 2]) == [1, 2]
 
 

@@ -60,8 +60,8 @@ def main():
     result = {"history": trainer.state.log_history, "queue": gaps[mask].tolist()}
     Path(work["out"], f"rank{os.environ['RANK']}.json").write_text(json.dumps(result))
     trainer.accelerator.end_training()
-    # Gloo's threads live on where a device mesh holds their group, and one that drops a tensor
-    # while the interpreter shuts down aborts the process: leave without that.
+    # Gloo's threads live on where something still refers to their group, and one that is at work
+    # while the interpreter shuts down may abort the process: leave without that.
     sys.stdout.flush()
     os._exit(0)
 
