@@ -48,8 +48,19 @@ def figure(path: Path, rows: int, columns: int, **options: Any) -> Iterator[Any]
             rows, columns, figsize=size, squeeze=False, layout="constrained", **options
         )
         yield axes
+        known: dict[str, Any] = {}
         for ax in axes.flat:
             ax.spines[["top", "right"]].set_visible(False)
+            handles, labels = ax.get_legend_handles_labels()
+            known |= zip(labels, handles, strict=True)
+        # One legend above all panels: in one of them it would cover what is drawn.
+        if known:
+            lines = math.ceil(len(known) / 6)
+            drawing.legend(
+                known.values(), known, loc="outside upper center",
+                ncols=math.ceil(len(known) / lines), fontsize=8, frameon=False,
+            )  # fmt: skip
+            drawing.set_size_inches(WIDTH, HEIGHT * rows + 0.18 * lines)
         out = io.StringIO()
         drawing.savefig(out, format="svg", transparent=True, metadata={"Date": None})
         plt.close(drawing)
@@ -83,19 +94,13 @@ def draw_verdict(results: Results, path: Path) -> None:
                     x = x * 1.15 ** (list(colours).index(task) - 1 + 0.3 * (not filled))
                     ax.errorbar(x, y, half, fmt=marker, ms=4, lw=1, color=colour,
                                 mfc=colour if filled else "none",
-                                label=f"{task}, − {METHODS[theirs].label}")  # fmt: skip
+                                label=f"{task}, − {'base' if filled else 'matched'}")  # fmt: skip
             ax.axhspan(-BOUND, BOUND, color=GREY, alpha=0.15, lw=0)
             ax.axhline(0, color=GREY, lw=0.8)
             ax.set(
                 xscale="log", xlabel="κ = γ0² / τ", title=f"{METHODS[ours].label}, equal settings"
             )
-            legend(ax)
         axes[0, 0].set_ylabel("gain (percentage points)")
-
-
-def legend(ax: Any, **options: Any) -> None:
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False, fontsize=7, **options)
 
 
 def draw_accuracy(results: Results, path: Path) -> None:
@@ -122,8 +127,6 @@ def draw_accuracy(results: Results, path: Path) -> None:
                         ax.fill_between(100 * x, y - half, y + half, color=colour, alpha=0.12, lw=0)
             ax.set(title=f"{task}, {kind} flips", xlabel="labels flipped (%)")
             ax.grid(alpha=0.25)
-            if row == 0:
-                legend(ax, ncols=2)
         for ax in axes[:, 0]:
             ax.set_ylabel("test accuracy (%)")
 
@@ -147,7 +150,6 @@ def draw_rewards(results: Results, path: Path) -> None:
             ax.axvline(0, color="#bbbbbb", lw=0.8)
             ax.set(title=f"{task}, {noise_name(noise)} flipped", yticks=[],
                    xlabel="reward gap of a test pair / its mean size")  # fmt: skip
-            legend(ax)
 
 
 def draw_margins(results: Results, path: Path) -> None:
@@ -169,7 +171,6 @@ def draw_margins(results: Results, path: Path) -> None:
                                label=label, rasterized=True)  # fmt: skip
                 ax.set(title=f"{METHODS[m].label}, {task}, step {step}",
                        xlabel="reward gap", ylabel="margin $γ_i$")  # fmt: skip
-                legend(ax)
 
 
 def draw_weights(results: Results, path: Path) -> None:
@@ -194,8 +195,6 @@ def draw_weights(results: Results, path: Path) -> None:
             ax.axhline(1, color="#bbbbbb", lw=0.8)
             ax.set(title=f"{task}, {noise_name(noise)} flipped", xlabel="training step",
                    ylabel="weight, flipped / clean")  # fmt: skip
-            if column == 0:
-                legend(ax)
 
 
 def draw_roc(results: Results, path: Path) -> None:
@@ -220,7 +219,6 @@ def draw_roc(results: Results, path: Path) -> None:
             ax.plot([0, 1], [0, 1], color="#bbbbbb", lw=0.8)
             ax.set(title=f"{task}, {noise_name(noise)} flipped", xlabel="clean pairs taken for it",
                    ylabel="flipped pairs found")  # fmt: skip
-            legend(ax, loc="lower right")
 
 
 def draw_grid(results: Results, path: Path) -> None:
