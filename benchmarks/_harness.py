@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import random
 import sys
 import time
 import warnings
@@ -310,18 +311,22 @@ def in_turns(
     """Time calls in turns, so that a slow moment of the machine hits all of them.
 
     Each turn is a block of up to `BLOCK` calls (fewer of a slow one), between two waits for the
-    device. Returns for each name the seconds of a call in each turn: ``wall`` until the device was
-    done, ``host`` until the last call returned (on a CPU the same).
+    device. Turns come in an order drawn anew each time, and a block after a call that is not timed:
+    else a time would depend on who had the caches before. Returns for each name the seconds of a
+    call in each turn: ``wall`` until the device was done, ``host`` until the last call returned (on
+    a CPU the same).
     """
     times: dict[str, dict[str, list[float]]] = {n: {"wall": [], "host": []} for n in calls}
-    blocks = dict.fromkeys(calls, 1)
+    blocks, order = dict.fromkeys(calls, 1), random.Random(0)
     collecting = gc.isenabled()
     gc.disable()
     try:
         end = time.perf_counter() + seconds
         turns = -1  # the first turn only finds out how long a block should be
         while turns < least or time.perf_counter() < end:
-            for name, call in calls.items():
+            for name, call in order.sample(list(calls.items()), len(calls)):
+                if blocks[name] > 1:  # a slow call fills the caches itself
+                    call()
                 synchronise(device)
                 start = time.perf_counter()
                 for _ in range(blocks[name]):

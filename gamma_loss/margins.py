@@ -82,7 +82,9 @@ def solve_margins(
           Inside torch.compile or jax.jit they become part of the caller's graph; other JAX arrays
           are solved by one program, compiled for each shape.
         - "compile" (torch): the same through torch.compile, compiled at the first call for a kind
-          of pool (dtype, device, masks), not for a size or for values of gamma0 and tau.
+          of pool (dtype, device, masks), not for a size or for values of gamma0 and tau. On the
+          CPU, outside mild settings (see "auto"), only a pool of more than 65,536: for others
+          "eager" takes less time.
         - "triton" (torch, on a GPU that Triton knows): one launch of a kernel for a pool of up to
           16,384 gaps, some tens for any larger one. A loss of
           such a pool is one launch as well, and its gradient one elementwise step. If Triton is

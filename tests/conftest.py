@@ -101,12 +101,12 @@ class Solver:
             name: None if array is None else self.torch.tensor(np.asarray(array), device=device)
             for name, array in {"reward_gaps": np.asarray(gaps), **arrays}.items()
         }
-        if self.name == "eager":  # by torch's own operations, where `solve_margins` takes NumPy's
-            gaps = arrays.pop("reward_gaps")
-            problem = check("reward_gaps", gaps, Beside(**arrays), group=None, **settings)
-            solution = _dispatch.solve("eager", gaps, problem)
-        else:
-            solution = solve_margins(**arrays, **settings, impl=self.name)
+        gaps = arrays.pop("reward_gaps")
+        problem = check("reward_gaps", gaps, Beside(**arrays), group=None, **settings)
+        name = _dispatch.choose(self.name, gaps, problem)
+        if name == "host":  # NumPy's operations, where this is to be about torch's
+            name = self.name if problem.gamma0 and problem.size > 1 else "eager"
+        solution = _dispatch.solve(name, gaps, problem)
         return MarginSolution(*(np.asarray(array.cpu())[()] for array in solution))
 
     def padded(self, gaps, mask):

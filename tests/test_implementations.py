@@ -130,6 +130,9 @@ def test_auto_by_device_and_setting(torch, operators, monkeypatch):
             for setting in (MILD, HARD, {"gamma0": 0.0, "tau": 10.0}):
                 assert choose("auto", few, setting) == "host"
                 assert choose("auto", few, setting, many) == expected
+            assert choose("compile", few, MILD) == "compile"
+            assert choose("compile", few, HARD, 2**16) == "host"
+            assert choose("compile", few, HARD, 2**16 + 1) == "compile"
     finally:
         torch.set_num_threads(threads)
     fake = pytest.importorskip("torch._subclasses").FakeTensorMode()
@@ -139,6 +142,7 @@ def test_auto_by_device_and_setting(torch, operators, monkeypatch):
     assert choose("auto", on_gpu, HARD, many) == "triton"
     monkeypatch.setattr(operators, "_launcher", lambda device: None)
     assert choose("auto", on_gpu, HARD) == "eager"
+    assert choose("compile", on_gpu, HARD) == "compile"
 
 
 def test_what_does_not_exist_is_refused(torch):

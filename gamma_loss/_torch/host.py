@@ -15,7 +15,7 @@ from gamma_loss._pool import Beside, Problem, Solution
 from gamma_loss._spread import WHOLE
 from gamma_loss._torch.gradient import with_slopes
 
-_LIMIT = 2**16  # beyond it torch's operations are faster, if they have threads to share among
+LIMIT = 2**16  # beyond it torch's operations are faster, if they have threads to share among
 _PLAIN = torch.Tensor, torch.nn.Parameter  # of which NumPy sees all
 
 
@@ -23,7 +23,7 @@ def can_take(gaps: Tensor, size: int) -> bool:
     """Whether a pool of a size is one to solve here."""
     if type(gaps) not in _PLAIN or not is_free_to_read(gaps):
         return False
-    return size <= _LIMIT or torch.get_num_threads() == 1
+    return size <= LIMIT or torch.get_num_threads() == 1
 
 
 def solve(gaps: Tensor, problem: Problem) -> Solution:

@@ -44,13 +44,17 @@ def choose(impl: str, gaps: Tensor, problem: Problem) -> str:
     if impl == "triton" and _launcher(gaps.device):
         return "triton"
     if torch.compiler.is_compiling() or is_transforming():
-        double = gaps.dtype == torch.float64
-        in_graph = impl == "eager" or mild_passes(problem.gamma0, problem.tau, double)
-        return "eager" if in_graph else "operator"
+        return "eager" if impl == "eager" or _is_mild(gaps, problem) else "operator"
     if impl == "compile":
-        return "compile" if problem.size > 1 else eager
+        # Outside mild settings a pass is a program or two, whose calls take longer than few gaps.
+        few = 2 if eager == "eager" or _is_mild(gaps, problem) else host.LIMIT + 1
+        return eager if problem.size < few else "compile"
     kernels = impl == "auto" and gaps.device.type in ("cuda", "xpu") and _launcher(gaps.device)
     return "triton" if kernels else eager
+
+
+def _is_mild(gaps: Tensor, problem: Problem) -> bool:
+    return mild_passes(problem.gamma0, problem.tau, gaps.dtype == torch.float64) > 0
 
 
 def can_fuse(size: int) -> bool:
