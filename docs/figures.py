@@ -108,10 +108,10 @@ def where_the_published_loop_wins(name: str, solver: str) -> str:
     return ", ".join(wins) or "no pool measured"
 
 
-def compile_pays_off(name: str) -> str:
+def compile_pays_off(name: str, gaps: int) -> str:
     """After how many calls impl="compile" has saved what its first call took."""
     calls = next(row for row in results(name)["first_calls"] if row["solver"] == "compile")
-    saved = median(solves(name, 256)["eager"]) - median(solves(name, 256)["compile"])
+    saved = median(solves(name, gaps)["eager"]) - median(solves(name, gaps)["compile"])
     return f"{1e6 * calls['cold'] / saved:,.0f}" if saved > 0 else "no number of"
 
 
