@@ -168,6 +168,7 @@ def compiled(torch):
     from gamma_loss._torch import compiled as _compiled
 
     _compiled._programs.clear()
+    _compiled._kept.cache_clear()
     torch.compiler.reset()
     return _compiled
 
@@ -202,6 +203,20 @@ def test_inductor_makes_one_kernel_of_a_solve(torch, compiled):
     ):
         _, (code,) = run_and_get_code(lambda: solve_margins(gaps, **MILD, impl="compile"))
     assert code.count("async_compile.cpp_pybinding(") == 1
+
+
+def test_what_is_kept_from_inference_serves_training(torch, compiled):
+    gaps = torch.tensor(rows(20))
+
+    def solve(gamma0):
+        return solve_margins(gaps, gamma0=gamma0, tau=10.0, impl="compile").margins
+
+    solve(4.0)
+    with torch.inference_mode():
+        expected = solve(3.0)
+    before = graphs(torch)
+    torch.testing.assert_close(solve(3.0), expected, rtol=0, atol=0)
+    assert graphs(torch) == before
 
 
 def test_threads_share_one_compilation(torch, compiled):

@@ -26,24 +26,44 @@ _lock = threading.RLock()  # for calls as well: Dynamo's state is not one thread
 def solve(gaps: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Return margins, ν and the certificate."""
     gaps, beside = gaps.detach(), problem.beside
-    g0, a = (gaps.new_full((), each) for each in (problem.gamma0, problem.gamma0 / problem.tau))
+    g0, a = _settings(gaps, problem.gamma0, problem.gamma0 / problem.tau)
     if passes := mild_passes(problem.gamma0, problem.tau, gaps.dtype == torch.float64):
-        result: tuple[Tensor, Tensor, Tensor] = _run(_mild, gaps, beside, g0, a, passes)
+        kind = (passes, gaps.dtype, gaps.device, *map(_size_class, beside))
+        result: tuple[Tensor, Tensor, Tensor] = _call(_mild, kind, gaps, *beside, g0, a, passes)
         return result
     # One pass is compiled, and called as often as needed: a loop of it would be unrolled.
     pool = assemble(gaps, beside)
     state = _solver.begin(pool.gaps, weights_of(pool), g0, a, run=_run)
     state = _solver.iterate(state, run=_run)
     margins, *numbers = _solver.finish(state, run=_run)
-    return deliver(margins, gaps, problem.beside.mask, pool, problem.gamma0), *numbers
+    return deliver(margins, gaps, beside.mask, pool, problem.gamma0), *numbers
+
+
+def _settings(like: Tensor, *values: float) -> tuple[Tensor, ...]:
+    if like.device.type == "cpu":
+        return _kept(like.dtype, *values)
+    # Made anew on a GPU: a CUDA graph may outlive what is kept.
+    return tuple(like.new_full((), value) for value in values)
+
+
+@functools.lru_cache
+@torch.inference_mode(mode=False)  # whose tensors would ask for a program of their own
+def _kept(dtype: torch.dtype, *values: float) -> tuple[Tensor, ...]:
+    return tuple(torch.tensor(value, dtype=dtype, device="cpu") for value in values)
 
 
 def _mild(
-    gaps: Tensor, beside: Beside, gamma0: Tensor, a: Tensor, passes: int
+    gaps: Tensor,
+    mask: Tensor | None,
+    context: Tensor | None,
+    context_mask: Tensor | None,
+    gamma0: Tensor,
+    a: Tensor,
+    passes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    pool = assemble(gaps, beside)
+    pool = assemble(gaps, Beside(mask, context, context_mask))
     margins, *numbers = newton(pool.gaps, weights_of(pool), gamma0, a, passes)
-    return deliver(margins, gaps, beside.mask, pool, gamma0), *numbers
+    return deliver(margins, gaps, mask, pool, gamma0), *numbers
 
 
 def _run(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -51,7 +71,13 @@ def _run(function: Callable[..., Any], *arguments: Any) -> Any:
     like = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0].start
     numbers = functools.partial(torch.tensor, dtype=like.dtype, device=like.device)
     arguments = tuple(numbers(each) if isinstance(each, float) else each for each in arguments)
-    key = (function, like.dtype, like.device, *map(_kind, arguments))
+    kind = (like.dtype, like.device, *map(_kind, arguments))
+    return _call(function, kind, *arguments)
+
+
+def _call(function: Callable[..., Any], kind: tuple[Any, ...], *arguments: Any) -> Any:
+    """Call a function's program for a kind of arguments."""
+    key = function, kind
     with _lock:
         program = _programs.get(key)
         if program is None:
@@ -69,6 +95,11 @@ def _kind(argument: Any) -> Any:
     """Return what of an argument changes a program."""
     if isinstance(argument, tuple):
         return tuple(map(_kind, argument))
-    if isinstance(argument, Tensor):  # sizes of 0 and 1 are constants of a program
-        return min(argument.numel(), 2) if argument.ndim else ()
+    if isinstance(argument, Tensor):
+        return _size_class(argument) if argument.ndim else ()
     return argument
+
+
+def _size_class(array: Tensor | None) -> int:
+    """Sizes of 0 and 1 are constants of a program; others are symbols."""
+    return -1 if array is None else min(array.shape[0], 2)
