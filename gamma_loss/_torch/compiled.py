@@ -28,7 +28,7 @@ def solve(gaps: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     gaps, beside = gaps.detach(), problem.beside
     g0, a = _settings(gaps, problem.gamma0, problem.gamma0 / problem.tau)
     if passes := mild_passes(problem.gamma0, problem.tau, gaps.dtype == torch.float64):
-        kind = (passes, gaps.dtype, gaps.device, *map(_size_class, beside))
+        kind = (passes, gaps.dtype, gaps.device, *map(_size_class, (gaps, *beside)))
         result: tuple[Tensor, Tensor, Tensor] = _call(_mild, kind, gaps, *beside, g0, a, passes)
         return result
     # One pass is compiled, and called as often as needed: a loop of it would be unrolled.
