@@ -124,8 +124,8 @@ PEOPLE = Study(
 LANGUAGE = Study(
     seeds=3, configurations=1, tasks=("reviews",), noises=PEOPLE.noises, calls=(),
     ablation_noises=(), kappas=(), redrawn=False, traced=False, cost_seconds=0.0,
-    methods=("dpo", "gamma-dpo", "gamma-dpo-averaged", "matched-dpo", "ropo", "holder-dpo", "re-po",
-             "plc-dpo", "simpo", "gamma-simpo", "matched-simpo"),
+    methods=("dpo", "gamma-dpo", "gamma-dpo-averaged", "matched-dpo", "ropo", "re-po", "plc-dpo",
+             "simpo", "gamma-simpo", "matched-simpo"),
 )  # fmt: skip
 QUICK = Study(
     size="quick", seeds=1, configurations=1, tasks=("digits", "bytes"),

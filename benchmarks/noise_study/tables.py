@@ -325,19 +325,26 @@ def configurations(results: Results) -> str:
 
 
 def language(results: Results) -> str:
-    """Return what each method did to the language model, mean over settings and seeds."""
-    rows = []
-    for (name, method), noise in itertools.product(results.methods().items(), results.noises()):
-        runs = [
-            run["result"] | {"accuracy": accuracy_of(run)}
+    """Return what each method did to the language model, mean over the seeds that all have."""
+    cells = {
+        f"{method.label}, {noise_name(noise)}": {
+            run["seed"]: run["result"] | {"accuracy": accuracy_of(run)}
             for run in results.of_stage("search")
             if run["method"] == name and (run["kind"], run["rate"]) == noise
-        ]
-        columns = {"accuracy": 1, "sentiment": 3, "divergence": 2, "spread": 2}
-        cells = [number(mean_of(r.get(key) for r in runs), d) for key, d in columns.items()]
-        rows.append([f"{method.label}, {noise_name(noise)}", str(len(runs)), *cells])
-    head = ["method, labels", "runs", "accuracy on clean pairs, %", "sentiment, −1 to 1",
-            "KL to the reference, nats", "spread of margins / γ0"]  # fmt: skip
+        }
+        for (name, method), noise in itertools.product(results.methods().items(), results.noises())
+    }
+    if not cells:
+        return EMPTY
+    common = set.intersection(*map(set, cells.values()))
+    columns = {"accuracy": 1, "sentiment": 3, "divergence": 2, "spread": 2}
+    rows = [
+        [name, *(number(mean_of(runs[s].get(k) for s in common), d) for k, d in columns.items())]
+        for name, runs in cells.items()
+    ]
+    head = [f"method, labels, {seeds(len(common))}", "accuracy on clean pairs, %",
+            "sentiment, −1 to 1", "KL to the reference, nats",
+            "spread of margins / γ0"]  # fmt: skip
     return markdown(head, rows)
 
 
