@@ -122,7 +122,7 @@ PEOPLE = Study(
 )  # fmt: skip
 # The same for a language model as the policy, at one setting: nothing is tuned.
 LANGUAGE = Study(
-    seeds=3, configurations=1, tasks=("reviews",), noises=PEOPLE.noises, calls=(),
+    seeds=5, configurations=1, tasks=("reviews",), noises=PEOPLE.noises, calls=(),
     ablation_noises=(), kappas=(), redrawn=False, traced=False, cost_seconds=0.0,
     methods=("dpo", "gamma-dpo", "gamma-dpo-averaged", "matched-dpo", "ropo", "re-po", "plc-dpo",
              "simpo", "gamma-simpo", "matched-simpo"),
