@@ -194,6 +194,16 @@ def test_one_program_serves_all_sizes_and_hyperparameters(torch, compiled):
     assert len(compiled._programs) == 1
 
 
+def test_a_batch_of_one_pair_has_a_program_of_its_own(torch, compiled):
+    context = torch.tensor(rows(30))
+    for size in (1, 5, 1, 7):
+        gaps = context[:size] + 1
+        found = solve_margins(gaps, context=context, **MILD, impl="compile").margins
+        expected = solve_margins(gaps, context=context, **MILD, impl="eager").margins
+        torch.testing.assert_close(found, expected)
+    assert len(compiled._programs) == 2
+
+
 def test_inductor_makes_one_kernel_of_a_solve(torch, compiled):
     run_and_get_code = pytest.importorskip("torch._inductor.utils").run_and_get_code
     gaps = torch.tensor(rows(50), dtype=torch.float32)

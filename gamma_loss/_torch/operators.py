@@ -47,8 +47,8 @@ def choose(impl: str, gaps: Tensor, problem: Problem) -> str:
         return "eager" if impl == "eager" or _is_mild(gaps, problem) else "operator"
     if impl == "compile":
         # Outside mild settings a pass is a program or two, whose calls take longer than few gaps.
-        few = 2 if eager == "eager" or _is_mild(gaps, problem) else host.LIMIT + 1
-        return eager if problem.size < few else "compile"
+        sooner = eager == "host" and not _is_mild(gaps, problem) and problem.size <= host.LIMIT
+        return eager if sooner or problem.size == 1 else "compile"
     kernels = impl == "auto" and gaps.device.type in ("cuda", "xpu") and _launcher(gaps.device)
     return "triton" if kernels else eager
 
