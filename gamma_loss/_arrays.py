@@ -184,7 +184,7 @@ def is_transforming() -> bool:
 def repeat(
     times: int, step: Callable[[State], State], state: State, done: Callable[[State], Any]
 ) -> State:
-    """Apply ``state = step(state)`` until ``done(state)``, at most ``times`` times.
+    """Apply ``state = step(state)`` while not ``done(state)``, at most ``times`` times.
 
     A loop in the traced program for JAX. A done that is no Python bool is never looked at: what
     can't be read takes all the steps.
@@ -194,9 +194,9 @@ def repeat(
         _, state = loop(_condition(times, done), _body(step), (0, state))
         return state
     for _ in range(times):
-        state = step(state)
         if done(state) is True:
             break
+        state = step(state)
     return state
 
 

@@ -148,12 +148,13 @@ def advance(state: State, spread: Spread = WHOLE, run: Run = directly) -> State:
     pairs, budget, u, level, before, _ = state
     in_parts = spread.parts > 1
     read, eps = reader(u, in_parts), epsilon(u)
-    if in_parts:
-        u = settle(state)
-    step, sums, reach = step_and_look(pairs, u, level, run)
+    if in_parts:  # which all have to decide alike
+        _, u, _, step, sums, _, _ = settle(pairs, u, level)
+    else:
+        step, sums, reach = step_and_look(pairs, u, level, run)
     excess, rate = spread.sums(*sums[:2])
     excess, rate, off = (read(number) / budget for number in (excess, rate, sums[2]))
-    if in_parts:  # settled; and all have to decide alike
+    if in_parts:
         off, reach = 0 * level.a, 0 * level.a
     level, d_nu, near = level_step(level, excess, rate, off, reach, eps)
     near = near & (excess * excess <= 16 * eps)  # else more is left than that
@@ -211,22 +212,37 @@ def follow(pairs: Pairs, u: Array, step: Step, d_nu: Array, near: Array) -> tupl
     return xp.minimum(u + move, pairs.most), left
 
 
-def settle(state: State) -> Array:
-    """Return u after steps of the pairs alone, as many as it takes to reach their roots."""
-    start = state._replace(left=0 * state.level.a + math.inf)
-    return repeat(_MOST, _settle_pass, start, is_done).u
+class Settled(NamedTuple):
+    """The last pass of pairs that have stepped alone, at one level, to their roots."""
+
+    pairs: Pairs
+    u: Array  # before the step
+    level: Level
+    step: Step
+    sums: tuple[Array, Array, Array]  # as of `look`
+    left: Array
+    done: Array
 
 
-def _settle_pass(state: State) -> State:
-    pairs, _, u, level, before, _ = state
-    step, _, _ = step_and_look(pairs, u, level)
+def settle(pairs: Pairs, u: Array, level: Level) -> Settled:
+    """Take steps of the pairs alone, as many as it takes to reach their roots."""
+    first = _settling(pairs, u, level, 0 * level.a + math.inf)
+    return repeat(_MOST, _settle_pass, first, is_done)
+
+
+def _settle_pass(state: Settled) -> Settled:
+    pairs, u, level, step, _, before, _ = state
+    return _settling(pairs, solver_namespace(u).minimum(u + step.du, pairs.most), level, before)
+
+
+def _settling(pairs: Pairs, u: Array, level: Level, before: Array) -> Settled:
+    step, sums, _ = step_and_look(pairs, u, level)
     left = what_is_left(pairs, step.y, step.du)
     left = (float(left) if isinstance(level.at, float) else left) + 0 * level.a
-    u = solver_namespace(u).minimum(u + step.du, pairs.most)
-    return state._replace(u=u, left=left, done=at_rounding(left, before, epsilon(u)))
+    return Settled(pairs, u, level, step, sums, left, at_rounding(left, before, epsilon(u)))
 
 
-def is_done(state: State) -> Array:
+def is_done(state: State | Settled) -> Array:
     """Whether a loop may end."""
     return state.done
 

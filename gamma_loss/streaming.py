@@ -1,11 +1,13 @@
 """The margin problem of more gaps than memory holds, read in chunks, several times over.
 
 At one level every pair is settled on its own, and forgotten; only two sums go to the next level. So
-a pass over the gaps keeps two numbers, where `gamma_loss._solver` keeps several for each pair.
+a pass over the gaps keeps two numbers, where `gamma_loss._solver` keeps several for each pair. What
+a pair has settled at before is not known, so it starts from what others have settled at first.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeAlias
@@ -14,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from gamma_loss import _checks, _dispatch, _solver
-from gamma_loss._level import Level, certify, first_guess, first_level, level_step, side_of
+from gamma_loss._level import Level, Pairs, certify, first_guess, first_level, level_step, side_of
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 _BLOCK = 2**14  # gaps that are settled at a time: what their intermediate results need fits caches
+_ROOTS = 2**16  # at most, between which the pairs start; at least 16 pairs for each
 _MOST = 100  # levels, which no pool comes near
 _NUMBERS = 6  # four sums and two extremes, which go from level to level
 _EPS = float(np.finfo(np.float64).eps)
@@ -76,10 +79,8 @@ class MarginRule(NamedTuple):
             if self.gamma0 == 0:
                 margins[start : start + _BLOCK][finite] = 0.0
             elif finite.any():
-                state = _settled(block[finite], self.gamma0, level)
-                margins[start : start + _BLOCK][finite] = self.gamma0 * np.exp(
-                    state.u - self.log_mass
-                )
+                u = _settled(block[finite], self.gamma0, level)[1]
+                margins[start : start + _BLOCK][finite] = self.gamma0 * np.exp(u - self.log_mass)
         return margins
 
 
@@ -157,10 +158,10 @@ def solve_margins_streaming(
 
     level = first_level(gamma0, a, pairs, top, bottom, least, largest)
     rule = MarginRule(gamma0, tau, 0.0, math.inf, int(pairs), 0.0, 0.0)
-    before = math.inf
+    roots, before = int(min(max(pairs / 16, 2), _ROOTS)), math.inf
     for _ in range(_MOST):
-        here = level
-        seen = read_all(lambda gaps: _look(gaps, gamma0, here))  # noqa: B023
+        start = _between(roots, gamma0, level, gamma0 - largest, gamma0 - least)
+        seen = read_all(functools.partial(_look, gamma0=gamma0, level=level, start=start))
         if seen[:2] != (pairs, total):
             raise ValueError("chunks must give the same gaps at each reading, got others")
         excess, rate = (each / (pairs * gamma0) for each in seen[2:4])
@@ -168,14 +169,14 @@ def solve_margins_streaming(
         if error < before:
             # Of x with mean m: mean |x / m - x*| <= 2 |m - 1| + 2 B (1 + m), with bounds up to B.
             wrong = abs(excess) + seen[5] * (2 + excess)
-            nu = a / (1 + math.exp(-here.at))
-            log_mass = math.log1p(excess)
-            rule = MarginRule(gamma0, tau, nu, math.log1p(wrong), int(pairs), here.at, log_mass)
+            rule = MarginRule(
+                gamma0, tau, _nu(level), math.log1p(wrong), int(pairs), level.at, math.log1p(excess)
+            )
         # Once close, Newton squares the error each time: where it does not, it is rounding error.
         if error <= _EPS or (before < 1e-9 and error >= before / 4):
             break
         before = error
-        level, _, _ = level_step(here, excess, rate, 0.0, 0.0, _EPS)
+        level, _, _ = level_step(level, excess, rate, 0.0, 0.0, _EPS)
     return rule
 
 
@@ -197,17 +198,47 @@ def _survey(gaps: Floats, gamma0: float, a: float) -> tuple[float, ...]:
     return count, gaps.sum(), p, q, *extremes
 
 
-def _look(gaps: Floats, gamma0: float, level: Level) -> tuple[float, ...]:
+def _look(
+    gaps: Floats, *, gamma0: float, level: Level, start: Callable[[Floats], Floats]
+) -> tuple[float, ...]:
     """Settle the pairs of a block, and return what the level and the certificate need of them."""
-    state, (s, k) = _settled(gaps, gamma0, level), side_of(level)
-    _, (excess, rate, _), _ = _solver.look(state.pairs, state.u, s, k, False)
-    wrong = certify(state.pairs, state.u, s, k, np.float64(0.0)).max()
-    return gaps.size, gaps.sum(), excess, rate, 0.0, wrong
+    settled, u = _settled(gaps, gamma0, level, start)
+    wrong = certify(settled.pairs, u, *side_of(level), np.float64(0.0)).max()
+    return gaps.size, gaps.sum(), *settled.sums[:2], 0.0, wrong
 
 
-def _settled(gaps: Floats, gamma0: float, level: Level) -> _solver.State:
-    pairs, _, extremes = _solver.survey(gaps, None, *np.array([gamma0, level.a]))
-    pairs = _solver.with_most(pairs, extremes[0])
-    u = first_guess(pairs, level.at, *side_of(level))
-    state = _solver.State(pairs, 0.0, u, level, math.inf, False)
-    return state._replace(u=_solver.settle(state))
+def _between(
+    roots: int, gamma0: float, level: Level, least: float, largest: float
+) -> Callable[[Floats], Floats]:
+    """Return starts for gaps of a range: u on straight lines between roots of evenly spaced gaps.
+
+    So most pairs of a large pool need one or two steps, where they need some eight from elsewhere.
+    """
+    # Beyond these u changes no more, to rounding.
+    least = max(least, -50.0)
+    largest = max(least, min(largest, gamma0 * math.exp(min(_nu(level), 600.0)) + 50.0))
+    u = _settled(np.linspace(least, largest, roots), gamma0, level)[1]
+    rise, each = np.diff(u, append=u[-1]), (largest - least) / (roots - 1) or 1.0
+
+    def start(gaps: Floats) -> Floats:
+        at = np.clip((gaps - least) / each, 0.0, roots - 1.0)
+        before = at.astype(np.intp)
+        return u[before] + (at - before) * rise[before]
+
+    return start
+
+
+def _settled(
+    gaps: Floats, gamma0: float, level: Level, start: Callable[[Floats], Floats] | None = None
+) -> tuple[_solver.Settled, Floats]:
+    """Let pairs settle at a level, from where they start; return also the u that they reach."""
+    below, (g0, a) = gamma0 - gaps, np.array([gamma0, level.a])
+    pairs = Pairs(None, below, g0, a, a)
+    pairs = _solver.with_most(pairs, below.min())
+    u = start(gaps) if start else first_guess(pairs, level.at, *side_of(level))
+    settled = _solver.settle(pairs, u, level)
+    return settled, np.minimum(settled.u + settled.step.du, pairs.most)
+
+
+def _nu(level: Level) -> float:
+    return float(level.a) / (1 + math.exp(-level.at))

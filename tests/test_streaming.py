@@ -21,6 +21,7 @@ from gamma_loss import (
     solve_margins_streaming,
     streaming,
 )
+from gamma_loss._level import Level
 
 SETTINGS = [
     MILD,
@@ -77,6 +78,21 @@ def test_many_blocks_and_float32_chunks():
     expected = solve_margins(gaps.astype(np.float64), **MILD)
     np.testing.assert_allclose(rule.margins(gaps), expected.margins, rtol=0, atol=1e-10)
     assert rule.pairs == 50_000
+
+
+@pytest.mark.parametrize("setting", [MILD, HARD, {"gamma0": 3.0, "tau": 0.5}], ids=str)
+def test_pairs_start_close_to_their_roots(setting):
+    gaps, gamma0 = np.append(work.pool(500), [-1e4, -60.0]), setting["gamma0"]
+    margins, _ = oracles.margins(gaps, **setting)
+    at = solve_margins_streaming([gaps], **setting).level
+    level, u = Level(gamma0 / setting["tau"], at, at, at, 0.0), np.log(margins / gamma0)
+    assert np.ptp(u) > 0.1
+    # Of f = 0: q = du/dg = a σ' / D is at most a / 4 and 1 / y, and |d²u/dg²| <= q² + 2 q.
+    q = min(level.a / 4, 1 / margins.min())
+    for roots in (2**8, 2**12, 2**16):
+        start = streaming._between(roots, gamma0, level, -1e4, gaps.max())(gaps)
+        each = (50 + gaps.max()) / (roots - 1)
+        assert np.abs(start - u).max() <= each**2 / 8 * (q**2 + 2 * q) + 1e-12
 
 
 def test_gaps_that_are_not_finite_take_no_part():
