@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gamma_loss._arrays import (
     Array,
@@ -41,14 +40,7 @@ from gamma_loss._level import (
 from gamma_loss._mild import mild_passes, newton
 from gamma_loss._spread import WHOLE, Spread, count_of, weighted
 
-_MOST = 96  # passes: of 116,000 random pools aimed at hard places the worst took 64
-
-Run = Callable[..., Any]  # how a function of arrays is run: as it is, or compiled
-
-
-def directly(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run a function as it is."""
-    return function(*arguments)
+MOST = 96  # passes: of 116,000 random pools aimed at hard places the worst took 64
 
 
 class State(NamedTuple):
@@ -88,32 +80,26 @@ def _solve(
     return finish(iterate(begin(gaps, weights, gamma0, a, spread), spread), spread)
 
 
-def iterate(state: State, spread: Spread = WHOLE, run: Run = directly) -> State:
+def iterate(state: State, spread: Spread = WHOLE) -> State:
     """Advance until done."""
-    plain = spread is WHOLE and run is directly  # for JAX the same function each time
-    step = advance if plain else functools.partial(advance, spread=spread, run=run)
-    return repeat(_MOST, step, state, is_done)
+    # For JAX the same function each time.
+    step = advance if spread is WHOLE else functools.partial(advance, spread=spread)
+    return repeat(MOST, step, state, is_done)
 
 
 def begin(
-    gaps: Array,
-    weights: Array | None,
-    gamma0: Array,
-    a: Array,
-    spread: Spread = WHOLE,
-    run: Run = directly,
+    gaps: Array, weights: Array | None, gamma0: Array, a: Array, spread: Spread = WHOLE
 ) -> State:
     """Take the first level from Newton's step at equal margins, and the pairs in closed form."""
     read = reader(gaps, spread.parts > 1)
-    pairs, sums, extremes = run(survey, gaps, weights, gamma0, a)
+    sums, extremes = survey(gaps, weights, gamma0, a)
     sums, extremes = spread.sums(*sums), spread.extremes(*extremes)
     level = first_level(*map(read, (gamma0, a, *sums, *extremes)))
-    pairs = with_most(pairs, extremes[0])
-    u = run(first_guess, pairs, level.at, *side_of(level))
+    pairs = pairs_of(gaps, weights, gamma0, a, extremes[0])
     return State(
         pairs=pairs,
         budget=read(sums[0]) * read(gamma0),
-        u=u,
+        u=first_guess(pairs, level.at, *side_of(level)),
         level=level,
         left=0 * level.a + math.inf,
         done=read(a) < 0,
@@ -122,8 +108,8 @@ def begin(
 
 def survey(
     gaps: Array, weights: Array | None, gamma0: Array, a: Array
-) -> tuple[Pairs, tuple[Array, Array, Array], tuple[Array, Array]]:
-    """Return the pairs, and the sums and extremes that the first level needs."""
+) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
+    """Return the sums that the first level needs, and the extremes of γ0 - g."""
     xp, start = solver_namespace(gaps), gamma0 - gaps
     p, q = sigmoid(start), sigmoid(-start)
     w = weighted(weights, 1 / (1 + a * gamma0 * p * q))
@@ -132,18 +118,20 @@ def survey(
     if weights is not None:
         outside = xp.where(weights > 0, 0 * start, 0 * start + math.inf)
         least, largest = start + outside, start - outside
-
-    return Pairs(weights, start, gamma0, a, a), sums, (xp.min(least), xp.max(largest))
-
-
-def with_most(pairs: Pairs, least_start: Array) -> Pairs:
-    """Fill in what is above every root: where x > 1, z is below λ, and λ below log(1 + a) + 50."""
-    xp = solver_namespace(pairs.start)
-    room = (xp.log1p(pairs.a) + 50 - least_start) / pairs.gamma0
-    return pairs._replace(most=xp.log1p(xp.maximum(room, 0 * room)))
+    return sums, (xp.min(least), xp.max(largest))
 
 
-def advance(state: State, spread: Spread = WHOLE, run: Run = directly) -> State:
+def pairs_of(
+    gaps: Array, weights: Array | None, gamma0: Array, a: Array, least_start: Array
+) -> Pairs:
+    """Return what the pairs are, with what is above every root of theirs."""
+    # Where x > 1, z is below λ, and λ below log(1 + a) + 50.
+    xp = solver_namespace(gaps)
+    room = (xp.log1p(a) + 50 - least_start) / gamma0
+    return Pairs(weights, gamma0 - gaps, gamma0, a, xp.log1p(xp.maximum(room, 0 * room)))
+
+
+def advance(state: State, spread: Spread = WHOLE) -> State:
     """Take a step of the pairs, and one of the level if its side is proven."""
     pairs, budget, u, level, before, _ = state
     in_parts = spread.parts > 1
@@ -151,7 +139,7 @@ def advance(state: State, spread: Spread = WHOLE, run: Run = directly) -> State:
     if in_parts:  # which all have to decide alike
         _, u, _, step, sums, _, _ = settle(pairs, u, level)
     else:
-        step, sums, reach = step_and_look(pairs, u, level, run)
+        step, sums, reach = step_and_look(pairs, u, level)
     excess, rate = spread.sums(*sums[:2])
     excess, rate, off = (read(number) / budget for number in (excess, rate, sums[2]))
     if in_parts:
@@ -159,7 +147,7 @@ def advance(state: State, spread: Spread = WHOLE, run: Run = directly) -> State:
     level, d_nu, near = level_step(level, excess, rate, off, reach, eps)
     near = near & (excess * excess <= 16 * eps)  # else more is left than that
 
-    u, left = run(follow, pairs, u, step, d_nu, near)
+    u, left = follow(pairs, u, step, d_nu, near)
     if near is not False:
         left = spread.extremes(-left, left)[1]
     left = read(left) + 0 * level.a
@@ -167,14 +155,14 @@ def advance(state: State, spread: Spread = WHOLE, run: Run = directly) -> State:
 
 
 def step_and_look(
-    pairs: Pairs, u: Array, level: Level, run: Run = directly
+    pairs: Pairs, u: Array, level: Level
 ) -> tuple[Step, tuple[Array, Array, Array], Array]:
     """Take a step of the pairs; return also three sums, and how far the pairs reach."""
     s, k = side_of(level)
     host = isinstance(level.at, float)
-    step, sums, reach = run(look, pairs, u, s, k, not host)
+    step, sums, reach = look(pairs, u, s, k, not host)
     if host and (reach := float(reach)) > FAR:
-        step, sums, reach = run(look, pairs, u, s, k, True)
+        step, sums, reach = look(pairs, u, s, k, True)
         reach = float(reach)
     return step, sums, reach
 
@@ -227,7 +215,7 @@ class Settled(NamedTuple):
 def settle(pairs: Pairs, u: Array, level: Level) -> Settled:
     """Take steps of the pairs alone, as many as it takes to reach their roots."""
     first = _settling(pairs, u, level, 0 * level.a + math.inf)
-    return repeat(_MOST, _settle_pass, first, is_done)
+    return repeat(MOST, _settle_pass, first, is_done)
 
 
 def _settle_pass(state: Settled) -> Settled:
@@ -247,14 +235,14 @@ def is_done(state: State | Settled) -> Array:
     return state.done
 
 
-def finish(state: State, spread: Spread = WHOLE, run: Run = directly) -> tuple[Array, Array, Array]:
+def finish(state: State, spread: Spread = WHOLE) -> tuple[Array, Array, Array]:
     """Return margins that meet the budget, ν, and the certificate."""
     pairs, budget, u, level = state[:4]
     xp = solver_namespace(u)
     (excess,) = spread.sums(total(weighted(pairs.weights, xp.expm1(u))))
     excess = excess * pairs.gamma0 / budget
     log_mass = xp.log1p(xp.maximum(excess, 0 * excess - (1 - 1e-7)))
-    margins, error = run(deliver, pairs, u, *side_of(level), log_mass)
+    margins, error = deliver(pairs, u, *side_of(level), log_mass)
     _, error = spread.extremes(-error, error)
     nu = level.a * sigmoids(numbers_namespace(level.at), level.at)[0]
     return margins, nu + 0 * log_mass, xp.log1p(2 * error)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gamma_loss import _checks, _dispatch, _solver
-from gamma_loss._level import Level, Pairs, certify, first_guess, first_level, level_step, side_of
+from gamma_loss._level import Level, certify, first_guess, first_level, level_step, side_of
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -194,7 +194,7 @@ def _blocks(chunks: Iterable[npt.ArrayLike]) -> Iterator[Floats]:
 def _survey(gaps: Floats, gamma0: float, a: float) -> tuple[float, ...]:
     if gamma0 == 0:
         return gaps.size, 0.0, 0.0, 0.0, 0.0, 0.0
-    _, (count, p, q), extremes = _solver.survey(gaps, None, *np.array([gamma0, a]))
+    (count, p, q), extremes = _solver.survey(gaps, None, *np.array([gamma0, a]))
     return count, gaps.sum(), p, q, *extremes
 
 
@@ -232,9 +232,8 @@ def _settled(
     gaps: Floats, gamma0: float, level: Level, start: Callable[[Floats], Floats] | None = None
 ) -> tuple[_solver.Settled, Floats]:
     """Let pairs settle at a level, from where they start; return also the u that they reach."""
-    below, (g0, a) = gamma0 - gaps, np.array([gamma0, level.a])
-    pairs = Pairs(None, below, g0, a, a)
-    pairs = _solver.with_most(pairs, below.min())
+    g0, a = np.array([gamma0, level.a])
+    pairs = _solver.pairs_of(gaps, None, g0, a, g0 - gaps.max())
     u = start(gaps) if start else first_guess(pairs, level.at, *side_of(level))
     settled = _solver.settle(pairs, u, level)
     return settled, np.minimum(settled.u + settled.step.du, pairs.most)

@@ -1,7 +1,8 @@
 """``impl="compile"``: the solvers through torch.compile, compiled once for each kind of pool.
 
 γ0 and τ enter as tensors and sizes as symbols, so neither a schedule nor another batch size
-compiles anew. What does change a program is in its key in `_programs`.
+compiles anew. What does change a program is in its key in `_programs`. Outside mild settings there
+are three: to begin, to advance by one pass, which is called as often as needed, and to finish.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from gamma_loss import _solver
 from gamma_loss._mild import mild_passes, newton
-from gamma_loss._pool import Beside, Problem, assemble, deliver, weights_of
+from gamma_loss._pool import Beside, Problem, as_part, assemble, deliver, weights_of
 
 _programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _lock = threading.RLock()  # for calls as well: Dynamo's state is not one thread's
@@ -31,11 +32,13 @@ def solve(gaps: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         kind = (passes, gaps.dtype, gaps.device, *map(_size_class, (gaps, *beside)))
         result: tuple[Tensor, Tensor, Tensor] = _call(_mild, kind, gaps, *beside, g0, a, passes)
         return result
-    # One pass is compiled, and called as often as needed: a loop of it would be unrolled.
-    pool = assemble(gaps, beside)
-    state = _solver.begin(pool.gaps, weights_of(pool), g0, a, run=_run)
-    state = _solver.iterate(state, run=_run)
-    margins, *numbers = _solver.finish(state, run=_run)
+    pool, kind = as_part(assemble(gaps, beside)), (gaps.dtype, gaps.device)
+    state = _call(_solver.begin, kind, pool.gaps, weights_of(pool), g0, a)
+    for _ in range(_solver.MOST):
+        state = _call(_solver.advance, kind, state)
+        if gaps.device.type == "cpu" and state.done:  # elsewhere a look at it would wait
+            break
+    margins, *numbers = _call(_solver.finish, kind, state)
     return deliver(margins, gaps, beside.mask, pool, problem.gamma0), *numbers
 
 
@@ -66,15 +69,6 @@ def _mild(
     return deliver(margins, gaps, mask, pool, gamma0), *numbers
 
 
-def _run(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run a function's program, which takes a number that changes as a tensor."""
-    like = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0].start
-    numbers = functools.partial(torch.tensor, dtype=like.dtype, device=like.device)
-    arguments = tuple(numbers(each) if isinstance(each, float) else each for each in arguments)
-    kind = (like.dtype, like.device, *map(_kind, arguments))
-    return _call(function, kind, *arguments)
-
-
 def _call(function: Callable[..., Any], kind: tuple[Any, ...], *arguments: Any) -> Any:
     """Call a function's program for a kind of arguments."""
     key = function, kind
@@ -88,16 +82,8 @@ def _call(function: Callable[..., Any], kind: tuple[Any, ...], *arguments: Any) 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """Copy a function with a code object of its own: Dynamo counts recompilations by these."""
-    return types.FunctionType(function.__code__.replace(), function.__globals__)
-
-
-def _kind(argument: Any) -> Any:
-    """Return what of an argument changes a program."""
-    if isinstance(argument, tuple):
-        return tuple(map(_kind, argument))
-    if isinstance(argument, Tensor):
-        return _size_class(argument) if argument.ndim else ()
-    return argument
+    code, defaults = function.__code__.replace(), function.__defaults__
+    return types.FunctionType(code, function.__globals__, argdefs=defaults)
 
 
 def _size_class(array: Tensor | None) -> int:
