@@ -237,7 +237,7 @@ def is_done(state: State | Settled) -> Array:
 
 def finish(state: State, spread: Spread = WHOLE) -> tuple[Array, Array, Array]:
     """Return margins that meet the budget, ν, and the certificate."""
-    pairs, budget, u, level = state[:4]
+    pairs, budget, u, level, _, _ = state
     xp = solver_namespace(u)
     (excess,) = spread.sums(total(weighted(pairs.weights, xp.expm1(u))))
     excess = excess * pairs.gamma0 / budget

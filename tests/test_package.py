@@ -173,3 +173,10 @@ def test_trl_trainers_say_what_to_install(monkeypatch):
         ImportError, match=r"needs TRL 1\.8 or later: pip install 'gamma-loss\[trl\]'"
     ):
         importlib.import_module("gamma_loss.integrations.trl")
+
+
+@pytest.mark.xdist_group("kept together")
+def test_workers_keep_groups_together(request):
+    """What tests share, such as compiled programs, would be made by each worker otherwise."""
+    if request.config.getoption("loadgroup", False):
+        assert request.node.nodeid.endswith("@kept together")
