@@ -39,7 +39,6 @@ pytestmark = [
     # TRL's default of gradient_checkpointing and what it does with it, in transformers' new terms.
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
-    pytest.mark.xdist_group("trl"),
 ]
 
 DPO = (GammaDPOTrainer, GammaDPOConfig, {"beta": 0.5, "gamma0": 2.0})
