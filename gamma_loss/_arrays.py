@@ -226,6 +226,8 @@ def total(array: Array) -> Array:
 
     torch's own sum and NumPy's are in pairs. A compiler's are not, so it gets another one.
     """
+    if is_numpy(array):
+        return _numpy().sum(array)
     # Not -size % _ROW, which torch 2.6 compiles to C++'s remainder, a negative number.
     rows = (array.shape[0] + _ROW - 1) // _ROW
     rest = rows * _ROW - array.shape[0]
@@ -272,10 +274,11 @@ def softplus(xp: Namespace, x: Array) -> Array:
 
 def sigmoid(x: Array) -> Array:
     """1 / (1 + exp(-x)), without overflow and with a small relative error on both sides."""
-    if is_torch(x):
-        return x.sigmoid()
-    if is_jax(x):
-        return sys.modules["jax"].nn.sigmoid(x)
+    if not is_numpy(x):
+        if is_torch(x):
+            return x.sigmoid()
+        if is_jax(x):
+            return sys.modules["jax"].nn.sigmoid(x)
     xp = solver_namespace(x)
     e = xp.exp(xp.minimum(x, _CAP))
     return e / (1 + e)

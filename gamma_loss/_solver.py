@@ -137,13 +137,12 @@ def advance(state: State, spread: Spread = WHOLE) -> State:
     in_parts = spread.parts > 1
     read, eps = reader(u, in_parts), epsilon(u)
     if in_parts:  # which all have to decide alike
-        _, u, _, step, sums, _, _ = settle(pairs, u, level)
-    else:
-        step, sums, reach = step_and_look(pairs, u, level)
-    excess, rate = spread.sums(*sums[:2])
-    excess, rate, off = (read(number) / budget for number in (excess, rate, sums[2]))
-    if in_parts:
+        _, u, _, step, (*sums, _), _, _ = settle(pairs, u, level)
         off, reach = 0 * level.a, 0 * level.a
+    else:
+        step, (*sums, off), reach = step_and_look(pairs, u, level)
+    excess, rate = (read(each) / budget for each in spread.sums(*sums))
+    off, reach = read(off) / budget, read(reach)
     level, d_nu, near = level_step(level, excess, rate, off, reach, eps)
     near = near & (excess * excess <= 16 * eps)  # else more is left than that
 
@@ -157,36 +156,27 @@ def advance(state: State, spread: Spread = WHOLE) -> State:
 def step_and_look(
     pairs: Pairs, u: Array, level: Level
 ) -> tuple[Step, tuple[Array, Array, Array], Array]:
-    """Take a step of the pairs; return also three sums, and how far the pairs reach."""
-    s, k = side_of(level)
-    host = isinstance(level.at, float)
-    step, sums, reach = look(pairs, u, s, k, not host)
-    if host and (reach := float(reach)) > FAR:
-        step, sums, reach = look(pairs, u, s, k, True)
-        reach = float(reach)
-    return step, sums, reach
+    """Take a step of the pairs, a careful one where it is far.
 
-
-def look(
-    pairs: Pairs, u: Array, s: Array, k: Array, care: bool
-) -> tuple[Step, tuple[Array, Array, Array], Array]:
-    """Take a step; return Σ (y - γ0) after it and Σ y / D, what the first is off, and the reach."""
-    xp, step = solver_namespace(u), pair_step(pairs, u, s, k)
-    if care:
-        step = with_care(pairs, u, s, k, step)
+    Return also Σ (y - γ0) after it, Σ y / D, what the first is off, and the largest |du| (1 + y).
+    """
+    xp, (s, k) = solver_namespace(u), side_of(level)
+    step = pair_step(pairs, u, s, k)
+    reach = step.du + step.y * step.du
+    if not isinstance(level.at, float) or xp.max(xp.abs(reach)) > FAR:
+        step = with_care(pairs, u, s, k, step, xp.abs(reach) > FAR)
     change, y, d, du = step
     grown = y * du
+    reach = du + grown
     excess = total(weighted(pairs.weights, change + grown))
-    rate, reach = total(weighted(pairs.weights, y / d)), du + grown
-    return step, (excess, rate, total(grown * reach)), xp.max(xp.abs(reach))
+    rate, off = total(weighted(pairs.weights, y / d)), total(grown * reach)
+    return step, (excess, rate, off), xp.max(xp.abs(reach))
 
 
-def with_care(pairs: Pairs, u: Array, s: Array, k: Array, step: Step) -> Step:
+def with_care(pairs: Pairs, u: Array, s: Array, k: Array, step: Step, far: Array) -> Step:
     """Make the steps careful that are too far for plain ones."""
-    xp = solver_namespace(u)
-    far = xp.abs(step.du + step.y * step.du) > FAR
     if not is_free_to_read(u):
-        du = xp.where(far, careful_step(pairs, u, s, k, step), step.du)
+        du = solver_namespace(u).where(far, careful_step(pairs, u, s, k, step), step.du)
         return Step(step.change, step.y, step.d, du)  # torch.compile of 2.6 knows no _replace
     some = pairs._replace(weights=None, start=pairs.start[far])
     step.du[far] = careful_step(some, u[far], s, k, Step(*(each[far] for each in step)))
@@ -207,7 +197,7 @@ class Settled(NamedTuple):
     u: Array  # before the step
     level: Level
     step: Step
-    sums: tuple[Array, Array, Array]  # as of `look`
+    sums: tuple[Array, Array, Array]  # as of `step_and_look`
     left: Array
     done: Array
 
