@@ -21,7 +21,7 @@ from gamma_loss._level import Level, certify, first_guess, first_level, level_st
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 _BLOCK = 2**14  # gaps that are settled at a time: what their intermediate results need fits caches
-_ROOTS = 2**16  # at most, between which the pairs start; at least 16 pairs for each
+_ROOTS = 2**16  # at most, between which pairs start
 _MOST = 100  # levels, which no pool comes near
 _NUMBERS = 6  # four sums and two extremes, which go from level to level
 _EPS = float(np.finfo(np.float64).eps)
@@ -71,16 +71,17 @@ class MarginRule(NamedTuple):
             For gaps that are no real numbers, or not 1-D.
         """
         gaps = _checks.on_host("reward_gaps", reward_gaps).astype(np.float64)
-        margins = np.full(gaps.shape, np.nan)
+        margins, finite = np.full(gaps.shape, np.nan), np.isfinite(gaps)
+        inside = gaps[finite]
+        if self.gamma0 == 0 or not inside.size:
+            margins[finite] = 0.0
+            return margins
         level = Level(self.gamma0 / self.tau, self.level, self.level, self.level, 0.0)
-        for start in range(0, gaps.shape[0], _BLOCK):
-            block = gaps[start : start + _BLOCK]
-            finite = np.isfinite(block)
-            if self.gamma0 == 0:
-                margins[start : start + _BLOCK][finite] = 0.0
-            elif finite.any():
-                u = _settled(block[finite], self.gamma0, level)[1]
-                margins[start : start + _BLOCK][finite] = self.gamma0 * np.exp(u - self.log_mass)
+        start = _between(inside.size, self.gamma0, level, inside.min(), inside.max())
+        for at in range(0, inside.size, _BLOCK):
+            _, u = _settled(inside[at : at + _BLOCK], self.gamma0, level, start)
+            inside[at : at + _BLOCK] = self.gamma0 * np.exp(u - self.log_mass)
+        margins[finite] = inside
         return margins
 
 
@@ -158,9 +159,9 @@ def solve_margins_streaming(
 
     level = first_level(gamma0, a, pairs, top, bottom, least, largest)
     rule = MarginRule(gamma0, tau, 0.0, math.inf, int(pairs), 0.0, 0.0)
-    roots, before = int(min(max(pairs / 16, 2), _ROOTS)), math.inf
+    before = math.inf
     for _ in range(_MOST):
-        start = _between(roots, gamma0, level, gamma0 - largest, gamma0 - least)
+        start = _between(pairs, gamma0, level, gamma0 - largest, gamma0 - least)
         seen = read_all(functools.partial(_look, gamma0=gamma0, level=level, start=start))
         if seen[:2] != (pairs, total):
             raise ValueError("chunks must give the same gaps at each reading, got others")
@@ -208,12 +209,13 @@ def _look(
 
 
 def _between(
-    roots: int, gamma0: float, level: Level, least: float, largest: float
+    pairs: float, gamma0: float, level: Level, least: float, largest: float
 ) -> Callable[[Floats], Floats]:
     """Return starts for gaps of a range: u on straight lines between roots of evenly spaced gaps.
 
     So most pairs of a large pool need one or two steps, where they need some eight from elsewhere.
     """
+    roots = int(min(max(pairs / 16, 2), _ROOTS))
     # Beyond these u changes no more, to rounding.
     least = max(least, -50.0)
     largest = max(least, min(largest, gamma0 * math.exp(min(_nu(level), 600.0)) + 50.0))
@@ -221,7 +223,7 @@ def _between(
     rise, each = np.diff(u, append=u[-1]), (largest - least) / (roots - 1) or 1.0
 
     def start(gaps: Floats) -> Floats:
-        at = np.clip((gaps - least) / each, 0.0, roots - 1.0)
+        at = (np.clip(gaps, least, largest) - least) / each
         before = at.astype(np.intp)
         return u[before] + (at - before) * rise[before]
 

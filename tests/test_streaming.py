@@ -90,7 +90,7 @@ def test_pairs_start_close_to_their_roots(setting):
     # Of f = 0: q = du/dg = a σ' / D is at most a / 4 and 1 / y, and |d²u/dg²| <= q² + 2 q.
     q = min(level.a / 4, 1 / margins.min())
     for roots in (2**8, 2**12, 2**16):
-        start = streaming._between(roots, gamma0, level, -1e4, gaps.max())(gaps)
+        start = streaming._between(16 * roots, gamma0, level, -1e4, gaps.max())(gaps)
         each = (50 + gaps.max()) / (roots - 1)
         assert np.abs(start - u).max() <= each**2 / 8 * (q**2 + 2 * q) + 1e-12
 
