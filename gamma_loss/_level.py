@@ -206,7 +206,7 @@ def what_is_left(pairs: Pairs, y: Array, move: Array) -> Array:
     share = y / (pairs.gamma0 + y)
     left = xp.max(move * reach * share)
     # An x below e^-50 has no say, unless a step makes it e^10 times as large.
-    reach = reach * clip(xp, share * 1e22, xp.full_like(y, CLOSE / 10), xp.ones_like(y))
+    reach = reach * xp.clip(share * 1e22, CLOSE / 10, 1.0)
     return xp.where(xp.max(xp.abs(reach)) <= CLOSE, left, math.inf * pairs.a)
 
 

@@ -13,6 +13,7 @@ from gamma_loss._arrays import (
     inner,
     is_free_to_read,
     is_jax,
+    is_numpy,
     jitted,
     numbers_namespace,
     reader,
@@ -162,15 +163,21 @@ def step_and_look(
     """
     xp, (s, k) = solver_namespace(u), side_of(level)
     step = pair_step(pairs, u, s, k)
-    reach = step.du + step.y * step.du
-    if not isinstance(level.at, float) or xp.max(xp.abs(reach)) > FAR:
+    grown, reach = _reach(step)
+    largest = xp.max(xp.abs(reach))
+    if not isinstance(level.at, float) or largest > FAR:
         step = with_care(pairs, u, s, k, step, xp.abs(reach) > FAR)
-    change, y, d, du = step
-    grown = y * du
-    reach = du + grown
-    excess = total(weighted(pairs.weights, change + grown))
-    rate, off = total(weighted(pairs.weights, y / d)), total(grown * reach)
-    return step, (excess, rate, off), xp.max(xp.abs(reach))
+        grown, reach = _reach(step)
+        largest = xp.max(xp.abs(reach))
+    excess = total(weighted(pairs.weights, step.change + grown))
+    rate, off = total(weighted(pairs.weights, step.y / step.d)), total(grown * reach)
+    return step, (excess, rate, off), largest
+
+
+def _reach(step: Step) -> tuple[Array, Array]:
+    """Return y du and du (1 + y)."""
+    grown = step.y * step.du
+    return grown, step.du + grown
 
 
 def with_care(pairs: Pairs, u: Array, s: Array, k: Array, step: Step, far: Array) -> Step:
@@ -178,6 +185,8 @@ def with_care(pairs: Pairs, u: Array, s: Array, k: Array, step: Step, far: Array
     if not is_free_to_read(u):
         du = solver_namespace(u).where(far, careful_step(pairs, u, s, k, step), step.du)
         return Step(step.change, step.y, step.d, du)  # torch.compile of 2.6 knows no _replace
+    if is_numpy(far):
+        far = far.nonzero()[0]  # for it takes twenty times as long by a mask
     some = pairs._replace(weights=None, start=pairs.start[far])
     step.du[far] = careful_step(some, u[far], s, k, Step(*(each[far] for each in step)))
     return step
