@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from gamma_loss._arrays import (
     Array,
+    as_floats,
     bits,
     epsilon,
     inner,
@@ -24,6 +25,7 @@ from gamma_loss._arrays import (
     total,
 )
 from gamma_loss._level import (
+    CLOSE,
     FAR,
     Level,
     Pairs,
@@ -41,7 +43,7 @@ from gamma_loss._level import (
 from gamma_loss._mild import mild_passes, newton
 from gamma_loss._spread import WHOLE, Spread, count_of, weighted
 
-MOST = 96  # passes: of 116,000 random pools aimed at hard places the worst took 64
+MOST = 96  # passes: of 116,000 random pools aimed at hard places the worst took 64, in step
 
 
 class State(NamedTuple):
@@ -141,7 +143,7 @@ def advance(state: State, spread: Spread = WHOLE) -> State:
         _, u, _, step, (*sums, _), _, _ = settle(pairs, u, level)
         off, reach = 0 * level.a, 0 * level.a
     else:
-        step, (*sums, off), reach = step_and_look(pairs, u, level)
+        u, step, (*sums, off), reach = step_and_look(pairs, u, level)
     excess, rate = (read(each) / budget for each in spread.sums(*sums))
     off, reach = read(off) / budget, read(reach)
     level, d_nu, near = level_step(level, excess, rate, off, reach, eps)
@@ -156,40 +158,52 @@ def advance(state: State, spread: Spread = WHOLE) -> State:
 
 def step_and_look(
     pairs: Pairs, u: Array, level: Level
-) -> tuple[Step, tuple[Array, Array, Array], Array]:
-    """Take a step of the pairs, a careful one where it is far.
+) -> tuple[Array, Step, tuple[Array, Array, Array], Array]:
+    """Take a step of the pairs, a careful one where they are far, from u or closer to the roots.
 
-    Return also Σ (y - γ0) after it, Σ y / D, what the first is off, and the largest |du| (1 + y).
+    Return u before it, and also Σ (y - γ0) after it, Σ y / D, what the first is off, and the
+    largest |du| (1 + y).
     """
     xp, (s, k) = solver_namespace(u), side_of(level)
     step = pair_step(pairs, u, s, k)
-    grown, reach = _reach(step)
-    largest = xp.max(xp.abs(reach))
-    if not isinstance(level.at, float) or largest > FAR:
-        step = with_care(pairs, u, s, k, step, xp.abs(reach) > FAR)
-        grown, reach = _reach(step)
-        largest = xp.max(xp.abs(reach))
+    reach = xp.abs(step.du + step.y * step.du)
+    if not is_free_to_read(u):
+        du = xp.where(reach > FAR, careful_step(pairs, u, s, k, step), step.du)
+        step = Step(step.change, step.y, step.d, du)  # torch.compile of 2.6 knows no _replace
+    elif xp.max(reach) > CLOSE:
+        u, step = approach(pairs, u, s, k, step, reach)
+    grown = step.y * step.du
+    reach = step.du + grown
     excess = total(weighted(pairs.weights, step.change + grown))
     rate, off = total(weighted(pairs.weights, step.y / step.d)), total(grown * reach)
-    return step, (excess, rate, off), largest
+    return u, step, (excess, rate, off), xp.max(xp.abs(reach))
 
 
-def _reach(step: Step) -> tuple[Array, Array]:
-    """Return y du and du (1 + y)."""
-    grown = step.y * step.du
-    return grown, step.du + grown
+def approach(
+    pairs: Pairs, u: Array, s: Array, k: Array, step: Step, reach: Array
+) -> tuple[Array, Step]:
+    """Let pairs that keep the others waiting step on alone until they are close to their roots.
 
-
-def with_care(pairs: Pairs, u: Array, s: Array, k: Array, step: Step, far: Array) -> Step:
-    """Make the steps careful that are too far for plain ones."""
-    if not is_free_to_read(u):
-        du = solver_namespace(u).where(far, careful_step(pairs, u, s, k, step), step.du)
-        return Step(step.change, step.y, step.d, du)  # torch.compile of 2.6 knows no _replace
+    These are all that are not close, or the far ones among them if that is much of the pool.
+    """
+    xp, far = solver_namespace(u), reach > CLOSE
+    if total(as_floats(far, u)) > u.shape[0] / 4:
+        far = reach > FAR
     if is_numpy(far):
         far = far.nonzero()[0]  # for it takes twenty times as long by a mask
     some = pairs._replace(weights=None, start=pairs.start[far])
-    step.du[far] = careful_step(some, u[far], s, k, Step(*(each[far] for each in step)))
-    return step
+    v, part = u[far], Step(*(each[far] for each in step))
+    largest = xp.max(reach)
+    for _ in range(MOST if v.shape[0] else 0):
+        v = v + (careful_step(some, v, s, k, part) if largest > FAR else part.du)
+        part = pair_step(some, v, s, k)
+        largest = xp.max(xp.abs(part.du + part.y * part.du))
+        if largest <= CLOSE:
+            break
+    u = 1 * u  # a copy
+    for of_all, of_some in zip((u, *step), (v, *part), strict=True):
+        of_all[far] = of_some
+    return u, step
 
 
 def follow(pairs: Pairs, u: Array, step: Step, d_nu: Array, near: Array) -> tuple[Array, Array]:
@@ -223,7 +237,7 @@ def _settle_pass(state: Settled) -> Settled:
 
 
 def _settling(pairs: Pairs, u: Array, level: Level, before: Array) -> Settled:
-    step, sums, _ = step_and_look(pairs, u, level)
+    u, step, sums, _ = step_and_look(pairs, u, level)
     left = what_is_left(pairs, step.y, step.du)
     left = (float(left) if isinstance(level.at, float) else left) + 0 * level.a
     return Settled(pairs, u, level, step, sums, left, at_rounding(left, before, epsilon(u)))

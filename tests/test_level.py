@@ -224,6 +224,34 @@ def test_careful_steps_converge_from_anywhere_without_turning(problem, seed):
     assert np.all(np.abs(u - roots) <= slack)
 
 
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_far_pairs_come_close_by_themselves(problem, seed):
+    u, pairs, (s, k) = starts(problem, seed), problem.pairs(), problem.side()
+    given, step = u.copy(), _level.pair_step(pairs, u, s, k)
+    reach = np.abs(step.du) * (1 + step.y)
+    few = np.mean(reach > _level.CLOSE) <= 1 / 4
+    far = reach > (_level.CLOSE if few else _level.FAR)
+    closer, new = _solver.approach(pairs, u, s, k, step, reach)
+    np.testing.assert_array_equal(u, given)
+    np.testing.assert_array_equal(closer[~far], u[~far])
+    for each, there in zip(new, _level.pair_step(pairs, closer, s, k), strict=True):
+        np.testing.assert_array_equal(each, there)
+    noise = problem.rounding(closer) * (1 + new.y)
+    assert np.all((np.abs(new.du) * (1 + new.y) <= _level.CLOSE + noise)[far])
+
+
+def test_a_few_far_pairs_take_no_pass_of_all(monkeypatch):
+    gaps, sizes = np.random.default_rng(0).normal(8, 8 / 3, 5000), []
+    step = _level.pair_step
+    monkeypatch.setattr(
+        _solver, "pair_step", lambda p, *rest: sizes.append(p.start.size) or step(p, *rest)
+    )
+    margins, _, _ = _solver.solve(gaps, None, 8.0, 0.05)
+    assert np.ptp(margins) > 4
+    assert sizes.count(5000) <= 5
+    assert 2 <= sum(size < 50 for size in sizes) == len(sizes) - sizes.count(5000)
+
+
 @given(problems(), st.integers(0, 2**32 - 1), st.floats(0, 1))
 def test_steps_converge_that_are_careful_where_plain_ones_are_long(problem, seed, share):
     # and sometimes elsewhere: always, never and in between
