@@ -82,9 +82,8 @@ def solve_margins(
           Inside torch.compile or jax.jit they become part of the caller's graph; other JAX arrays
           are solved by one program, compiled for each shape.
         - "compile" (torch): the same through torch.compile, compiled at the first call for a kind
-          of pool (dtype, device, masks), not for a size or for values of gamma0 and tau. On the
-          CPU, outside mild settings (see "auto"), only a pool of more than 65,536: for others
-          "eager" takes less time.
+          of pool (dtype, device, masks), not for a size or for values of gamma0 and tau. Outside
+          mild settings (see "auto") a pool that "eager" solves by NumPy is left to it.
         - "triton" (torch, on a GPU that Triton knows): one launch of a kernel for a pool of up to
           16,384 gaps, some tens for any larger one. A loss of
           such a pool is one launch as well, and its gradient one elementwise step. If Triton is

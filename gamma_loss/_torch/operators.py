@@ -46,8 +46,8 @@ def choose(impl: str, gaps: Tensor, problem: Problem) -> str:
     if torch.compiler.is_compiling() or is_transforming():
         return "eager" if impl == "eager" or _is_mild(gaps, problem) else "operator"
     if impl == "compile":
-        # Outside mild settings a pass is a program or two, whose calls take longer than few gaps.
-        sooner = eager == "host" and not _is_mild(gaps, problem) and problem.size <= host.LIMIT
+        # Outside mild settings NumPy lets few pairs step on alone, where a program takes all.
+        sooner = eager == "host" and not _is_mild(gaps, problem)
         return eager if sooner or problem.size == 1 else "compile"
     kernels = impl == "auto" and gaps.device.type in ("cuda", "xpu") and _launcher(gaps.device)
     return "triton" if kernels else eager
