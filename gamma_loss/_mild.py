@@ -42,7 +42,7 @@ def newton(
     It counts its operations: here u is log γ, ν is larger by log γ0, and D is kept negated.
     """
     xp = solver_namespace(gaps)
-    one, log_gamma0 = xp.ones_like(gamma0), xp.log(gamma0)
+    log_gamma0 = xp.log(gamma0)
     y, u, nu = gamma0, log_gamma0, log_gamma0
     (count,) = spread.sums(count_of(gaps, weights))
     budget = count * gamma0
@@ -50,7 +50,7 @@ def newton(
         p = sigmoid(y - gaps)
         at = a * p
         v = u + at
-        d = y * (at * p - at) - one
+        d = y * (at * p - at) - 1
         w = weighted(weights, y / d)
         top, bottom = spread.sums(inner(w, v + d), total(w))
         nu = (top - budget) / bottom
