@@ -228,7 +228,7 @@ def switched(rng: np.random.Generator, pool: Pool) -> Pool:
     edge = math.log1p(8.5 / g)
     for _ in range(20):  # Newton's steps to where κ e^a = 8.5
         edge -= (edge - 8.5 / g * math.exp(-edge)) / (1 + edge)
-    a = rng.choice([1.5, 0.5, 1.65 / g, edge]) * (1 + rng.choice([-1e-9, 0.0, 1e-9]))
+    a = rng.choice([1.5, 0.42, 1.65 / g, edge]) * (1 + rng.choice([-1e-9, 0.0, 1e-9]))
     return pool._replace(tau=float(np.clip(g / a, *TAU_RANGE)))
 
 

@@ -78,6 +78,14 @@ def test_the_worst_pools_that_were_found(solver):
         assert mean <= 2 * np.expm1(float(solution.residual)), pool
 
 
+def test_a_pool_for_which_four_passes_were_too_few(solver):
+    gaps = np.repeat(
+        [-9600.0, 31.323, 8.4696, 6.185479], [200 if solver.name == "triton" else 32450, 1, 1, 1]
+    )
+    margins = solver(gaps, gamma0=3.29975, tau=6.6).margins
+    assert error(margins, gaps, 3.29975, 6.6) <= 1
+
+
 @pytest.mark.parametrize(("gaps", "gamma0", "tau"), CORNERS)
 def test_corners_of_the_domain(solver, gaps, gamma0, tau):
     for dtype in (np.float64, np.float32):
