@@ -6,17 +6,9 @@ import math
 from numbers import Real
 from typing import Any
 
-from gamma_loss._arrays import (
-    Array,
-    Namespace,
-    device,
-    is_real_floating,
-    is_torch,
-    namespace,
-    not_plain,
-)
+from gamma_loss._backend import Array, get_backend
 
-STEEPEST = 1e9  # γ0 / τ of a margin problem
+MAX_A = 1e9  # γ0 / τ of a margin problem
 
 
 def number(
@@ -42,25 +34,25 @@ def number(
     return number
 
 
+def label_smoothing(value: Any) -> float:
+    """Return a share of flipped labels."""
+    return number("label_smoothing", value, least=0, below=0.5)
+
+
 def flag(name: str, value: Any) -> bool:
-    """Return a bool, and refuse what only counts as one."""
+    """Accept only True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
 
 
 def problem(gamma0: Any, tau: Any) -> tuple[float, float]:
-    """Return the two settings of a margin problem.
-
-    Within these bounds nothing that a solver computes of them leaves the range of float32: γ0 / τ,
-    κ = γ0² / τ, the squares of margins, gaps / γ0. And log γ0 has as many digits behind the point
-    as the certificate of a mild setting takes for granted.
-    """
+    """Return the two settings of a margin problem, in the range where float32 can compute."""
     gamma0, tau = number("gamma0", gamma0, least=0), number("tau", tau, above=0)
     if gamma0 and not 1e-14 <= gamma0 <= 1e12:
         raise ValueError(f"gamma0 must be 0 or from 1e-14 to 1e12, got {gamma0}")
-    if gamma0 and not 1e-30 <= gamma0 / tau <= STEEPEST:
-        raise ValueError(f"gamma0 / tau must be from 1e-30 to {STEEPEST:g}, got {gamma0} / {tau}")
+    if gamma0 and not 1e-30 <= gamma0 / tau <= MAX_A:
+        raise ValueError(f"gamma0 / tau must be from 1e-30 to {MAX_A:g}, got {gamma0} / {tau}")
     return gamma0, tau
 
 
@@ -81,66 +73,73 @@ def choice(name: str, value: Any, options: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {options}, got {value!r}")
 
 
-def real(**arrays: Array) -> Namespace:
-    """Check that the arrays are of one library, on one device, and hold real floats.
+def floats(**arrays: Array) -> tuple[Any, list[Array]]:
+    """Return the backend of arrays of real floats, and them, half precision as float32.
 
-    Returns the library's namespace.
+    They have to be of one library and on one device.
     """
-    first_name, first = next(iter(arrays.items()))
-    xp = _namespace(first_name, first)
+    (first_name, first), *_ = arrays.items()
+    xp = backend(first_name, first)
+    device, found = xp.device(first), []
     for name, array in arrays.items():
-        _same_kind(name, array, first_name, first, xp)
-        if not is_real_floating(xp, array):
-            raise TypeError(
-                f"{name} must have a real floating dtype of its library, got {array.dtype}"
-            )
-    return xp
-
-
-def floats(**arrays: Array) -> tuple[Namespace, list[Array]]:
-    """Check arrays as `real` does, and return them as well, `upcast`."""
-    xp = real(**arrays)
-    return xp, [upcast(xp, array) for array in arrays.values()]
-
-
-def upcast(xp: Namespace, array: Array) -> Array:
-    """Return half precision as float32."""
-    if is_torch(array):  # which tells sooner
-        return array.float() if array.dtype.itemsize < 4 else array
-    return xp.astype(array, xp.float32) if xp.finfo(array.dtype).bits < 32 else array
+        if array is not first:
+            _same_library(name, array, first_name, first, xp)
+            _same_device(name, xp.device(array), first_name, device)
+        found.append(xp.as_floats(name, array))
+    return xp, found
 
 
 def pairs(may_be_empty: bool = False, /, **arrays: Array) -> None:
     """Check that the arrays are 1-D, of one shape, and not empty unless they may be."""
-    first_name, first = next(iter(arrays.items()))
+    (first_name, first), *_ = arrays.items()
     for name, array in arrays.items():
         if array.ndim != 1:
             raise ValueError(f"{name} must be 1-D, one entry a pair, got shape {_shape(array)}")
-        if array.shape[0] == 0 and not may_be_empty:
+        if array.shape != first.shape:
+            same_shape(name, array, first_name, first)
+        if not may_be_empty and array.shape[0] == 0:
             raise ValueError(f"{name} must hold at least one pair, got shape {_shape(array)}")
-        _same_shape(name, array, first_name, first)
 
 
-def mask(name: str, mask: Array, of_name: str, of: Array, xp: Namespace) -> None:
+def mask(name: str, mask: Array, of_name: str, of: Array, xp: Any) -> None:
     """Check a boolean mask against the array it belongs to."""
-    _same_kind(name, mask, of_name, of, xp)
+    same_kind(name, mask, of_name, of, xp)
     if mask.dtype != xp.bool:
         raise TypeError(f"{name} must have a boolean dtype, got {mask.dtype}")
-    _same_shape(name, mask, of_name, of)
+    same_shape(name, mask, of_name, of)
+
+
+def weights(weights: Array, of_name: str, of: Array, xp: Any) -> Array:
+    """Return weights in the dtype of their gaps; values are checked where reading is free."""
+    same_kind("weights", weights, of_name, of, xp)
+    weights = xp.as_floats("weights", weights)
+    same_shape("weights", weights, of_name, of)
+    weights = xp.astype(xp.detach(weights), of.dtype)
+    if xp.is_host:
+        right = (weights >= 0) & xp.isfinite(weights)
+        if not xp.all(right):
+            wrong = weights[~right]
+            raise ValueError(
+                f"weights must be finite and >= 0, got {float(wrong[0])}: give a pair that is to "
+                "take no part the weight 0"
+            )
+        return weights
+    return weights + 0 * xp.sqrt(weights)  # NaN for what is refused above
 
 
 def number_or_array(name: str, value: Any, of_name: str, of: Array) -> float | Array:
-    """Return a number, or an array of the shape of another one, `upcast`."""
+    """Return a number, or an array of the shape of another one, half precision as float32."""
     if isinstance(value, Real):
         return number(name, value)
     _, (_, array) = floats(**{of_name: of, name: value})
-    _same_shape(name, array, of_name, of)
+    same_shape(name, array, of_name, of)
     return array
 
 
-def _namespace(name: str, array: Any) -> Namespace:
+def backend(name: str, array: Any) -> Any:
+    """Return the backend of an argument."""
     try:
-        return namespace(array)
+        return get_backend(array)
     except TypeError:
         raise TypeError(
             f"{name} must be an array (torch, NumPy, JAX, ...), got {type(array).__name__}"
@@ -150,19 +149,22 @@ def _namespace(name: str, array: Any) -> Namespace:
 def tensors(**arrays: Any) -> None:
     """Check that the arrays are torch's."""
     for name, array in arrays.items():
-        if not is_torch(array):
+        xp = None if isinstance(array, (int, float, str, list)) else backend(name, array)
+        if xp is None or xp.library != "torch":
             raise TypeError(f"{name} must be a torch.Tensor, got {type(array).__name__}")
-        _plain(name, array)
+        plain(name, array, xp)
 
 
-def on_host(name: str, values: Any) -> Any:
+def to_numpy(name: str, values: Any) -> Any:
     """Return real numbers of any library, or a list of them, as a 1-D array of NumPy's."""
     import numpy as np
 
-    _plain(name, values)
-    if is_torch(values):  # which may be on a device, carry a gradient, or be of half precision
-        values = values.detach().cpu()
-        values = values.double() if values.is_floating_point() else values
+    if hasattr(values, "dtype"):
+        xp = backend(name, values)
+        plain(name, values, xp)
+        if xp.library == "torch":  # on a device, with a gradient, or of half precision
+            values = values.detach().cpu()
+            values = values.double() if values.is_floating_point() else values
     try:
         array = np.asarray(values)
     except (RuntimeError, TypeError, ValueError) as error:  # such as lists of several lengths
@@ -176,30 +178,39 @@ def on_host(name: str, values: Any) -> Any:
     return array
 
 
-def _plain(name: str, array: Any) -> None:
-    if what := not_plain(array):
-        raise TypeError(f"{name} must be a plain array, got {what}")
-
-
-def _same_shape(name: str, array: Array, of_name: str, of: Array) -> None:
+def same_shape(name: str, array: Array, of_name: str, of: Array) -> None:
+    """Check that two arrays have one shape."""
     if array.shape != of.shape:
         raise ValueError(
             f"{name} must have the shape of {of_name}, {_shape(of)}, got {_shape(array)}"
         )
 
 
-def _same_kind(name: str, array: Any, of_name: str, of: Array, xp: Namespace) -> None:
-    if type(array) is not type(of) and _namespace(name, array) is not xp:
+def _same_library(name: str, array: Any, of_name: str, of: Array, xp: Any) -> None:
+    if type(array) is not type(of) and backend(name, array).xp is not xp.xp:
         raise TypeError(
             f"{name} must be an array of the same library as {of_name}, "
             f"{type(of).__module__}.{type(of).__name__}, "
             f"got {type(array).__module__}.{type(array).__name__}"
         )
-    _plain(name, array)
-    if device(array) != device(of):
-        raise ValueError(
-            f"{name} must be on the device of {of_name}, {device(of)}, got {device(array)}"
-        )
+
+
+def _same_device(name: str, device: Any, of_name: str, of: Any) -> None:
+    if device != of:
+        raise ValueError(f"{name} must be on the device of {of_name}, {of}, got {device}")
+
+
+def same_kind(name: str, array: Any, of_name: str, of: Array, xp: Any) -> None:
+    """Check that two arrays are plain, of one library and on one device."""
+    _same_library(name, array, of_name, of, xp)
+    plain(name, array, xp)
+    _same_device(name, xp.device(array), of_name, xp.device(of))
+
+
+def plain(name: str, array: Any, xp: Any) -> None:
+    """Refuse an array that is masked, nested or sparse."""
+    if kind := xp.unsupported_kind(array):
+        raise TypeError(f"{name} must be a plain array, got {kind}")
 
 
 def _shape(array: Array) -> tuple[int, ...]:

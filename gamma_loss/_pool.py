@@ -1,143 +1,156 @@
-"""The pool of a margin problem: which gaps are in it, and what its solution means for each pair.
-
-What makes a gap *inside* is decided here and nowhere else: the masks of batch and context, and that
-it is finite. A pool with nothing inside counts as one of equal gaps, so that every margin is γ0.
-"""
+"""The pool of a margin problem: batch and context on the way in, margins on the way out."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from gamma_loss import _checks, _solver
-from gamma_loss._arrays import (
-    Array,
-    as_floats,
-    detach,
-    device,
-    is_free_to_read,
-    isfinite,
-    namespace,
-    quiet,
-    solver_namespace,
-)
+from gamma_loss import _checks, _comm, _solver
+from gamma_loss._backend import Array
+from gamma_loss._comm import Comm
 
 
-class Beside(NamedTuple):
-    """What comes beside a batch of gaps: which of them are inside, and others that join them."""
+class PoolInputs(NamedTuple):
+    """Optional inputs: mask and weights of the batch, and context gaps with their mask."""
 
     mask: Array | None = None
+    weights: Array | None = None
     context: Array | None = None
     context_mask: Array | None = None
 
 
-ALONE = Beside()
-
-Solution = tuple[Array, Array, Array]  # margins, ν, certificate
+NO_INPUTS = PoolInputs()
 
 
-class Pool(NamedTuple):
-    """The gaps of batch and context, 0 for one that is not inside."""
-
-    gaps: Array
-    inside: Array | None  # None: all are
-
-
-class Problem(NamedTuple):
-    """A checked margin problem, but for the gaps of the batch."""
-
-    gamma0: float
-    tau: float
-    beside: Beside
-    size: int  # of the pool, as far as it is here
-    group: Any = None  # who else has parts of it
-
-
-def check(
-    name: str, gaps: Array, beside: Beside, *, gamma0: float, tau: float, group: Any
-) -> Problem:
-    """Check a problem over the gaps called ``name``. A queue as context brings its own mask."""
-    gamma0, tau = _checks.problem(gamma0, tau)
-    xp = namespace(gaps)
-    mask, context, context_mask = beside
+def check_inputs(
+    name: str, gaps: Array, xp: Any, group: Any, context: Any, context_mask: Array | None,
+    mask: Array | None, weights: Array | None,
+) -> PoolInputs:  # fmt: skip
+    """Check the optional inputs against the gaps called ``name``; a queue brings its own mask."""
+    if mask is weights is context is context_mask is None:
+        return NO_INPUTS
     if mask is not None:
         _checks.mask("mask", mask, name, gaps, xp)
-    queue: Any = context if hasattr(context, "gaps") else None
-    if queue is not None:
+    if weights is not None:
+        weights = _checks.weights(weights, name, gaps, xp)
+    context, context_mask, *_ = split_queue(context, context_mask)
+    if context is not None:
+        _, (_, context) = _checks.floats(**{name: gaps, "context": context})
+        _checks.pairs(group is not None, context=context)
+        if context_mask is not None:
+            _checks.mask("context_mask", context_mask, "context", context, xp)
+    elif context_mask is not None:
+        raise ValueError("context_mask was given without a context")
+    return PoolInputs(mask, weights, context, context_mask)
+
+
+def split_queue(context: Any, context_mask: Array | None, *others: Any) -> tuple[Any, ...]:
+    """Return the gaps and the mask of a queue that is given as context, and the others as given."""
+    if hasattr(context, "gaps"):
         if context_mask is not None:
             raise ValueError("context_mask must be None for a queue as context, which has its own")
-        context, context_mask = queue.gaps, queue.mask
-    size = int(gaps.shape[0])
+        context, context_mask = context.gaps, context.mask
+        if context_mask is None:
+            raise TypeError("context_mask must be an array in a queue, got NoneType")
+    return context, context_mask, *others
+
+
+def solve_in(
+    solver: Callable[..., _solver.Solution], xp: Any, gaps: Array, inputs: PoolInputs,
+    gamma0: float, tau: float,
+) -> _solver.Solution:  # fmt: skip
+    """Return the margins of the batch, ν and the error bound, by a solver of pools."""
+    if inputs is NO_INPUTS:
+        return solver(xp, xp.detach(gaps), None, gamma0, tau)
+    margins, *numbers = solver(xp, *build_pool(xp, gaps, inputs), gamma0, tau)
+    return scatter_margins(xp, margins, gaps, inputs, gamma0), *numbers
+
+
+def build_pool(xp: Any, gaps: Array, inputs: PoolInputs) -> tuple[Array, Array | None]:
+    """Return the gaps of batch and context, with a weight for each, or None for equal weights."""
+    gaps = xp.detach(gaps)
+    mask, weights, context, context_mask = inputs
+    if mask is not None:
+        counted = xp.astype(mask, gaps.dtype)
+        weights = counted if weights is None else xp.where(mask, weights, 0 * counted)
     if context is None:
-        if context_mask is not None:
-            raise ValueError("context_mask was given without a context")
-    else:
-        _checks.real(**{name: gaps, "context": context})
-        context = _checks.upcast(xp, context)  # NumPy knows no bfloat16
-        _checks.pairs(group is not None, context=context)
-        if queue is not None or context_mask is not None:
-            _checks.mask("context_mask", context_mask, "context", context, xp)
-        size += int(context.shape[0])
-    return Problem(gamma0, tau, Beside(mask, context, context_mask), size, group)
+        return gaps, weights
+    others = xp.astype(xp.detach(context), gaps.dtype)
+    if weights is not None or context_mask is not None:
+        weights = xp.ones_like(gaps) if weights is None else weights
+        more = xp.ones_like(others) if context_mask is None else xp.astype(context_mask, gaps.dtype)
+        weights = xp.concat([weights, more])
+    return xp.concat([gaps, others]), weights
 
 
-def solve(gaps: Array, problem: Problem) -> Solution:
-    """Solve a problem whose pool is here in one piece, by array operations."""
-    pool = assemble(gaps, problem.beside)
-    with quiet(gaps):
-        margins, *numbers = _solver.solve(pool.gaps, weights_of(pool), problem.gamma0, problem.tau)
-    return deliver(margins, gaps, problem.beside.mask, pool, problem.gamma0), *numbers
-
-
-def assemble(gaps: Array, beside: Beside = ALONE) -> Pool:
-    """Put batch and context together, as constants for automatic differentiation."""
-    xp, gaps = solver_namespace(gaps), detach(gaps)
-    mask, context, context_mask = beside
-    parts = [(gaps, mask)]
-    if context is not None:
-        parts.append((namespace(context).astype(detach(context), gaps.dtype), context_mask))
-        gaps = xp.concat([values for values, _ in parts])
-    inside = isfinite(gaps)
-    if mask is not None or context_mask is not None:
-        masks = [
-            xp.ones_like(values, dtype=xp.bool) if mask is None else mask for values, mask in parts
-        ]
-        inside = inside & (xp.concat(masks) if len(masks) > 1 else masks[0])
-    if is_free_to_read(gaps) and bool(xp.all(inside)):
-        return Pool(gaps, None)
-    return Pool(xp.where(inside, gaps, xp.zeros_like(gaps)), inside)
-
-
-def as_part(pool: Pool) -> Pool:
-    """Return the pool with its mask; of an empty part, one gap that is not inside."""
-    gaps, inside = pool
-    xp = solver_namespace(gaps)
-    if not gaps.shape[0]:
-        gaps = xp.zeros(1, dtype=gaps.dtype, device=device(gaps))
-        return Pool(gaps, xp.zeros_like(gaps, dtype=xp.bool))
-    return Pool(gaps, xp.ones_like(gaps, dtype=xp.bool) if inside is None else inside)
-
-
-def weights_of(pool: Pool, empty: Array | None = None) -> Array | None:
-    """Return 1 for a gap inside and 0 for others, as a solver takes them, or None for all 1.
-
-    ``empty`` says whether nothing is inside, where this is only a part of the pool.
-    """
-    if pool.inside is None:
-        return None
-    if empty is None:
-        empty = ~solver_namespace(pool.gaps).any(pool.inside)
-    return as_floats(pool.inside | empty, pool.gaps)
-
-
-def deliver(
-    margins: Array, gaps: Array, mask: Array | None, pool: Pool, gamma0: Array | float
+def scatter_margins(
+    xp: Any, margins: Array, gaps: Array, inputs: PoolInputs, gamma0: float
 ) -> Array:
-    """Return the margins of a batch: NaN for a gap that is not finite, γ0 for a masked one."""
-    xp = solver_namespace(margins)
+    """Return the margins of the batch, gamma0 for a pair that takes no part."""
     margins = margins[: gaps.shape[0]]
-    if pool.inside is not None:
-        margins = xp.where(isfinite(detach(gaps)), margins, xp.full_like(margins, math.nan))
-    if mask is None:
-        return margins
-    return xp.where(mask, margins, xp.ones_like(margins) * gamma0)
+    for kept in (inputs.mask, None if inputs.weights is None else inputs.weights > 0):
+        if kept is not None:
+            margins = xp.where(kept, margins, xp.full_like(margins, gamma0))
+    return margins
+
+
+def solve_eagerly(
+    xp: Any, gaps: Array, weights: Array | None, gamma0: float, tau: float
+) -> _solver.Solution:
+    """Solve a pool whose gaps may be not finite: these take no part, and their margin is NaN."""
+    with xp.ignore_fp_errors():
+        if xp.is_host and weights is None and math.isfinite(xp.sum(gaps)):
+            return as_arrays(xp, *_solver.solve(xp, gaps, None, gamma0, tau))
+        if not xp.is_host:
+            pool, weights, lost = finite_pool(xp, gaps, weights)
+            margins, *numbers = _solver.solve(xp, pool, weights, gamma0, tau)
+            return as_arrays(xp, margins + lost, *numbers)
+        lost = gaps - gaps  # NaN where a gap is not finite, else 0
+    valid = lost == 0 if weights is None else (lost == 0) & (weights > 0)
+    places, margins = xp.indices(valid), lost + gamma0
+    some = gaps[places]
+    if not some.shape[0]:  # as one gap of 0
+        some = xp.zeros(1, dtype=gaps.dtype, device=xp.device(gaps))
+    some_weights = None if weights is None or not xp.any(valid) else weights[places]
+    found, *numbers = _solver.solve(xp, some, some_weights, gamma0, tau)
+    if xp.any(valid):
+        margins[places] = found
+    return as_arrays(xp, margins, *numbers)
+
+
+def finite_pool(xp: Any, gaps: Array, weights: Array | None) -> tuple[Array, Array, Array]:
+    """Return finite gaps, weight 0 for each entry that takes no part, and NaN for its margin."""
+    lost, zero = gaps - gaps, xp.zeros_like(gaps)
+    valid = lost == 0 if weights is None else (lost == 0) & (weights > 0)
+    weights = xp.where(valid, zero + 1 if weights is None else weights, zero)
+    return xp.where(valid, gaps, zero), weights, lost
+
+
+def as_arrays(xp: Any, margins: Array, *numbers: Any) -> _solver.Solution:
+    """Return ν and the error bound as arrays of shape (), if they have been read."""
+    nu, bound = numbers
+    if not isinstance(nu, float):
+        return margins, nu, bound
+    return margins, xp.number(nu, margins), xp.number(bound, margins)
+
+
+def solve_shards(
+    xp: Any, gaps: Array, weights: Array | None, gamma0: float, tau: float, comm: Comm
+) -> _solver.Solution:
+    """Gather a small pool and solve it everywhere; of a large pool reduce sums only."""
+    size = comm.pool_size(gaps, gamma0=gamma0, tau=tau)
+    weights = xp.ones_like(gaps) if weights is None else weights
+    if size <= _comm.GATHER_LIMIT:
+        whole = comm.all_gather(xp.stack([gaps, weights]))
+        margins, *numbers = solve_eagerly(xp, whole[0], whole[1], gamma0, tau)
+        return comm.local_shard(margins), *comm.mark_replicated(*numbers)
+    lost = gaps - gaps
+    weights = xp.where(lost == 0, weights, xp.zeros_like(weights))
+    pool = xp.where(weights > 0, gaps, xp.zeros_like(gaps))
+    if not gaps.shape[0]:  # an empty shard becomes one entry that takes no part
+        pool = weights = xp.zeros(1, dtype=gaps.dtype, device=xp.device(gaps))
+    margins, *numbers = _solver.solve(xp, pool, weights, gamma0, tau, comm)
+    margins = margins[: gaps.shape[0]] + lost
+    return as_arrays(xp, margins, *numbers) if xp.can_read else (
+        margins, *comm.mark_replicated(*numbers))  # fmt: skip

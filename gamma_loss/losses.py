@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from gamma_loss import _checks, _dispatch
-from gamma_loss._arrays import Array, quiet
-from gamma_loss._loss import (
-    REDUCTIONS,
-    GammaLossAux,
-    Logps,
-    LossSettings,
-    array_loss,
-    logistic,
-    tilt_of,
-)
-from gamma_loss._pool import Beside, check
-from gamma_loss._spread import WHOLE
+from gamma_loss import _checks, _compute
+from gamma_loss._backend import Array, in_dynamo
+from gamma_loss._compute import GammaLossAux
+from gamma_loss._pool import split_queue
+from gamma_loss._settings import SHARED, documented, linear_coef
 
 __all__ = [
     "GammaLossAux",
@@ -27,6 +19,7 @@ __all__ = [
 ]
 
 
+@documented("beta", *SHARED)
 def gamma_dpo_loss(
     policy_chosen_logps: Array,
     policy_rejected_logps: Array,
@@ -34,70 +27,30 @@ def gamma_dpo_loss(
     reference_rejected_logps: Array,
     *,
     beta: float,
-    gamma0: float,
-    tau: float,
     centered: bool = True,
-    context: Array | None = None,
-    context_mask: Array | None = None,
-    mask: Array | None = None,
-    label_smoothing: float = 0.0,
-    robust: bool = False,
-    reduction: str = "mean",
-    impl: str = "auto",
-    group: Any = None,
+    **options: Any,
 ) -> tuple[Array, GammaLossAux]:
-    """γ-DPO: DPO in which every pair has its own target margin.
+    """γ-DPO: return the loss of DPO with a target margin for each pair, and diagnostics.
 
         r = β (log π - log π_ref),    g_i = r_chosen - r_rejected,    ℓ_i = -log σ(g_i - (γ_i - γ0))
 
-    with γ from `solve_margins` as constants. Centred on γ0, as in the published code, since DPO
-    has no margin of its own; ``centered=False`` subtracts the whole γ_i.
+    with γ from `solve_margins` as constants. The loss is centred on γ0, as in the published code,
+    since DPO has no margin of its own; ``centered=False`` subtracts the whole γ_i.
 
     Parameters
     ----------
     policy_chosen_logps, policy_rejected_logps : array, shape (pairs,)
         Log-probabilities (nats) under the policy, **summed** over each response.
     reference_chosen_logps, reference_rejected_logps : array, shape (pairs,)
-        The same under the frozen reference model.
-    beta : float
-        Reward units per nat, > 0.
-    gamma0, tau : float
-        See `solve_margins`.
-    centered : bool
-        Whether the margin is γ_i - γ0 (True) or γ_i.
-    context, context_mask, mask : array, optional
-        See `solve_margins`. A masked pair takes no part in the solve, the loss or the mean.
-    label_smoothing : float
-        See `preference_loss`.
-    robust : bool
-        See `preference_loss`.
-    reduction : {"mean", "sum", "none"}
-        Over the unmasked pairs. "none" gives one loss a pair, 0 for a masked one.
-    impl : {"auto", "eager", "compile", "triton"}
-        See `solve_margins`.
-    group : torch.distributed.ProcessGroup or, for JAX, str, optional
-        The ranks that share the pool, see `solve_margins`. The "mean" is then over the pairs of all
-        of them: each rank's loss is the sum over its own pairs, divided by all unmasked pairs and
-        multiplied by the number of ranks. So the ranks' average, which is what DDP and FSDP take of
-        gradients, is exactly that of one process with all pairs; with as many pairs on each rank it
-        is the mean over the rank's own.
+        The same under the frozen reference model. Constants: no gradient reaches them.
+    {parameters}
 
-    Returns
-    -------
-    loss : array
-        Scalar, or shape (pairs,) with ``reduction="none"``; float32 or, for float64 input, float64.
-    aux : GammaLossAux
-        Margins, rewards, pair weights and the solve's certificate.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `solve_margins` does, naming the argument.
+    {returns}
 
     Notes
     -----
-    A pair with a log-probability that is not finite has a loss that is not finite, and so has the
-    mean: monitors and loss scalers see it. Its NaN reaches no other pair.
+    A log-probability that is not finite makes the loss of its pair and the mean not finite, so that
+    monitors and loss scalers see it. It changes the margin of no other pair.
 
     References
     ----------
@@ -125,31 +78,19 @@ def gamma_dpo_loss(
         "reference_chosen_logps": reference_chosen_logps,
         "reference_rejected_logps": reference_rejected_logps,
     }
-    return _gamma_loss(
-        logps, Beside(mask, context, context_mask),
-        beta=beta, gamma0=gamma0, tau=tau, centered=centered, label_smoothing=label_smoothing,
-        robust=robust, reduction=reduction, impl=impl, group=group,
-    )  # fmt: skip
+    return _loss_of(logps, beta=beta, centered=centered, **options)
 
 
+@documented("beta", *SHARED)
 def gamma_simpo_loss(
     policy_chosen_logps: Array,
     policy_rejected_logps: Array,
     *,
     beta: float,
-    gamma0: float,
-    tau: float,
     centered: bool = False,
-    context: Array | None = None,
-    context_mask: Array | None = None,
-    mask: Array | None = None,
-    label_smoothing: float = 0.0,
-    robust: bool = False,
-    reduction: str = "mean",
-    impl: str = "auto",
-    group: Any = None,
+    **options: Any,
 ) -> tuple[Array, GammaLossAux]:
-    """γ-SimPO: SimPO in which every pair has its own target margin.
+    """γ-SimPO: return the loss of SimPO with a target margin for each pair, and diagnostics.
 
         r = β log π(y) / |y|,    g_i = r_chosen - r_rejected,    ℓ_i = -log σ(g_i - γ_i)
 
@@ -160,37 +101,9 @@ def gamma_simpo_loss(
     ----------
     policy_chosen_logps, policy_rejected_logps : array, shape (pairs,)
         Log-probabilities (nats) under the policy, **averaged** over each response's tokens.
-    beta : float
-        Reward units per nat, > 0.
-    gamma0 : float
-        Mean target margin in reward units: ``beta * gamma_beta_ratio`` in SimPO's terms.
-    tau : float
-        See `solve_margins`.
-    centered : bool
-        Whether the margin is γ_i - γ0 or γ_i (False).
-    context, context_mask, mask : array, optional
-        See `solve_margins`.
-    label_smoothing : float
-        See `preference_loss`.
-    robust : bool
-        See `preference_loss`.
-    reduction : {"mean", "sum", "none"}
-        See `gamma_dpo_loss`.
-    impl : {"auto", "eager", "compile", "triton"}
-        See `solve_margins`.
-    group : torch.distributed.ProcessGroup or, for JAX, str, optional
-        See `gamma_dpo_loss`.
+    {parameters}
 
-    Returns
-    -------
-    loss : array
-    aux : GammaLossAux
-        Both as for `gamma_dpo_loss`, which also tells of dtypes, errors and bad input.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `solve_margins` does, naming the argument.
+    {returns}
 
     References
     ----------
@@ -214,66 +127,27 @@ def gamma_simpo_loss(
         "policy_chosen_logps": policy_chosen_logps,
         "policy_rejected_logps": policy_rejected_logps,
     }
-    return _gamma_loss(
-        logps, Beside(mask, context, context_mask),
-        beta=beta, gamma0=gamma0, tau=tau, centered=centered, label_smoothing=label_smoothing,
-        robust=robust, reduction=reduction, impl=impl, group=group,
-    )  # fmt: skip
+    return _loss_of(logps, beta=beta, centered=centered, **options)
 
 
+@documented(*SHARED)
 def gamma_preference_loss(
-    reward_gaps: Array,
-    *,
-    gamma0: float,
-    tau: float,
-    centered: bool = False,
-    context: Array | None = None,
-    context_mask: Array | None = None,
-    mask: Array | None = None,
-    label_smoothing: float = 0.0,
-    robust: bool = False,
-    reduction: str = "mean",
-    impl: str = "auto",
-    group: Any = None,
+    reward_gaps: Array, *, centered: bool = False, **options: Any
 ) -> tuple[Array, GammaLossAux]:
-    """γ-PO on reward gaps from any source: a reward model, or another margin-based method.
+    """Return a logistic loss of any gaps with a target margin for each pair, and diagnostics.
 
-    ``-log σ(g_i - γ_i)``, or with ``centered=True`` ``-log σ(g_i - (γ_i - γ0))``, with γ from
-    `solve_margins` as constants.
+        ℓ_i = -log σ(g_i - γ_i)    or, with centered=True,    -log σ(g_i - (γ_i - γ0))
+
+    with γ from `solve_margins` as constants: γ-PO for rewards of your own.
 
     Parameters
     ----------
     reward_gaps : array, shape (pairs,)
-        Reward of the chosen minus reward of the rejected response, in reward units.
-    gamma0, tau : float
-        See `solve_margins`.
-    centered : bool
-        Whether the margin is γ_i - γ0 or γ_i (False).
-    context, context_mask, mask : array, optional
-        See `solve_margins`.
-    label_smoothing : float
-        See `preference_loss`.
-    robust : bool
-        See `preference_loss`.
-    reduction : {"mean", "sum", "none"}
-        See `gamma_dpo_loss`.
-    impl : {"auto", "eager", "compile", "triton"}
-        See `solve_margins`.
-    group : torch.distributed.ProcessGroup or, for JAX, str, optional
-        See `gamma_dpo_loss`.
+        Chosen minus rejected rewards, in reward units (already multiplied by beta). Gaps do not
+        tell the two rewards: ``aux.chosen_rewards`` are the gaps and ``rejected_rewards`` 0.
+    {parameters}
 
-    Returns
-    -------
-    loss : array
-    aux : GammaLossAux
-        As for `gamma_dpo_loss`. Gaps alone do not tell the two rewards (which a preference model
-        knows only up to a constant for each prompt), so they are measured from the rejected
-        response: ``chosen_rewards`` are the gaps and ``rejected_rewards`` 0.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `solve_margins` does, naming the argument.
+    {returns}
 
     References
     ----------
@@ -288,11 +162,9 @@ def gamma_preference_loss(
     >>> (aux.pair_weights / 3).round(3)  # minus the gradient of the mean with respect to the gaps
     array([0.283, 0.233, 0.057])
     """
-    return _gamma_loss(
-        {"reward_gaps": reward_gaps}, Beside(mask, context, context_mask),
-        beta=1.0, gamma0=gamma0, tau=tau, centered=centered, label_smoothing=label_smoothing,
-        robust=robust, reduction=reduction, impl=impl, group=group,
-    )  # fmt: skip
+    if "beta" in options:
+        raise TypeError("gamma_preference_loss() takes no beta: gaps are in reward units")
+    return _loss_of({"reward_gaps": reward_gaps}, centered=centered, **options)
 
 
 def preference_loss(
@@ -346,63 +218,22 @@ def preference_loss(
     >>> preference_loss(np.array([1.0]), 0.5, label_smoothing=0.1, robust=True).round(4)
     array([0.4116])
     """
+    epsilon = _checks.label_smoothing(label_smoothing)
+    coef = linear_coef(epsilon, _checks.flag("robust", robust))
     xp, (gaps,) = _checks.floats(reward_gaps=reward_gaps)
     margins = _checks.number_or_array("margins", margins, "reward_gaps", gaps)
-    tilt = tilt_of(label_smoothing, robust)
-    with quiet(gaps):
-        return logistic(xp, gaps - margins, tilt)
+    with xp.ignore_fp_errors():
+        return _compute.logistic(xp, gaps - margins, coef)
 
 
-def _gamma_loss(
-    logps: dict[str, Array],
-    beside: Beside,
-    *,
-    beta: float,
-    gamma0: float,
-    tau: float,
-    centered: bool,
-    label_smoothing: float,
-    robust: bool,
-    reduction: str,
-    impl: str,
-    group: Any,
-) -> tuple[Array, GammaLossAux]:
-    """Check, and choose between one fused operator and array operations.
+def _loss_of(logps: dict[str, Array], **options: Any) -> tuple[Array, GammaLossAux]:
+    """Compute a loss, in a graph of Dynamo as one call at which it does not look."""
+    if options.get("group") is None and in_dynamo():
+        from gamma_loss._graph import loss_in_graph
 
-    ``logps`` has the argument names of its arrays: gaps alone; chosen, rejected; and references.
-    """
-    try:
-        beta = _checks.number("beta", beta, above=0)
-        _checks.choice("reduction", reduction, REDUCTIONS)
-        tilt, centered = tilt_of(label_smoothing, robust), _checks.flag("centered", centered)
-        xp = _checks.real(**logps)
-        _checks.pairs(group is not None, **logps)
-        name, first = next(iter(logps.items()))
-        parts = _dispatch.join(
-            group, first, beta=beta, centered=centered, reduction=reduction,
-            label_smoothing=float(label_smoothing), robust=robust,
-        )  # fmt: skip
-        problem = check(name, first, beside, gamma0=gamma0, tau=tau, group=parts)
-        settings = LossSettings(beta, problem.gamma0, problem.tau, tilt, centered, reduction)
-        impl = _dispatch.choose(impl, first, problem)
-    except Exception as error:
-        _dispatch.fail(group, error)
-        raise
-    if impl == "triton":
-        from gamma_loss._torch import operators
-
-        if operators.can_fuse(problem.size):
-            return operators.fused_loss(Logps(*logps.values()), problem.beside, settings)
-    upcast = Logps(*(_checks.upcast(xp, array) for array in logps.values()))
-    if impl == "host":
-        from gamma_loss._torch import host
-
-        return host.loss(upcast, problem, settings)
-    with quiet(first):
-        return array_loss(
-            upcast,
-            problem.beside.mask,
-            settings,
-            solve=lambda gaps: _dispatch.solve(impl, gaps, problem),
-            spread=problem.group or WHOLE,
-        )
+        arrays = [
+            options.pop(name, None) for name in ("context", "context_mask", "mask", "weights")
+        ]
+        loss, *aux = loss_in_graph(logps, split_queue(*arrays), options)
+        return loss, GammaLossAux(*aux)
+    return _compute.loss(logps, **options)

@@ -1,11 +1,11 @@
-"""The plain logistic loss that γ-PO amounts to on a pool of gaps, and settings for a wanted one.
+"""The plain logistic loss whose pair weights are closest to γ-PO's, and settings for a wanted one.
 
 At a pool's multiplier every margin is a function of the pair's own gap, so γ-PO acts as one scalar
 loss of the gap. Its pair weight ``w = σ(margin - g)`` is compared here with ``c σ(d - b g)``, that
 of DPO or SimPO with b times the beta, a margin d and c / b times the loss. docs/theory.md has the
 exact shape of the loss and its limits.
 
-A diagnostic, not for a training step: it looks at values, on the host, in NumPy's float64.
+Both functions read values on the host, in float64. They are for diagnosis, not for a training step.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gamma_loss import _checks
-from gamma_loss._arrays import Array
+from gamma_loss._backend import Array
 from gamma_loss.margins import solve_margins
 
-KAPPAS = np.geomspace(1e-3, 1e6, 46)  # among which settings are looked for, five a decade
-STEPS = 100  # of the fit; where the three numbers are well determined it takes about ten
+KAPPAS = np.geomspace(1e-3, 1e6, 46)  # the κ that `choose_settings` tries first
+_MIN_T = 1e-9  # of log(1 + e^d): below it the match is an exponential of the gap to rounding
 Vector = np.ndarray[Any, Any]
 
 
@@ -51,10 +51,10 @@ def match_logistic(
 ) -> MatchedLoss:
     """Find the plain logistic loss whose pair weights are closest to those of γ-PO.
 
-    Minimises ``Σ (c σ(d - b g_i) - w_i)²`` over c > 0, d and b, where ``w_i = σ(γ_i - g_i)`` or, if
-    centred, ``σ(γ_i - γ0 - g_i)``, with the exact margins γ of the gaps as one pool. Where little
-    is left unexplained, γ-PO acts on these gaps as DPO or SimPO does with ``beta_factor * beta``,
-    the margin ``margin`` and ``scale / beta_factor`` times the loss.
+    Minimises ``Σ (c σ(d - b g_i) - w_i)²`` over c > 0, d and b by SciPy's ``least_squares``, where
+    ``w_i = σ(γ_i - g_i)`` or, if centred, ``σ(γ_i - γ0 - g_i)``, with the exact margins γ of the
+    gaps as one pool. If `unexplained` is small, γ-PO acts on these gaps as DPO or SimPO does with
+    ``beta_factor * beta``, the margin ``margin`` and ``scale / beta_factor`` times the loss.
 
     Parameters
     ----------
@@ -75,13 +75,14 @@ def match_logistic(
     ------
     TypeError, ValueError
         For a wrong type, dtype, shape or hyperparameter, or no finite gap, naming the argument.
+    ImportError
+        Without SciPy (``pip install "gamma-loss[matching]"``).
 
     Notes
     -----
-    Where all gaps are equal so are the margins, and the match is DPO or SimPO itself. Three numbers
-    may be more than the weights determine: where they are close to a straight line or to an
-    exponential of the gap (gaps far above the margins), c and d trade off against each other.
-    `unexplained` says how good the three are together.
+    If all gaps are equal, so are the margins, and the match is DPO or SimPO itself. If the weights
+    are close to an exponential of the gap, only b and ``c e^d`` are determined: c is then 1, or at
+    most 1e9 times the weight at the mean gap.
 
     Examples
     --------
@@ -97,20 +98,17 @@ def match_logistic(
     gaps, centered = _on_host(reward_gaps), _checks.flag("centered", centered)
     margins = solve_margins(gaps, gamma0=gamma0, tau=tau).margins
     logits = margins - gaps - (gamma0 if centered else 0.0)
-    weights = _sigmoid(logits)
-    centre, width = gaps.mean(), gaps.std()
+    centre, width = float(gaps.mean()), float(gaps.std())
     if width <= 1e-9 * np.abs(gaps).max():  # equal, to rounding
         return MatchedLoss(1.0, float(logits.mean() + centre), 1.0, 0.0)
-    (scale, d, b), error = _fit((gaps - centre) / width, logits, weights)
-    variance = weights.var()
-    unexplained = error / variance if variance > 0 else 0.0
-    return MatchedLoss(scale, float(d + b * centre / width), float(b / width), float(unexplained))
+    scale, d, b, unexplained = _fit((gaps - centre) / width, logits)
+    return MatchedLoss(scale, d + b * centre / width, b / width, unexplained)
 
 
 def choose_settings(
     reward_gaps: Array,
     *,
-    spread: float | None = None,
+    margin_std: float | None = None,
     beta_factor: float | None = None,
     gamma0: float | None = None,
     centered: bool = False,
@@ -125,7 +123,7 @@ def choose_settings(
     reward_gaps : array, shape (pairs,)
         Gaps in reward units, with the beta that is going to be used, of a run without γ-PO such as
         a few hundred steps of DPO or SimPO. Of any library; copied to the host.
-    spread : float, optional
+    margin_std : float, optional
         Wanted standard deviation of the margins, in reward units.
     beta_factor : float, optional
         Wanted b < 1: γ-PO weighs these pairs about as b times the beta would, see `match_logistic`.
@@ -133,7 +131,7 @@ def choose_settings(
         Mean margin in reward units, such as SimPO's own ``beta * gamma_beta_ratio``. By default the
         median of the gaps, around which weights differ most, if that is positive.
     centered : bool
-        As for `match_logistic`. It makes no difference to the spread.
+        As for `match_logistic`. It makes no difference to ``margin_std``.
 
     Returns
     -------
@@ -144,14 +142,17 @@ def choose_settings(
     ------
     TypeError, ValueError
         For a wrong type, dtype, shape or number, naming the argument; for both or none of
-        ``spread`` and ``beta_factor``; where no tau does what is wanted, saying what can be had.
+        ``margin_std`` and ``beta_factor``; where no tau gives the wanted number, with the number
+        that another gamma0 gives.
+    ImportError
+        For ``beta_factor`` without SciPy, see `match_logistic`.
 
     Examples
     --------
     >>> import numpy as np
     >>> from gamma_loss import solve_margins
     >>> gaps = np.random.default_rng(0).normal(1.0, 3.0, 512)
-    >>> settings = choose_settings(gaps, gamma0=2.0, spread=0.5)
+    >>> settings = choose_settings(gaps, gamma0=2.0, margin_std=0.5)
     >>> print("tau = {tau:.2f}".format(**settings))
     tau = 2.73
     >>> print(f"{solve_margins(gaps, **settings).margins.std():.3f}")
@@ -161,85 +162,135 @@ def choose_settings(
     0.500
     """
     gaps, centered = _on_host(reward_gaps), _checks.flag("centered", centered)
-    if (spread is None) is (beta_factor is None):
-        raise ValueError("give spread or beta_factor, one of the two")
+    if (margin_std is None) is (beta_factor is None):
+        raise ValueError("give margin_std or beta_factor, one of the two")
     if gamma0 is None:
         gamma0 = float(np.median(gaps))
         if gamma0 <= 0:
             raise ValueError(f"gamma0 must be given where the median gap is not > 0: {gamma0:.3g}")
     gamma0 = _checks.number("gamma0", gamma0, above=0.0)
 
-    def of_margins(tau: float) -> float:
-        return float(solve_margins(gaps, gamma0=gamma0, tau=tau).margins.std())
+    if margin_std is not None:
+        wanted = _checks.number("margin_std", margin_std, above=0.0)
+        return {"gamma0": gamma0, "tau": _find_tau("margin_std", _margin_std, wanted, gaps, gamma0)}
+    wanted = _checks.number("beta_factor", beta_factor, above=0.0, below=1.0)
 
-    def of_beta(tau: float) -> float:  # falling, so with the sign turned
+    def negative_factor(gaps: Vector, gamma0: float, tau: float) -> float:
         return -match_logistic(gaps, gamma0=gamma0, tau=tau, centered=centered).beta_factor
 
-    if spread is not None:
-        wanted = _checks.number("spread", spread, above=0.0)
-        return {"gamma0": gamma0, "tau": _tau("spread", of_margins, wanted, gamma0)}
-    wanted = -_checks.number("beta_factor", beta_factor, above=0.0, below=1.0)
-    return {"gamma0": gamma0, "tau": _tau("beta_factor", of_beta, wanted, gamma0)}
+    tau = _find_tau("beta_factor", negative_factor, -wanted, gaps, gamma0)
+    return {"gamma0": gamma0, "tau": tau}
 
 
-def _tau(name: str, measure: Callable[[float], float], wanted: float, gamma0: float) -> float:
-    """Return the largest tau with ``measure(tau) >= wanted``, by scanning κ and then bisection."""
-    most, low = -math.inf, KAPPAS[0] / 10
-    for high in KAPPAS[gamma0 * _checks.STEEPEST >= KAPPAS]:
-        most = max(most, measure(gamma0**2 / high))
-        if most >= wanted:
-            break
-        low = high
-    else:
-        bound = "at most" if name == "spread" else "at least"
-        raise ValueError(
-            f"{name} can be {bound} {abs(most):.3g} with these gaps and gamma0 = {gamma0:g}, "
-            f"got {abs(wanted):g}"
-        )
+def _margin_std(gaps: Vector, gamma0: float, tau: float) -> float:
+    return float(solve_margins(gaps, gamma0=gamma0, tau=tau).margins.std())
+
+
+def _find_tau(
+    name: str, measure: Callable[..., float], wanted: float, gaps: Vector, gamma0: float
+) -> float:
+    """Return the largest tau with ``measure(...) >= wanted``: scan κ, then bisect."""
+    low, high, reached = _scan(measure, wanted, gaps, gamma0)
+    if reached < wanted:
+        raise ValueError(_explain(name, measure, wanted, gaps, gamma0, reached))
     for _ in range(40):
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if measure(gamma0**2 / middle) >= wanted else (middle, high)
+        is_reached = measure(gaps, gamma0, gamma0**2 / middle) >= wanted
+        low, high = (low, middle) if is_reached else (middle, high)
     return float(gamma0**2 / high)
 
 
-def _fit(z: Vector, logits: Vector, weights: Vector) -> tuple[tuple[float, float, float], float]:
-    """Fit ``c σ(d - b z)`` to weights, z having mean 0 and deviation 1; with the mean square error.
+def _scan(
+    measure: Callable[..., float], wanted: float, gaps: Vector, gamma0: float
+) -> tuple[float, float, float]:
+    """Return two neighbouring κ, the second the first that reaches it, and the largest measure."""
+    most, low, high = -math.inf, 0.0, KAPPAS[0] / 10
+    for kappa in KAPPAS[0.999 * gamma0 * _checks.MAX_A >= KAPPAS]:
+        low, high = high, kappa
+        most = max(most, measure(gaps, gamma0, gamma0**2 / kappa))
+        if most >= wanted:
+            break
+    return low, high, most
 
-    Levenberg and Marquardt's method in (log c, d, b), from the best straight line through the
-    logits, which is the solution at κ = 0.
+
+def _explain(
+    name: str, measure: Callable[..., float], wanted: float, gaps: Vector, gamma0: float,
+    reached: float,
+) -> str:  # fmt: skip
+    """Say why no tau does it, and what another gamma0 does."""
+    mean, std = float(gaps.mean()), float(gaps.std())
+    bound = "at most" if name == "margin_std" else "at least"
+    said = f"no tau gives {name} = {abs(wanted):g}: with gamma0 = {gamma0:g} it is {bound} "
+    said += f"{abs(reached):.3g}. Your gaps (mean {mean:.3g}, standard deviation {std:.3g}) are "
+    if std <= 1e-9 * np.abs(gaps).max():
+        return said + "all equal, and so are their margins"
+    where = "far below" if mean + 2 * std < gamma0 else "around"
+    said += f"{'far above' if mean - 2 * std > gamma0 else where} gamma0; "
+    if name == "margin_std" and wanted >= std:
+        return said + f"margins differ less than the gaps: choose a margin_std below {std:.3g}"
+    others = (gamma0 / 2, 2 * gamma0)
+    lower, higher = (_scan(measure, wanted, gaps, other)[2] for other in others)
+    if max(lower, higher) <= reached:
+        return said + "half of it and twice its value do no better"
+    verb, other, value = ("lower", others[0], lower) if lower > higher else (
+        "raise", others[1], higher)  # fmt: skip
+    return said + f"{verb} gamma0: gamma0 = {other:.3g} gives {abs(value):.3g}"
+
+
+def _fit(z: Vector, logits: Vector) -> tuple[float, float, float, float]:
+    """Fit ``c σ(d - b z)`` to weights σ(logits), z having mean 0 and deviation 1.
+
+    Returns c, d, b and the unexplained share of the variance. The unknowns are the logarithm of the
+    value at z = 0, ``t = log(1 + e^d)`` and b. As c → ∞ the match tends to an exponential of z, and
+    t to 0, where the fit is well conditioned.
     """
-    trust = weights * (1 - weights) + 1e-12
+    try:
+        from scipy.optimize import least_squares
+    except ImportError:
+        raise ImportError(
+            "match_logistic and choose_settings(beta_factor=) need SciPy: "
+            'pip install "gamma-loss[matching]"'
+        ) from None
+    log_weights = -np.logaddexp(0.0, -logits)
+    largest = float(log_weights.max())
+    target = np.exp(log_weights - largest)
+
+    def value(at: Vector) -> tuple[Vector, Vector, float]:
+        top = -math.expm1(-at[1])  # σ(d)
+        share = _sigmoid(at[1] + math.log(top) - at[2] * z)
+        return math.exp(min(at[0], 50.0)) * share / top, share, top
+
+    def errors(at: Vector) -> Vector:
+        return value(at)[0] - target
+
+    def jacobian(at: Vector) -> Vector:
+        fitted, share, top = value(at)
+        return np.stack([fitted, fitted * (top - share) / top, fitted * (share - 1) * z], 1)
+
+    # One start is the straight line through the logits, the solution at κ = 0; the other is a
+    # constant.
+    trust = target * -np.expm1(log_weights) + 1e-12
     trust /= trust.sum()
     middle, level = trust @ z, trust @ logits
     slope = trust @ ((z - middle) * (logits - level)) / (trust @ (z - middle) ** 2)
-    at = np.array([0.0, level - slope * middle, -slope])
-    damping = 1e-3
-
-    def fitted(at: Vector) -> tuple[Vector, Vector, float]:
-        share = _sigmoid(at[1] - at[2] * z)
-        error = math.exp(at[0]) * share - weights
-        return share, error, float(np.mean(error**2))
-
-    share, error, cost = fitted(at)
-    for _ in range(STEPS):
-        value = math.exp(at[0]) * share
-        jacobian = np.stack([value, value * (1 - share), -value * (1 - share) * z])
-        square = jacobian @ jacobian.T
-        diagonal = square.diagonal() + 1e-12 * square.diagonal().max() + 1e-300
-        step = np.linalg.solve(square + damping * np.diag(diagonal), jacobian @ error)
-        new = at - np.clip(step, -2.0, 2.0)  # of logits: further a sigmoid is not what it was
-        new_share, new_error, new_cost = fitted(new)
-        if not new_cost < cost:
-            damping *= 10
-            if damping > 1e9:
-                break
-            continue
-        gained = cost - new_cost
-        at, share, error, cost = new, new_share, new_error, new_cost
-        if gained <= 1e-12 * cost:
-            break
-        damping = max(damping / 10, 1e-12)
-    return (math.exp(at[0]), float(at[1]), float(at[2])), cost
+    with np.errstate(over="ignore", invalid="ignore"):  # in steps that SciPy then refuses
+        fits = [
+            least_squares(
+                errors, [math.log(target.mean()), max(np.logaddexp(0.0, at_0), 1e-6), fall],
+                jacobian, bounds=([-np.inf, _MIN_T, -np.inf], np.inf), x_scale="jac",
+                xtol=1e-14, ftol=1e-14, gtol=1e-14,
+            )
+            for at_0, fall in ((level - slope * middle, -slope), (-2.0, 0.0))
+        ]  # fmt: skip
+    fit = min(fits, key=lambda each: each.cost)
+    height, t, b = map(float, fit.x)
+    d, log_scale = math.log(math.expm1(min(t, 30.0))) + max(t - 30.0, 0.0), height + largest
+    log_scale -= math.log(-math.expm1(-t))
+    if t <= 2 * _MIN_T and log_scale < 0:  # an exponential: c = 1 serves as well
+        d, log_scale = d + log_scale, 0.0
+    variance = float(target.var())
+    unexplained = 2 * float(fit.cost) / z.size / variance if variance > 0 else 0.0
+    return math.exp(min(max(log_scale, -700.0), 700.0)), d, b, unexplained
 
 
 def _sigmoid(x: Vector) -> Vector:
@@ -248,9 +299,9 @@ def _sigmoid(x: Vector) -> Vector:
 
 def _on_host(reward_gaps: Array) -> Vector:
     """Return the finite gaps as NumPy's float64."""
-    _checks.real(reward_gaps=reward_gaps)
+    _checks.floats(reward_gaps=reward_gaps)
     _checks.pairs(reward_gaps=reward_gaps)
-    gaps: Vector = _checks.on_host("reward_gaps", reward_gaps).astype(np.float64)
+    gaps: Vector = _checks.to_numpy("reward_gaps", reward_gaps).astype(np.float64)
     gaps = gaps[np.isfinite(gaps)]
     if not gaps.size:
         raise ValueError("reward_gaps must hold a finite gap, got none")

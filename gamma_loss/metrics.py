@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gamma_loss._arrays import Array, namespace
+from gamma_loss._backend import Array, get_backend
 from gamma_loss.losses import GammaLossAux
 from gamma_loss.smoothing import label_smoothing_from_shift
 
@@ -30,7 +30,8 @@ def metrics(aux: GammaLossAux) -> dict[str, Array]:
         - ``gamma/kl``: KL of the batch's shares of the margin to uniform (nats).
         - ``gamma/effective_pairs``: (Σ w)² / Σ w² of the pair weights, how many pairs train.
         - ``gamma/implied_smoothing``: mean ε that gives cDPO the slope of the shifted loss.
-        - ``gamma/residual``: the certificate of the solve, see `MarginSolution`.
+        - ``gamma/pairs``: share of the batch's pairs that take part.
+        - ``gamma/error_bound``: the error bound of the solve, see `MarginSolution`.
 
     Examples
     --------
@@ -43,16 +44,18 @@ def metrics(aux: GammaLossAux) -> dict[str, Array]:
     """
     if not isinstance(aux, GammaLossAux):
         raise TypeError(f"aux must be a GammaLossAux, got {type(aux).__name__}")
-    xp = namespace(aux.margins)
-    zero, one = xp.zeros_like(aux.margins), xp.ones_like(aux.residual)
-    count = xp.maximum(xp.sum(xp.astype(aux.mask, zero.dtype)), one)
+    xp = get_backend(aux.margins)
+    zero, one = xp.zeros_like(aux.margins), xp.ones_like(aux.error_bound)
+    pairs = xp.sum(xp.astype(aux.mask, zero.dtype))
+    count = xp.maximum(pairs, one)
 
     def mean(values: Array) -> Array:
         return xp.sum(xp.where(aux.mask, values, zero)) / count
 
     shown, infinity = aux.mask | ~xp.any(aux.mask), xp.full_like(zero, float("inf"))
-    least = largest = one * float("nan")
-    if zero.shape[0]:
+    if not zero.shape[0]:
+        least = largest = one * float("nan")
+    else:
         least = xp.min(xp.where(shown, aux.margins, infinity))
         largest = xp.max(xp.where(shown, aux.margins, -infinity))
     mean_margin = mean(aux.margins)
@@ -74,5 +77,6 @@ def metrics(aux: GammaLossAux) -> dict[str, Array]:
         "gamma/kl": mean(share * xp.log(xp.maximum(share, tiny))),
         "gamma/effective_pairs": weights * weights / xp.where(squares == 0, one, squares),
         "gamma/implied_smoothing": mean(smoothing),
-        "gamma/residual": aux.residual,
+        "gamma/pairs": pairs / max(zero.shape[0], 1),
+        "gamma/error_bound": aux.error_bound,
     }

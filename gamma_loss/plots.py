@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gamma_loss import _checks
-from gamma_loss._arrays import Array, as_floats
+from gamma_loss._backend import Array, get_backend
 from gamma_loss.losses import GammaLossAux
 
 try:
@@ -221,12 +221,12 @@ def _unmasked(pairs: GammaLossAux | Array, field: str) -> np.ndarray[Any, Any]:
     """Return a field of an aux where its mask is True, or an array as it is."""
     if not isinstance(pairs, GammaLossAux):
         return _numbers("pairs", pairs)
-    shown = _numbers("mask", as_floats(pairs.mask, pairs.margins)) > 0
+    shown = _numbers("mask", get_backend(pairs.mask).astype(pairs.mask, pairs.margins.dtype)) > 0
     return _numbers(field, getattr(pairs, field))[shown]
 
 
 def _numbers(name: str, array: Array) -> np.ndarray[Any, Any]:
-    return _checks.on_host(name, array).astype(np.float64)  # type: ignore[no-any-return]
+    return _checks.to_numpy(name, array).astype(np.float64)  # type: ignore[no-any-return]
 
 
 def _rows(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from gamma_loss import _checks
-from gamma_loss._arrays import Array, detach, device
+from gamma_loss._backend import Array
 
 
 class QueueState(NamedTuple):
@@ -54,7 +54,7 @@ def queue_init(like: Array, capacity: int = 2048) -> QueueState:
     """
     capacity = _checks.whole_number("capacity", capacity, least=1)
     xp, (like,) = _checks.floats(like=like)
-    gaps = xp.zeros(capacity, dtype=like.dtype, device=device(like))
+    gaps = xp.zeros(capacity, dtype=like.dtype, device=xp.device(like))
     return QueueState(gaps, xp.zeros_like(gaps, dtype=xp.bool))
 
 
@@ -98,7 +98,7 @@ def queue_push(state: QueueState, gaps: Array, mask: Array | None = None) -> Que
     _checks.pairs(**{"state.gaps": queued})
     _checks.mask("state.mask", state.mask, "state.gaps", queued, xp)
     _checks.pairs(True, gaps=values)
-    values = xp.astype(detach(values), queued.dtype)
+    values = xp.astype(xp.detach(values), queued.dtype)
     keep = xp.isfinite(values)
     if mask is not None:
         _checks.mask("mask", mask, "gaps", values, xp)

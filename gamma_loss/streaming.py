@@ -1,8 +1,8 @@
-"""The margin problem of more gaps than memory holds, read in chunks, several times over.
+"""The margin problem of more gaps than memory holds, read in chunks, several times.
 
-At one level every pair is settled on its own, and forgotten; only two sums go to the next level. So
-a pass over the gaps keeps two numbers, where `gamma_loss._solver` keeps several for each pair. What
-a pair has settled at before is not known, so it starts from what others have settled at first.
+At a given λ each pair's root depends on its own gap alone (`gamma_loss._solver`). So one reading of
+the gaps gives mean x at this λ from a few sums, and no pair's root is kept. A pair starts on the
+straight lines between the roots of evenly spaced gaps.
 """
 
 from __future__ import annotations
@@ -15,43 +15,46 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from gamma_loss import _checks, _dispatch, _solver
-from gamma_loss._level import Level, certify, first_guess, first_level, level_step, side_of
+from gamma_loss import _checks, _comm, _solver
+from gamma_loss._backend import PYTHON_MATH, get_backend
+from gamma_loss._settings import documented
 
 Floats: TypeAlias = npt.NDArray[np.float64]
+Solve: TypeAlias = Callable[..., tuple[Floats, Floats, Floats]]
 
-_BLOCK = 2**14  # gaps that are settled at a time: what their intermediate results need fits caches
-_ROOTS = 2**16  # at most, between which pairs start
-_MOST = 100  # levels, which no pool comes near
-_NUMBERS = 6  # four sums and two extremes, which go from level to level
-_EPS = float(np.finfo(np.float64).eps)
+_BLOCK = 2**14  # gaps solved at a time, so that intermediate arrays fit the caches
+_STARTS = 2**16  # evenly spaced gaps, at most
+_MAX_READINGS = 100
+_NUMBERS = 6  # of a reading: four sums and two extremes
+_EPS = 2.0**-52
 
 
 class MarginRule(NamedTuple):
-    """The solution of a margin problem as a rule: which margin goes with which gap.
+    """The solution of a margin problem as a function from a gap to its margin.
 
     Attributes
     ----------
     gamma0, tau : float
+        The settings, in reward units and nats.
     multiplier : float
         ν, see `MarginSolution`.
-    residual : float
-        The certificate, see `MarginSolution`.
+    error_bound : float
+        A proven bound on the mean of ``|γ - γ*| / γ0`` over the pool, see `MarginSolution`.
     pairs : int
-        How many gaps of the pool were finite.
-    level : float
-        λ, which says ν = (gamma0 / tau) σ(λ) to full relative accuracy on both sides.
-    log_mass : float
-        What is left of log mean x at λ, by which the rule scales its margins: rounding error.
+        The number of finite gaps in the pool.
+    lam : float
+        λ, with ν = (gamma0 / tau) σ(λ), also where σ(λ) is 1 to rounding.
+    log_mean : float
+        The logarithm of mean x at λ: rounding error, which the margins correct.
     """
 
     gamma0: float
     tau: float
     multiplier: float
-    residual: float
+    error_bound: float
     pairs: int
-    level: float
-    log_mass: float
+    lam: float
+    log_mean: float
 
     def margins(self, reward_gaps: npt.ArrayLike) -> Floats:
         """Return the margins of gaps, of the pool or others, in reward units.
@@ -59,6 +62,7 @@ class MarginRule(NamedTuple):
         Parameters
         ----------
         reward_gaps : array_like, shape (pairs,)
+            Gaps in reward units.
 
         Returns
         -------
@@ -68,43 +72,40 @@ class MarginRule(NamedTuple):
         Raises
         ------
         TypeError, ValueError
-            For gaps that are no real numbers, or not 1-D.
+            For gaps that are not real numbers, or not 1-D.
         """
-        gaps = _checks.on_host("reward_gaps", reward_gaps).astype(np.float64)
-        margins, finite = np.full(gaps.shape, np.nan), np.isfinite(gaps)
-        inside = gaps[finite]
-        if self.gamma0 == 0 or not inside.size:
-            margins[finite] = 0.0
-            return margins
-        level = Level(self.gamma0 / self.tau, self.level, self.level, self.level, 0.0)
-        start = _between(inside.size, self.gamma0, level, inside.min(), inside.max())
-        for at in range(0, inside.size, _BLOCK):
-            _, u = _settled(inside[at : at + _BLOCK], self.gamma0, level, start)
-            inside[at : at + _BLOCK] = self.gamma0 * np.exp(u - self.log_mass)
-        margins[finite] = inside
-        return margins
+        gaps = _checks.to_numpy("reward_gaps", reward_gaps).astype(np.float64)
+        valid = np.isfinite(gaps)
+        result = np.where(valid, 0.0, np.nan)
+        finite = gaps[valid]
+        if self.gamma0 and finite.size:
+            pool = finite.size, float(finite.min()), float(finite.max())
+            solve = _root_finder(self.gamma0, self.gamma0 / self.tau, self.lam, *pool)
+            for block in np.array_split(finite, -(-finite.size // _BLOCK)):
+                block[:] = self.gamma0 * np.exp(solve(block)[0] - self.log_mean)
+            result[valid] = finite
+        return result
 
 
+@documented("gamma0", "tau")
 def solve_margins_streaming(
     chunks: Iterable[npt.ArrayLike], *, gamma0: float, tau: float, group: Any = None
 ) -> MarginRule:
-    """Solve the problem of `solve_margins` for a pool that is read in chunks.
+    """Return the solution of `solve_margins` for a pool that is read in chunks.
 
-    The same problem and the same solution, computed in float64 with NumPy; memory is that of one
-    chunk, however many there are. The chunks are read once for a start, and then as often as
-    Newton's iteration needs to find the one level to rounding error: some 4 times in mild settings,
-    up to some 15 times in others that were tried.
+    NumPy computes it in float64, in the memory of one chunk. The chunks are read once for a start,
+    and then once for each step of λ: some 4 times in mild settings, and at most 15 times in the
+    hard pools that were tried.
 
     Parameters
     ----------
     chunks : iterable of array_like, shape (pairs,)
-        The gaps in reward units. Is iterated over anew for each pass, and must give the same gaps
-        each time: a list or an object with ``__iter__``, not a generator.
-    gamma0, tau : float
-        See `solve_margins`.
+        The gaps in reward units; a gap that is not finite takes no part. Each reading must give the
+        same gaps: pass a list or an object with ``__iter__``, not a generator.
+    {parameters}
     group : torch.distributed.ProcessGroup, optional
-        The ranks that share the pool, each with chunks of its own or none. Each pass is one
-        collective of a few numbers, which tells as well whether a rank has failed.
+        The ranks that share the pool. Each rank has chunks of its own, or none. A reading is one
+        collective of six numbers, which also tells whether a rank has failed.
 
     Returns
     -------
@@ -114,10 +115,10 @@ def solve_margins_streaming(
     Raises
     ------
     TypeError
-        For chunks that are none or can be read only once, or do not hold real numbers.
+        For chunks that can be read only once, or that do not hold real numbers.
     ValueError
-        If no gap is finite, for a chunk that is not 1-D, for chunks that change from one reading
-        to the next, or a hyperparameter out of its range.
+        If no gap is finite, a chunk is not 1-D, the gaps change from one reading to the next, or a
+        setting is out of its range.
 
     Examples
     --------
@@ -125,66 +126,72 @@ def solve_margins_streaming(
     >>> rule = solve_margins_streaming(chunks, gamma0=4.0, tau=10.0)
     >>> rule.margins(chunks[1]).round(3)
     array([3.827, 4.891])
-    >>> rule.residual < 1e-12
+    >>> rule.error_bound < 1e-12
     True
     """
     try:
         gamma0, tau = _checks.problem(gamma0, tau)
         if not hasattr(chunks, "__iter__") or iter(chunks) is chunks:
             raise TypeError(f"chunks must be readable several times, got {type(chunks).__name__}")
-    except Exception as failure:
-        _dispatch.fail(group, failure, _NUMBERS)
+    except Exception as error:
+        _comm.broadcast_error(group, error, _NUMBERS)
         raise
-    a, ranks = gamma0 / tau, None
-    if group is not None:
-        ranks = _dispatch.ranks_of(group, gamma0=gamma0, tau=tau)
+    ranks = None if group is None else _comm.ranks_of(group, gamma0=gamma0, tau=tau)
 
-    def read_all(look: Callable[[Floats], tuple[float, ...]]) -> tuple[float, ...]:
-        """Return four sums and two extremes of what a look at each block tells."""
+    def read(evaluate: Callable[[Floats], tuple[Any, ...]]) -> tuple[float, ...]:
+        """Return a hash of all gaps, three sums of ``evaluate``, and the extremes of -g and g."""
         try:
-            columns = list(zip(*map(look, _blocks(chunks)), strict=True)) or [()] * _NUMBERS
-        except Exception as failure:
-            _dispatch.fail(group, failure, _NUMBERS)
-            raise
-        least, largest = min(columns[4], default=math.inf), max(columns[5], default=-math.inf)
-        mine = [*map(math.fsum, columns[:4]), least, largest]
-        *sums, lows, highs = zip(*(ranks.exchange(*mine) if ranks else [mine]), strict=True)
-        return *map(math.fsum, sums), min(lows), max(highs)
-
-    pairs, total, top, bottom, least, largest = read_all(lambda gaps: _survey(gaps, gamma0, a))
-    if not pairs:
-        raise ValueError("chunks must hold at least one finite gap, got none")
-    if gamma0 == 0:
-        return MarginRule(gamma0, tau, 0.0, 0.0, int(pairs), 0.0, 0.0)
-
-    level = first_level(gamma0, a, pairs, top, bottom, least, largest)
-    rule = MarginRule(gamma0, tau, 0.0, math.inf, int(pairs), 0.0, 0.0)
-    before = math.inf
-    for _ in range(_MOST):
-        start = _between(pairs, gamma0, level, gamma0 - largest, gamma0 - least)
-        seen = read_all(functools.partial(_look, gamma0=gamma0, level=level, start=start))
-        if seen[:2] != (pairs, total):
-            raise ValueError("chunks must give the same gaps at each reading, got others")
-        excess, rate = (each / (pairs * gamma0) for each in seen[2:4])
-        error = abs(math.log1p(excess)) if excess > -1 else math.inf
-        if error < before:
-            # Of x with mean m: mean |x / m - x*| <= 2 |m - 1| + 2 B (1 + m), with bounds up to B.
-            wrong = abs(excess) + seen[5] * (2 + excess)
-            rule = MarginRule(
-                gamma0, tau, _nu(level), math.log1p(wrong), int(pairs), level.at, math.log1p(excess)
+            local = _merge(
+                (_hash(gaps), *evaluate(gaps), -gaps.min(), gaps.max()) for gaps in _blocks(chunks)
             )
-        # Once close, Newton squares the error each time: where it does not, it is rounding error.
-        if error <= _EPS or (before < 1e-9 and error >= before / 4):
+        except Exception as error:
+            _comm.broadcast_error(group, error, _NUMBERS)
+            raise
+        return _merge(ranks.exchange(*local)) if ranks else local
+
+    a, xp = gamma0 / tau, get_backend(np.zeros(0))
+    pool, count, p, q, low, high = read(
+        lambda gaps: _solver.equal_margin_sums(xp, gaps, None, gamma0, a)
+    )
+    if not count:
+        raise ValueError("chunks must hold at least one finite gap, got none")
+    rule = MarginRule(gamma0, tau, 0.0, 0.0, int(count), 0.0, 0.0)
+    if gamma0 == 0:
+        return rule
+    dual, *_ = _solver.first_dual(PYTHON_MATH, gamma0, a, count, p, q, -low, high, count)
+    before = math.inf
+    for _ in range(_MAX_READINGS):
+        solve = _root_finder(gamma0, a, dual.lam, count, -low, high)
+        again, *sums, _, _ = read(functools.partial(_sums, solve))
+        if again != pool:
+            raise ValueError("chunks must give the same gaps at each reading, got other gaps")
+        mean, rate, wrong = (each / count for each in sums)
+        left = abs(mean - 1)
+        if left < before:
+            # Mean |x - x(ν)| <= wrong. All x(ν) lie on one side of x*, so mean |x(ν) - x*| is at
+            # most left + wrong. Division of x by its mean moves it by left.
+            nu, log_mean = a * _solver._sigmoids(PYTHON_MATH, dual.lam)[0], math.log(mean or 1e-300)
+            bound = min(2 * (wrong + left), 2.0)
+            rule = MarginRule(gamma0, tau, nu, bound, int(count), dual.lam, log_mean)
+        # Near the solution each step squares the error, until rounding error is left.
+        if left <= _EPS or (before < 1e-9 and left >= before / 4):
             break
-        before = error
-        level, _, _ = level_step(level, excess, rate, 0.0, 0.0, _EPS)
+        before = left
+        dual, _ = _solver.dual_step(PYTHON_MATH, a, dual, mean - 1, rate)
     return rule
 
 
+def _merge(rows: Iterable[Iterable[float]]) -> tuple[float, ...]:
+    """Return exact sums of the first four columns and the largest of the others."""
+    columns = [*zip(*rows, strict=True)] or [()] * _NUMBERS
+    largest = (float(max(column, default=-math.inf)) for column in columns[4:])
+    return *map(math.fsum, columns[:4]), *largest
+
+
 def _blocks(chunks: Iterable[npt.ArrayLike]) -> Iterator[Floats]:
-    """Yield the finite gaps, some at a time, in float64."""
+    """Yield the finite gaps in float64, a block at a time."""
     for chunk in chunks:
-        gaps = _checks.on_host("chunks", chunk)
+        gaps = _checks.to_numpy("chunks", chunk)
         for start in range(0, gaps.shape[0], _BLOCK):
             block = gaps[start : start + _BLOCK].astype(np.float64)
             block = block[np.isfinite(block)]
@@ -192,54 +199,60 @@ def _blocks(chunks: Iterable[npt.ArrayLike]) -> Iterator[Floats]:
                 yield block
 
 
-def _survey(gaps: Floats, gamma0: float, a: float) -> tuple[float, ...]:
-    if gamma0 == 0:
-        return gaps.size, 0.0, 0.0, 0.0, 0.0, 0.0
-    (count, p, q), extremes = _solver.survey(gaps, None, *np.array([gamma0, a]))
-    return count, gaps.sum(), p, q, *extremes
+def _hash(gaps: Floats) -> float:
+    """Return the sum of 32 mixed bits of each gap: the cuts between chunks do not change it."""
+    odd, half = np.uint64(0x9E3779B97F4A7C15), np.uint64(32)
+    bits = gaps.view(np.uint64) * odd
+    return float(((bits ^ bits >> half) * odd >> half).sum())
 
 
-def _look(
-    gaps: Floats, *, gamma0: float, level: Level, start: Callable[[Floats], Floats]
-) -> tuple[float, ...]:
-    """Settle the pairs of a block, and return what the level and the certificate need of them."""
-    settled, u = _settled(gaps, gamma0, level, start)
-    wrong = certify(settled.pairs, u, *side_of(level), np.float64(0.0)).max()
-    return gaps.size, gaps.sum(), *settled.sums[:2], 0.0, wrong
+def _sums(solve: Solve, gaps: Floats) -> tuple[Any, ...]:
+    """Return Σ x, Σ x / D, and a bound on Σ |x - x(ν)|."""
+    u, d, off = solve(gaps)
+    x = np.exp(u)
+    return x.sum(), (x / d).sum(), (x * off * np.exp(off)).sum()
 
 
-def _between(
-    pairs: float, gamma0: float, level: Level, least: float, largest: float
-) -> Callable[[Floats], Floats]:
-    """Return starts for gaps of a range: u on straight lines between roots of evenly spaced gaps.
+def _root_finder(
+    gamma0: float, a: float, lam: float, count: float, low: float, high: float
+) -> Solve:
+    """Return a function that gives u, D and u's error bound at λ, for ``count`` gaps in a range."""
+    xp, (s, k) = get_backend(np.zeros(0)), _solver.small_side(PYTHON_MATH, lam, a)
+    far = math.log1p(a) + 50  # beyond it σ(z) is 0 or 1 to well below rounding error
+    nu = k if s > 0 else a + k
+    u_max = min(nu, math.log1p(max(far + high, 0.0) / gamma0), 600.0)  # no root is above
+    # Beyond these gaps a root changes no more.
+    most = gamma0 * math.exp(u_max) + far
+    low, high = (min(max(gap, -far), most) for gap in (low, high))
+    size = int(min(max(count / 16, 2), _STARTS))
+    per_unit = (size - 1) / ((high - low) or 1.0)
 
-    So most pairs of a large pool need one or two steps, where they need some eight from elsewhere.
-    """
-    roots = int(min(max(pairs / 16, 2), _ROOTS))
-    # Beyond these u changes no more, to rounding.
-    least = max(least, -50.0)
-    largest = max(least, min(largest, gamma0 * math.exp(min(_nu(level), 600.0)) + 50.0))
-    u = _settled(np.linspace(least, largest, roots), gamma0, level)[1]
-    rise, each = np.diff(u, append=u[-1]), (largest - least) / (roots - 1) or 1.0
+    @np.errstate(over="ignore")
+    def solve(gaps: Floats, u: Floats | None = None) -> tuple[Floats, Floats, Floats]:
+        gaps = np.clip(gaps, low, high)
+        if u is None:
+            at = (gaps - low) * per_unit
+            index = at.astype(np.intp)
+            u = u_grid[index] + (at - index) * rise[index]
+        pairs = _solver.Pairs(gaps, gamma0, a, u_max)
+        inner = _solver.newton_step(xp, pairs, u, s, k, math.inf)
+        inner = xp.repeat_until(
+            _solver.is_close, lambda each: _solver.inner_step(xp, pairs, each, s, k), inner,
+            _solver.MAX_ITER,
+        )  # fmt: skip
+        # From here a step squares the error, until rounding error is left.
+        before = math.inf
+        while 1e-8 < (largest := inner.scaled.max()) < 0.5 * before:
+            u, before = np.minimum(inner.u + inner.du, u_max), largest
+            inner = _solver.newton_step(xp, pairs, u, s, k, math.inf)
+        u = np.minimum(inner.u + inner.du, u_max)
+        return u, inner.d, _solver.root_distance(xp, pairs, u, s, k)
 
-    def start(gaps: Floats) -> Floats:
-        at = (np.clip(gaps, least, largest) - least) / each
-        before = at.astype(np.intp)
-        return u[before] + (at - before) * rise[before]
-
-    return start
-
-
-def _settled(
-    gaps: Floats, gamma0: float, level: Level, start: Callable[[Floats], Floats] | None = None
-) -> tuple[_solver.Settled, Floats]:
-    """Let pairs settle at a level, from where they start; return also the u that they reach."""
-    g0, a = np.array([gamma0, level.a])
-    pairs = _solver.pairs_of(gaps, None, g0, a, g0 - gaps.max())
-    u = start(gaps) if start else first_guess(pairs, level.at, *side_of(level))
-    settled = _solver.settle(pairs, u, level)
-    return settled, np.minimum(settled.u + settled.step.du, pairs.most)
-
-
-def _nu(level: Level) -> float:
-    return float(level.a) / (1 + math.exp(-level.at))
+    # At a given z both u and g are explicit. From there evenly spaced gaps step to their roots.
+    ends = max(lam, gamma0 - low), min(lam, gamma0 - high)
+    z = np.clip(np.linspace(*ends, size), -far, far)
+    u = np.minimum(k - s * a / (1 + np.exp(-s * z)), u_max)
+    grid = np.linspace(low, high, size)
+    u_grid = solve(grid, np.interp(grid, gamma0 * np.exp(u) - z, u))[0]
+    rise = np.diff(u_grid, append=u_grid[-1])
+    return solve

@@ -7,8 +7,9 @@ import hypothesis
 import numpy as np
 import pytest
 
-from gamma_loss import MarginSolution, _dispatch, solve_margins
-from gamma_loss._pool import Beside, check
+from gamma_loss import MarginSolution, solve_margins
+from gamma_loss import _pool as problem
+from gamma_loss._backend import get_backend
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Random examples on a developer's machine, the same ones every time where CI is to be repeatable.
@@ -82,43 +83,45 @@ class Solver:
         if name == "triton":
             pytest.importorskip("triton", minversion="3.5")
 
-    def __call__(self, gaps, *, context=None, context_mask=None, mask=None, **settings):
-        arrays = {"context": context, "context_mask": context_mask, "mask": mask}
+    def __call__(self, gaps, *, gamma0, tau, **arrays):
+        gaps, size = np.asarray(gaps), len(gaps)
+        arrays = {name: np.asarray(each) for name, each in arrays.items() if each is not None}
+        settings = {"gamma0": gamma0, "tau": tau}
         if self.name == "numpy":
-            return solve_margins(np.asarray(gaps), **arrays, **settings)
-        if self.name == "jax":  # in arrays of few sizes, as it compiles a loop for each
-            size = len(gaps)
-            gaps, mask = self.padded(gaps, mask)
-            if context is not None:
-                context, context_mask = self.padded(context, context_mask)
-            solution = solve_margins(
-                gaps, mask=mask, context=context, context_mask=context_mask, **settings
-            )
-            margins, *numbers = map(np.asarray, solution)
+            return solve_margins(gaps, **arrays, **settings)
+        if self.name == "jax":
+            arrays = self.padded(reward_gaps=gaps, **arrays)
+            margins, *numbers = map(np.asarray, solve_margins(**arrays, **settings))
             return MarginSolution(margins[:size], *(number[()] for number in numbers))
         device = "cuda" if self.torch.cuda.is_available() else "cpu"
-        arrays = {
-            name: None if array is None else self.torch.tensor(np.asarray(array), device=device)
-            for name, array in {"reward_gaps": np.asarray(gaps), **arrays}.items()
-        }
-        gaps = arrays.pop("reward_gaps")
-        problem = check("reward_gaps", gaps, Beside(**arrays), group=None, **settings)
-        name = _dispatch.choose(self.name, gaps, problem)
-        if name == "host":  # NumPy's operations, where this is to be about torch's
-            name = self.name if problem.gamma0 and problem.size > 1 else "eager"
-        solution = _dispatch.solve(name, gaps, problem)
+        gaps, *others = (
+            self.torch.tensor(each, device=device) for each in (gaps, *arrays.values())
+        )
+        arrays = dict(zip(arrays, others, strict=True))
+        if self.name == "torch":  # by its own operations, where "auto" takes NumPy's
+            xp, inputs = get_backend(gaps), problem.PoolInputs(**arrays)
+            pool = problem.build_pool(xp, gaps, inputs)
+            margins, *numbers = problem.solve_eagerly(xp, *pool, gamma0, tau)
+            solution = (problem.scatter_margins(xp, margins, gaps, inputs, gamma0), *numbers)
+        else:
+            solution = solve_margins(gaps, impl=self.name, **arrays, **settings)
         return MarginSolution(*(np.asarray(array.cpu())[()] for array in solution))
 
-    def padded(self, gaps, mask):
-        rest = max(64, 1 << (len(gaps) - 1).bit_length()) - len(gaps)
-        mask = np.ones(len(gaps), dtype=bool) if mask is None else mask
-        return tuple(self.jax.asarray(np.pad(array, (0, rest))) for array in (gaps, mask))
+    def padded(self, **arrays):
+        """Arrays of few sizes, as JAX compiles a loop for each."""
+        for name, mask in (("reward_gaps", "mask"), ("context", "context_mask")):
+            if name in arrays:
+                arrays.setdefault(mask, np.ones(len(arrays[name]), dtype=bool))
+
+        def pad(array):
+            rest = max(64, 1 << (len(array) - 1).bit_length()) - len(array)
+            return self.jax.asarray(np.pad(array, (0, rest)))
+
+        return {name: pad(array) for name, array in arrays.items()}
 
     def settings(self, max_examples: int = 100):
         """As many random examples as a slow implementation can bear."""
-        share = {"numpy": 1, "eager": 1, "jax": 1 / 5, "compile": 1 / 4, "triton": 1 / 25}[
-            self.name
-        ]
+        share = {"jax": 1 / 5, "compile": 1 / 4, "triton": 1 / 25}.get(self.name, 1)
         return hypothesis.settings(max_examples=max(5, int(max_examples * share)))
 
 
@@ -127,7 +130,8 @@ class Solver:
     scope="session",
     params=[
         "numpy",
-        "eager",
+        "auto",
+        "torch",
         "jax",
         pytest.param("compile", marks=pytest.mark.xdist_group("compile")),
         "triton",

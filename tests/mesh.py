@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gamma_loss import _dispatch, gamma_preference_loss
+from gamma_loss import _comm, gamma_preference_loss
 
 try:
     from jax import shard_map
@@ -37,12 +37,12 @@ def loss(gaps, mask=None, context=None, context_mask=None, **settings):
         gaps, mask=mask, context=context, context_mask=context_mask, group="data", **settings
     )
     value = jax.lax.pmean(value, "data")
-    return value, aux.margins, aux.pair_weights, aux.multiplier, aux.residual
+    return value, aux.margins, aux.pair_weights, aux.multiplier, aux.error_bound
 
 
 @functools.cache  # as compiling takes longer than anything else
 def compiled(gamma0, tau, limit):
-    _dispatch.GATHER_LIMIT = limit
+    _comm.GATHER_LIMIT = limit
     outputs = (P(), P("data"), P("data"), P(), P())
     run = sharded(lambda *shards: loss(*shards, gamma0=gamma0, tau=tau), outputs)
 
@@ -55,7 +55,7 @@ def compiled(gamma0, tau, limit):
 
 def results(settings, limit, *arguments):
     (_, found), gradient = compiled(*settings.values(), limit)(*arguments)
-    names = ("loss", "margins", "pair_weights", "multiplier", "residual", "gradient")
+    names = ("loss", "margins", "pair_weights", "multiplier", "error_bound", "gradient")
     return dict(zip(names, (*found, gradient), strict=True))
 
 

@@ -52,7 +52,7 @@ def _serve(pipe, init_method, rank):
     import torch
     import torch.distributed as dist
 
-    from gamma_loss import _dispatch
+    from gamma_loss import _comm
 
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -60,7 +60,7 @@ def _serve(pipe, init_method, rank):
     )
     groups = {ranks: dist.new_group(list(range(ranks)), timeout=PATIENCE) for ranks in RANKS}
     while True:
-        ranks, _dispatch.GATHER_LIMIT, task, arguments = pipe.recv()
+        ranks, _comm.GATHER_LIMIT, task, arguments = pipe.recv()
         try:
             pipe.send((False, task(groups[ranks], *arguments)))
         except Exception:
@@ -76,7 +76,7 @@ def shard(values, sizes, rank):
     return values[start : start + sizes[rank]]
 
 
-def sharded_loss(group, sizes, setting, gaps=None, mask=None, options=None):
+def sharded_loss(group, sizes, setting, gaps=None, mask=None, options=None, weights=None):
     """This rank's share of a loss and its gradient, as NumPy arrays."""
     import torch
     import torch.distributed as dist
@@ -87,14 +87,17 @@ def sharded_loss(group, sizes, setting, gaps=None, mask=None, options=None):
     whole = pool(sum(sizes)) if gaps is None else gaps
     mine = torch.tensor(shard(whole, sizes, rank), requires_grad=True)
     kept = None if mask is None else torch.tensor(shard(mask, sizes, rank))
-    loss, aux = gamma_preference_loss(mine, mask=kept, group=group, **setting, **(options or {}))
+    weights = None if weights is None else torch.tensor(shard(weights, sizes, rank))
+    loss, aux = gamma_preference_loss(
+        mine, mask=kept, weights=weights, group=group, **setting, **(options or {})
+    )
     loss.sum().backward()
     return {
         "loss": loss.detach().numpy(),
         "gradient": mine.grad.numpy(),
         **{
             name: getattr(aux, name).numpy()
-            for name in ("margins", "pair_weights", "residual", "multiplier")
+            for name in ("margins", "pair_weights", "error_bound", "multiplier")
         },
     }
 
@@ -135,6 +138,24 @@ def collectives(group, task, *arguments):
         for name, original in originals.items():
             setattr(dist, name, original)
     return log
+
+
+def steps(group, task, *arguments):
+    """How many steps of the pairs a task takes."""
+    from gamma_loss import _solver
+
+    step, count = _solver.newton_step, []
+
+    def counted(*arguments):
+        count.append(1)
+        return step(*arguments)
+
+    _solver.newton_step = counted
+    try:
+        task(group, *arguments)
+    finally:
+        _solver.newton_step = step
+    return len(count)
 
 
 def refused(group, name, of_rank):

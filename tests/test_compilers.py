@@ -1,5 +1,6 @@
 """Tracing: torch.compile, torch.vmap, jax.jit and jax.vmap take the library as it is."""
 
+import itertools
 import sys
 import types
 
@@ -8,7 +9,7 @@ import pytest
 from strategies import HARD, MILD
 
 from gamma_loss import (
-    _arrays,
+    _backend,
     _solver,
     gamma_dpo_loss,
     gamma_preference_loss,
@@ -77,15 +78,99 @@ def test_a_tensor_is_not_asked_whether_it_is_jaxs(torch, monkeypatch):
         pass
 
     monkeypatch.setitem(sys.modules, "jax", types.SimpleNamespace(Array=Array))
-    assert not _arrays.is_jax(torch.zeros(1))
+    monkeypatch.setattr(_backend, "_instances", {})
+    assert _backend.get_backend(torch.zeros(1)).library == "torch"
     with pytest.raises(AssertionError, match="asked"):
-        _arrays.is_jax(np.zeros(1))
+        _backend.get_backend(np.zeros(1))
 
 
-def test_torch_inductor_agrees(torch):
-    gaps = torch.tensor(rows(50))
-    compiled = torch.compile(lambda g: solve_margins(g, **MILD), fullgraph=True)
-    torch.testing.assert_close(compiled(gaps).margins, solve_margins(gaps, **MILD).margins)
+def test_inductor_fuses_a_loss_with_its_solve_into_one_kernel(torch):
+    run_and_get_code = pytest.importorskip("torch._inductor.utils").run_and_get_code
+    logps = torch.tensor(rows((4, 50)), dtype=torch.float32)
+
+    def loss(logps):
+        return gamma_dpo_loss(*logps, beta=0.3, **MILD)
+
+    torch.compiler.reset()
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        found, (code,) = run_and_get_code(torch.compile(loss, fullgraph=True), logps)
+    assert code.count("async_compile.cpp_pybinding(") == 1
+    torch.testing.assert_close(found, loss(logps))
+
+
+def guards(torch, function, *arguments):
+    """Return how many guards Dynamo checks before each call of a compiled function."""
+
+    def leaves(manager):
+        pairs = getattr(manager, "get_key_value_managers", dict)().values()
+        below = [*manager.get_child_managers(), *itertools.chain(*pairs)]
+        return len(manager.get_leaf_guards()) + sum(map(leaves, filter(None, below)))
+
+    torch.compiler.reset()
+    torch.compile(function, fullgraph=True, backend="eager")(*arguments)
+    (entry,) = torch._dynamo.eval_frame._debug_get_cache_entry_list(function)
+    return leaves(entry.guard_manager.root)
+
+
+@pytest.mark.parametrize("setting", [MILD, HARD])
+def test_a_graph_has_few_guards(torch, setting):
+    logps = torch.tensor(rows((4, 9))).unbind()
+
+    def dpo(*logps):
+        gaps = 0.1 * ((logps[0] - logps[2]) - (logps[1] - logps[3]))
+        return -torch.nn.functional.logsigmoid(gaps).mean()
+
+    def loss(*logps):
+        return gamma_dpo_loss(*logps, beta=0.1, **setting)[0]
+
+    assert guards(torch, loss, *logps) <= guards(torch, dpo, *logps) + 100
+    gaps = logps[0]
+    assert guards(torch, lambda gaps: solve_margins(gaps, **setting), gaps) <= 100
+
+
+def test_a_bad_setting_in_a_compiled_function_is_a_plain_error(torch):
+    for call in (gamma_preference_loss, solve_margins):
+        compiled = torch.compile(lambda gaps, call=call: call(gaps, gamma0=-1.0, tau=1.0))
+        with pytest.raises(ValueError, match="gamma0 must be finite and >= 0, got -1"):
+            compiled(torch.zeros(3))
+
+
+@pytest.mark.parametrize("name", ["context", "mask", "weights"])
+@pytest.mark.parametrize("setting", [MILD, HARD])
+def test_torch_compile_takes_the_optional_arrays(torch, setting, name):
+    gaps = torch.tensor(rows(9))
+    optional = {"context": gaps * 2, "mask": gaps > -1, "weights": gaps.abs()}[name]
+    for function in (solve_margins, gamma_preference_loss):
+
+        def call(gaps, optional, function=function):
+            return tuple(function(gaps, **{name: optional}, **setting))
+
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(gaps, optional), call(gaps, optional))
+
+
+def test_a_module_with_a_queue_does_not_recompile(torch):
+    from gamma_loss.torch import GammaPreferenceLoss
+
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+
+    plain, module = (GammaPreferenceLoss(**MILD, queue_size=32) for _ in range(2))
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)
+    counts = []
+    for seed, size in enumerate((5, 9, 16, 7)):
+        gaps = torch.tensor(rows(size, seed), dtype=torch.float32)
+        torch.testing.assert_close(compiled(gaps), plain(gaps))
+        counts.append(len(graphs))
+    torch.testing.assert_close(module.queue.context(), plain.queue.context())
+    assert counts == counts[:1] * 4  # Dynamo may trace the first call twice
 
 
 def test_torch_compile_with_a_schedule_of_gamma0(torch):
@@ -95,10 +180,17 @@ def test_torch_compile_with_a_schedule_of_gamma0(torch):
     def solve(gaps, gamma0):
         return solve_margins(gaps, gamma0=gamma0, tau=3.0).margins
 
-    with torch._dynamo.config.patch(specialize_float=True):
-        compiled = torch.compile(solve, fullgraph=True, backend="eager")
-        for gamma0 in (1.0, 2.0, 30.0):
-            torch.testing.assert_close(compiled(gaps, gamma0), solve(gaps, gamma0))
+    def loss(gaps, gamma0):
+        return gamma_preference_loss(gaps, gamma0=gamma0, tau=3.0)[0]
+
+    for function in (solve, loss):
+        with torch._dynamo.config.patch(specialize_float=True):
+            compiled = torch.compile(function, fullgraph=True, backend="eager")
+            for gamma0 in (1.0, 2.0, 30.0):
+                torch.testing.assert_close(compiled(gaps, gamma0), function(gaps, gamma0))
+        # As a symbol a setting is a constant of its graph.
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(gaps, 2.0), function(gaps, 2.0))
 
 
 @pytest.mark.parametrize(
@@ -129,14 +221,13 @@ def test_jax_compiles_one_program_for_a_shape_whatever_the_setting(jax, other, f
 
 def test_other_libraries_end_their_loops(monkeypatch):
     """An array of the standard takes the passes that NumPy takes, not the most there can be."""
-    passes, follow = [], _solver.follow
-    monkeypatch.setattr(_solver, "follow", lambda *args: passes.append(args) or follow(*args))
+    steps, step = [], _solver.newton_step
+    monkeypatch.setattr(_solver, "newton_step", lambda *args: steps.append(args) or step(*args))
     counts = []
     for xp in (np, pytest.importorskip("array_api_strict")):
-        gaps, gamma0, a = map(xp.asarray, (rows(50) + 4, np.array(4.0), np.array(40.0)))
-        passes.clear()
-        _solver.iterate(_solver.begin(gaps, None, gamma0, a))
-        counts.append(len(passes))
+        steps.clear()
+        solve_margins(xp.asarray(rows(50) + 4), **HARD)
+        counts.append(len(steps))
     assert 3 < counts[0] == counts[1] < 20
 
 
@@ -178,11 +269,26 @@ def test_torch_func_grad_and_value_with_aux(torch):
     torch.testing.assert_close(gradient, -0.1 * aux.pair_weights / 9)
 
 
-def test_torch_export(torch):
-    class Loss(torch.nn.Module):
-        def forward(self, *logps):
-            return gamma_dpo_loss(*logps, beta=0.1, **MILD)
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("setting", [MILD, HARD])
+@pytest.mark.parametrize("has_mask", [False, True])
+@pytest.mark.parametrize("kind", ["solve", "loss"])
+def test_torch_export_with_a_dynamic_batch(torch, kind, has_mask, setting, strict):
+    class Module(torch.nn.Module):
+        def forward(self, logps, mask=None):
+            if kind == "solve":
+                return tuple(solve_margins(logps[0], mask=mask, **setting))
+            loss, aux = gamma_dpo_loss(*logps, beta=0.1, mask=mask, **setting)
+            return loss, *aux
 
-    logps = tuple(torch.tensor(row) for row in rows((4, 9)))
-    exported = torch.export.export(Loss(), logps).module()
-    torch.testing.assert_close(exported(*logps)[0], Loss()(*logps)[0])
+    def arguments(size):
+        logps = torch.tensor(rows((4, size), size))
+        return (logps.unbind(), *[torch.tensor(rows(size) > -2)] * has_mask)
+
+    batch = {0: torch.export.Dim("batch", min=2)}
+    shapes = ((batch,) * 4, batch) if has_mask else ((batch,) * 4,)
+    exported = torch.export.export(
+        Module(), arguments(9), dynamic_shapes=shapes, strict=strict
+    ).module()
+    for size in (2, 8, 256, 257, 2304):
+        torch.testing.assert_close(exported(*arguments(size)), Module()(*arguments(size)))

@@ -1,12 +1,12 @@
 """impl="compile" and impl="triton": what only they promise. Accuracy is in test_margins."""
 
+import functools
 import subprocess
 import sys
 import threading
 import warnings
 
 import numpy as np
-import oracles
 import pytest
 from strategies import HARD, MILD
 
@@ -17,7 +17,7 @@ from gamma_loss import (
     preference_loss,
     solve_margins,
 )
-from gamma_loss._pool import ALONE, Problem
+from gamma_loss._pool import NO_INPUTS, solve_eagerly
 
 
 @pytest.fixture
@@ -33,28 +33,14 @@ def triton(torch):
 @pytest.fixture
 def operators(torch, monkeypatch):
     """The module that chooses, as if nothing had failed yet."""
-    from gamma_loss._torch import operators as _operators
+    from gamma_loss import _operator
 
-    monkeypatch.setattr(_operators, "_given_up", set())
-    return _operators
+    monkeypatch.setattr(_operator, "_without_triton", set())
+    return _operator
 
 
 def rows(shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape) * 3
-
-
-@pytest.mark.parametrize("setting", [MILD, HARD])
-def test_bad_gaps_and_empty_pools(solver, setting):
-    gaps, context = np.array([-2.0, 0.5, np.nan, 3.0, -np.inf]), np.array([1.0, np.inf, -1.0])
-    expected = solve_margins(gaps[[0, 1, 3]], context=context[[0, 2]], **setting)
-    every, none = np.ones(5, dtype=bool), np.zeros(5, dtype=bool)
-    solution = solver(gaps, context=context, mask=every, context_mask=every[:3], **setting)
-    np.testing.assert_allclose(solution.margins[[0, 1, 3]], expected.margins, rtol=1e-13)
-    assert np.isnan(solution.margins[[2, 4]]).all()
-    empty = solver(gaps, context=context, mask=none, context_mask=none[:3], **setting)
-    assert (empty.margins == setting["gamma0"]).all()
-    assert np.isfinite(empty.multiplier)
-    assert abs(empty.residual) <= 1e-12
 
 
 def test_other_libraries_have_neither_compile_nor_triton(jax):
@@ -92,57 +78,37 @@ def test_a_default_device_leaves_no_trace(torch, compiled, impl, setting):
     gaps = torch.tensor(rows(9))
     with torch.device("meta"):
         first = solve_margins(gaps, **setting, impl=impl)
-    assert first.margins.device == first.residual.device == gaps.device
+    assert first.margins.device == first.error_bound.device == gaps.device
     torch.testing.assert_close(solve_margins(gaps, **setting, impl=impl), first)
-
-
-AT_SIZE = [  # few distinct gaps, many times over: what sums in float32 get wrong
-    ([54.4243, 9991.3], [65_530, 6], 51.3952, 1.42196),
-    ([1.7, 9.0], [60_000, 5_536], 3.0, 3.0),
-    ([0.3], [65_536], 4.0, 10.0),
-    ([0.3], [65_536], 4.0, 0.1),
-    ([1.0, -3.0, 9991.3], [40_000, 25_000, 6], 3.0, 0.5),
-]
-
-
-@pytest.mark.parametrize("solver", ["numpy", "eager", "compile", "jax"], indirect=True)
-@pytest.mark.parametrize(("values", "counts", "gamma0", "tau"), AT_SIZE)
-def test_float32_and_its_certificate_at_size(solver, values, counts, gamma0, tau):
-    gaps = np.repeat(np.asarray(values, dtype=np.float32), counts)
-    solution = solver(gaps, gamma0=gamma0, tau=tau)
-    exact, nu = oracles.margins(gaps, gamma0, tau)
-    assert oracles.error(solution.margins, exact, nu, gaps, gamma0, tau) <= 1
-    error = np.mean(np.abs(solution.margins - exact)) / gamma0
-    assert error <= 2 * np.expm1(float(solution.residual))
 
 
 # --- the rule of "auto" ---
 
 
 def test_auto_by_device_and_setting(torch, operators, monkeypatch):
-    def choose(impl, gaps, setting, size=2):
-        return operators.choose(impl, gaps, Problem(**setting, beside=ALONE, size=size))
+    from gamma_loss import _compile
+    from gamma_loss._backend import get_backend
+    from gamma_loss._settings import loss_settings
 
-    few, many, threads = torch.zeros(2), 10**6, torch.get_num_threads()
+    def choose(impl, gaps, setting):
+        settings = loss_settings(**setting, centered=False, impl=impl)
+        return operators.choose(get_backend(gaps), gaps, NO_INPUTS, settings)
+
+    few, many, threads = torch.zeros(2), torch.zeros(10**6), torch.get_num_threads()
     try:
-        for number, expected in ((1, "host"), (2, "eager")):
+        for number, expected in ((1, operators.solve_via_numpy), (2, solve_eagerly)):
             torch.set_num_threads(number)
             for setting in (MILD, HARD, {"gamma0": 0.0, "tau": 10.0}):
-                assert choose("auto", few, setting) == "host"
-                assert choose("auto", few, setting, many) == expected
-            assert choose("compile", few, MILD) == "compile"
-            assert choose("compile", few, HARD, 2**16) == "host"
-            assert choose("compile", few, HARD, many) == ("host" if number == 1 else "compile")
+                assert choose("auto", few, setting) is operators.solve_via_numpy
+                assert choose("auto", many, setting) is expected
+            assert choose("compile", few, MILD) is _compile.solve
+            assert choose("compile", few, HARD) is _compile.solve
+            assert choose("compile", many, MILD) is _compile.solve
+            assert choose("compile", many, HARD) is expected
     finally:
         torch.set_num_threads(threads)
-    fake = pytest.importorskip("torch._subclasses").FakeTensorMode()
-    with fake:
-        on_gpu = torch.empty(2, device="cuda")
-    monkeypatch.setattr(operators, "_launcher", lambda device: object())
-    assert choose("auto", on_gpu, HARD, many) == "triton"
-    monkeypatch.setattr(operators, "_launcher", lambda device: None)
-    assert choose("auto", on_gpu, HARD) == "eager"
-    assert choose("compile", on_gpu, HARD) == "compile"
+    monkeypatch.setattr(operators, "launcher", lambda device: object())
+    assert choose("triton", few, HARD) is operators.solve_by_kernel
 
 
 def test_what_does_not_exist_is_refused(torch):
@@ -159,94 +125,145 @@ def test_what_does_not_exist_is_refused(torch):
 # --- compile ---
 
 
-def graphs(torch):
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+@pytest.fixture
+def compiled(torch):
+    from gamma_loss import _compile
+
+    return _compile
 
 
 @pytest.fixture
-def compiled(torch):
-    from gamma_loss._torch import compiled as _compiled
+def loads(compiled, monkeypatch):
+    """The programs that are loaded or compiled, as if none had been."""
+    names, build = [], compiled._build
+    monkeypatch.setattr(compiled, "_programs", {})
+    monkeypatch.setattr(
+        compiled, "_build", lambda f, *args: names.append(f.__name__) or build(f, *args)
+    )
+    return names
 
-    _compiled._programs.clear()
-    _compiled._kept.cache_clear()
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([MILD, {"gamma0": 3.9, "tau": 10.0}, {"gamma0": 2.0, "tau": 10.0}], ["_mild"]),
+        ([HARD, {"gamma0": 3.0, "tau": 0.5}], ["_init", "_step", "_terminate"]),
+    ],
+)
+def test_one_program_serves_all_sizes_and_settings(torch, loads, settings, expected):
+    for size in (2, 8, 256, 257, 2304, 9000):
+        for setting in settings:
+            gaps = torch.tensor(rows(size), dtype=torch.float32)
+            solution = solve_margins(gaps, **setting, impl="compile")
+            exact = solve_margins(gaps.double(), **setting)
+            torch.testing.assert_close(solution.margins.double(), exact.margins, rtol=2e-5, atol=0)
+            error = (solution.margins - exact.margins).abs().mean() / setting["gamma0"]
+            assert error <= solution.error_bound < 1e-5
+    assert loads == expected
+
+
+@pytest.mark.parametrize("setting", [MILD, HARD])
+def test_compiled_programs_take_any_memory_layout(torch, setting):
+    column = torch.tensor(rows((40, 3)), dtype=torch.float32)[:, 1]
+    for gaps in (column, column.contiguous()[1:], column[:2]):  # the second starts at an odd place
+        found = solve_margins(gaps, **setting, impl="compile").margins
+        expected = solve_margins(gaps, **setting, impl="eager").margins
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_compiled_programs_take_weights_and_a_context(torch):
+    gaps, weights, context = torch.tensor(rows((3, 40)), dtype=torch.float32)
+    weights[5:8], gaps[9], context[3] = 0, torch.nan, torch.inf
+    for size in (1, 2, 40):
+        pool = {"weights": weights[:size].abs(), "context": context, "mask": gaps[:size] > -3}
+        found = solve_margins(gaps[:size], **pool, **HARD, impl="compile").margins
+        expected = solve_margins(gaps[:size], **pool, **HARD, impl="eager").margins
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0, equal_nan=True)
+
+
+def test_a_program_takes_few_steps(torch, compiled, monkeypatch):
+    gaps = torch.tensor(rows(300) + 4, dtype=torch.float32)
+    solve_margins(gaps, **HARD, impl="compile")
+    calls, run = [], compiled._run
+    monkeypatch.setattr(
+        compiled, "_run", lambda f, *args: calls.append(f.__name__) or run(f, *args)
+    )
+    solve_margins(gaps, **HARD, impl="compile")
+    assert calls[0] == "_init"
+    assert calls[-1] == "_terminate"
+    assert 3 < calls.count("_step") == len(calls) - 2 < 15
+
+
+def test_a_program_is_kept_for_the_next_process(torch, compiled, loads, monkeypatch):
+    gaps = torch.tensor(rows(20), dtype=torch.float32)
+    expected = solve_margins(gaps, **MILD, impl="compile")
+
+    def fails(*_):
+        raise AssertionError("compiled")
+
+    compiled._programs.clear()
+    monkeypatch.setattr(compiled, "_export", fails)
+    found = solve_margins(gaps, **MILD, impl="compile")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert loads == ["_mild"] * 2
+
+
+@pytest.mark.parametrize("setting", [MILD, HARD])
+def test_torch_compile_takes_the_place_of_aot_inductor(
+    torch, compiled, loads, monkeypatch, tmp_path, setting
+):
+    def fails(*_):
+        raise NotImplementedError("no such device")
+
+    monkeypatch.setattr(compiled, "_compile", fails)
+    monkeypatch.setattr(compiled, "_path", lambda *_: tmp_path / "none.pt2")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch.compiler.reset()
-    return _compiled
-
-
-def test_one_program_serves_all_sizes_and_hyperparameters(torch, compiled):
-    def solve(size, gamma0):
-        gaps = torch.tensor(rows(size), dtype=torch.float32)
-        margins = solve_margins(gaps, gamma0=gamma0, tau=10.0, impl="compile").margins
-        expected = solve_margins(gaps, gamma0=gamma0, tau=10.0, impl="eager").margins
-        torch.testing.assert_close(margins, expected)
-
-    solve(100, 4.0)
-    before = graphs(torch)
-    for size in (2, 77, 1024):
-        for gamma0 in (4.0, 3.9, 2.0):
-            solve(size, gamma0)
-    assert graphs(torch) == before
-    solve(1025, 4.0)  # on the CPU, Inductor makes another program of more than 1024
-    middle = graphs(torch)
-    for size in (2304, 5000, 30_000):
-        solve(size, 3.0)
-    assert graphs(torch) == middle <= before + 1
-    assert len(compiled._programs) == 1
-
-
-def test_a_batch_of_one_pair_has_a_program_of_its_own(torch, compiled):
-    context = torch.tensor(rows(30))
-    for size in (1, 5, 1, 7):
-        gaps = context[:size] + 1
-        found = solve_margins(gaps, context=context, **MILD, impl="compile").margins
-        expected = solve_margins(gaps, context=context, **MILD, impl="eager").margins
-        torch.testing.assert_close(found, expected)
-    assert len(compiled._programs) == 2
-
-
-def test_inductor_makes_one_kernel_of_a_solve(torch, compiled):
-    run_and_get_code = pytest.importorskip("torch._inductor.utils").run_and_get_code
-    gaps = torch.tensor(rows(50), dtype=torch.float32)
-    with (
-        torch._inductor.config.patch(fx_graph_cache=False),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-    ):
-        _, (code,) = run_and_get_code(lambda: solve_margins(gaps, **MILD, impl="compile"))
-    assert code.count("async_compile.cpp_pybinding(") == 1
+    for size in (9, 300):
+        gaps = torch.tensor(rows(size))
+        found = solve_margins(gaps, **setting, impl="compile")
+        torch.testing.assert_close(found.margins, solve_margins(gaps, **setting).margins)
+    assert len(loads) == (1 if setting is MILD else 3)
 
 
 def test_what_is_kept_from_inference_serves_training(torch, compiled):
-    gaps = torch.tensor(rows(20))
+    gaps = torch.tensor(rows(20), dtype=torch.float32)
 
-    def solve(gamma0):
-        return solve_margins(gaps, gamma0=gamma0, tau=10.0, impl="compile").margins
+    def loss():
+        leaf = gaps.clone().requires_grad_()
+        value, _ = gamma_preference_loss(leaf, gamma0=3.0, tau=10.0, impl="compile")
+        return value, leaf
 
-    solve(4.0)
+    compiled._scalars.cache_clear()
     with torch.inference_mode():
-        expected = solve(3.0)
-    before = graphs(torch)
-    torch.testing.assert_close(solve(3.0), expected, rtol=0, atol=0)
-    assert graphs(torch) == before
+        expected, _ = loss()
+    value, leaf = loss()
+    torch.testing.assert_close(value, expected, rtol=0, atol=0)
+    value.backward()
+    assert leaf.grad.abs().max() > 0
 
 
-def test_threads_share_one_compilation(torch, compiled):
-    gaps = torch.tensor(rows(33))
-    expected = solve_margins(gaps, **MILD, impl="eager").margins
+@pytest.mark.parametrize("setting", [MILD, HARD])
+def test_threads_share_one_compilation_and_call_at_once(torch, loads, setting):
+    pools = [torch.tensor(rows(33 + 100 * i, i), dtype=torch.float32) for i in range(6)]
+    expected = [solve_margins(gaps, **setting, impl="eager").margins for gaps in pools]
     results, start = [None] * 6, threading.Barrier(6)
 
     def solve(i):
         start.wait()
-        results[i] = solve_margins(gaps, **MILD, impl="compile").margins
+        results[i] = [
+            solve_margins(pools[i], **setting, impl="compile").margins for _ in range(100)
+        ]
 
-    before = graphs(torch)
     threads = [threading.Thread(target=solve, args=(i,)) for i in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert graphs(torch) == before + 1
-    for result in results:
-        torch.testing.assert_close(result, expected)
+    assert len(loads) == len(set(loads))
+    for result, margins in zip(results, expected, strict=True):
+        for each in result:
+            torch.testing.assert_close(each, margins)
 
 
 @pytest.mark.parametrize("setting", [MILD, HARD])
@@ -293,7 +310,7 @@ def both(torch, loss, *logps, **settings):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_fused_loss_is_the_loss(torch, triton, device, reduction, dtype):
+def test_a_loss_by_the_kernel_is_the_loss(torch, triton, device, reduction, dtype):
     def some(size, seed):
         return torch.tensor(rows(size, seed), dtype=getattr(torch, dtype), device=device)
 
@@ -318,10 +335,10 @@ def test_fused_loss_is_the_loss(torch, triton, device, reduction, dtype):
             both(torch, gamma_simpo_loss, *logps[:2], beta=2.0, **setting),
             both(torch, gamma_preference_loss, logps[0], **setting),
         ):
-            *aux, residual, multiplier, mask = eager[1]
-            *fused_aux, fused_residual, fused_multiplier, fused_mask = fused[1]
-            rounding = 100 * torch.finfo(residual.dtype).eps * (1 + setting["gamma0"])
-            assert max(abs(residual), abs(fused_residual)) <= rounding
+            *aux, bound, multiplier, mask = eager[1]
+            *fused_aux, fused_bound, fused_multiplier, fused_mask = fused[1]
+            rounding = 100 * torch.finfo(bound.dtype).eps * (1 + setting["gamma0"])
+            assert max(bound, fused_bound) <= rounding
             assert (mask == fused_mask).all()
             # A sum of 9 losses inherits the rounding of 9 margins.
             torch.testing.assert_close(
@@ -332,7 +349,7 @@ def test_fused_loss_is_the_loss(torch, triton, device, reduction, dtype):
             )
 
 
-def test_fused_loss_of_half_precision_and_of_strides(torch, triton, device):
+def test_a_loss_by_the_kernel_takes_half_precision_and_strides(torch, triton, device):
     policy = torch.tensor(rows((6, 2)), device=device)
     reference = torch.tensor(rows((6, 2), 1), device=device).to(torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float32):
@@ -346,7 +363,7 @@ def test_fused_loss_of_half_precision_and_of_strides(torch, triton, device):
             torch.testing.assert_close(gradient, expected, rtol=2e-2, atol=1e-4)
 
 
-def test_fused_loss_takes_the_widest_dtype(torch, triton, device):
+def test_a_loss_by_the_kernel_takes_the_widest_dtype(torch, triton, device):
     logps = [torch.tensor(row, device=device, dtype=torch.float32) for row in rows((3, 6))]
     logps.append(torch.tensor(rows(6, 1), device=device))
     eager, fused = both(torch, gamma_dpo_loss, *logps, beta=0.3, **MILD)
@@ -354,7 +371,7 @@ def test_fused_loss_takes_the_widest_dtype(torch, triton, device):
     torch.testing.assert_close(fused[0], eager[0])
 
 
-def test_a_bad_pair_shows_in_the_fused_loss_and_nowhere_else(torch, triton, device):
+def test_a_bad_pair_shows_in_its_loss_and_nowhere_else(torch, triton, device):
     logps = torch.tensor(rows((2, 6)), device=device)
     logps[0, 2] = float("nan")
     eager, fused = both(torch, gamma_simpo_loss, *logps, beta=1.0, reduction="none", **MILD)
@@ -377,14 +394,15 @@ def test_second_derivatives_hold_the_margins(torch, triton, device, impl, reduct
         losses = preference_loss(gaps, aux.shifts, label_smoothing=0.1) * mask
         return {"mean": losses.sum() / 5, "sum": losses.sum(), "none": losses}[reduction]
 
-    tangents = torch.tensor(rows((4, 6), 1), device=device).unbind()
+    policy = logps[:2]  # references are constants
+    tangents = torch.tensor(rows((2, 6), 1), device=device).unbind()
     found = []
     for value in (loss, plain(*logps)):
-        slopes = torch.autograd.grad(value, logps, torch.ones_like(value), create_graph=True)
+        slopes = torch.autograd.grad(value, policy, torch.ones_like(value), create_graph=True)
         along = sum(
             (slope * tangent).sum() for slope, tangent in zip(slopes, tangents, strict=True)
         )
-        found.append((slopes, torch.autograd.grad(along, logps)))
+        found.append((slopes, torch.autograd.grad(along, policy)))
     assert max(each.abs().max() for each in found[1][1]) > 1e-3
     torch.testing.assert_close(found[0], found[1])
 
@@ -407,45 +425,25 @@ def test_every_output_is_written(torch, triton, device, monkeypatch, setting):
     torch.testing.assert_close(solution.margins, expected[1].margins, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("setting", [MILD, HARD])
-def test_a_large_pool_by_many_programs(torch, triton, device, monkeypatch, setting, dtype):
+def test_a_pool_beyond_the_kernels_limit_is_solved_eagerly(
+    torch, triton, device, monkeypatch, setting
+):
     from gamma_loss.kernels import launch
 
-    size = 2000 if setting is MILD else 1100
-    gaps, context = rows(size).astype(dtype), rows(500, 1).astype(dtype)
-    gaps[3], gaps[4], context[5] = 300.0, np.nan, np.inf
-    mask, context_mask = rows(size, 2) > -2, rows(500, 3) > -2
-    pool = {"context": context, "mask": mask, "context_mask": context_mask}
-    pool = {name: torch.tensor(array, device=device) for name, array in pool.items()}
-    monkeypatch.setattr(launch, "POOL_LIMIT", 1000)
-    gaps = torch.tensor(gaps, device=device)
-    solution = solve_margins(gaps, **pool, **setting, impl="triton")
-    expected = solve_margins(gaps, **pool, **setting, impl="eager")
-    tolerance = 1e-4 if dtype == "float32" else 1e-10
-    torch.testing.assert_close(solution, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
-    nothing = {name: array & False for name, array in pool.items() if name != "context"}
-    empty = solve_margins(gaps, context=pool["context"], **nothing, **setting, impl="triton")
-    assert (empty.margins == setting["gamma0"]).all()
-    assert empty.residual <= 16 * torch.finfo(gaps.dtype).eps
-    # A loss over more than one launch can take goes through the same margins.
-    gaps = gaps.nan_to_num(0.0)
-    _, aux = gamma_preference_loss(gaps, **setting, impl="triton")
-    margins = solve_margins(gaps, **setting, impl="triton").margins
-    torch.testing.assert_close(aux.margins, margins)
+    monkeypatch.setattr(launch, "fits", lambda *_: False)
+    monkeypatch.setattr(launch, "solve", None)
+    gaps = torch.tensor(rows(50), device=device)
+    solution = solve_margins(gaps, **setting, impl="triton")
+    torch.testing.assert_close(solution, solve_margins(gaps, **setting, impl="eager"))
 
 
 def test_operators_are_what_they_say(torch, triton, device):
     check = pytest.importorskip("torch.library").opcheck
     gaps = torch.tensor(rows(5), device=device)
     mask = gaps > -1
-    check(torch.ops.gamma_loss.solve, (gaps, mask, gaps, mask, 4.0, 10.0, True))
-    check(torch.ops.gamma_loss.solve, (gaps, None, None, None, 4.0, 10.0, False))
-    settings = (0.1, 4.0, 10.0, 0.0, True, "mean")
-    check(
-        torch.ops.gamma_loss.differentiable_loss,
-        (gaps, gaps, gaps, gaps, mask, gaps, mask, *settings),
-    )
+    check(torch.ops.gamma_loss.solve, (gaps, mask.to(gaps.dtype), 4.0, 10.0, True))
+    check(torch.ops.gamma_loss.solve, (gaps, None, 4.0, 0.1, False))
 
 
 @pytest.mark.parametrize("impl", ["auto", "eager", "triton"])
@@ -471,29 +469,6 @@ def test_export(torch, triton, device, impl):
     logps = tuple(torch.tensor(row, device=device) for row in rows((4, 9)))
     exported = torch.export.export(Loss(), logps).module()
     torch.testing.assert_close(exported(*logps), Loss()(*logps))
-
-
-def test_a_broken_launch_warns_once_and_eager_answers(
-    torch, triton, device, operators, monkeypatch
-):
-    from gamma_loss.kernels import launch
-
-    def broken(*_):
-        raise RuntimeError("no kernel image is available")
-
-    monkeypatch.setattr(launch, "loss", broken)
-    monkeypatch.setattr(launch, "solve", broken)
-    gaps, reference = torch.tensor(rows((2, 5)), device=device)
-    settings = {"beta": 0.5, "label_smoothing": 0.1, **MILD}
-    expected = gamma_dpo_loss(gaps, reference, reference, gaps, **settings, impl="eager")
-    with pytest.warns(RuntimeWarning, match=r"solves eagerly there: RuntimeError: no kernel image"):
-        result = gamma_dpo_loss(gaps, reference, reference, gaps, **settings, impl="triton")
-    torch.testing.assert_close(result, expected)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        gamma_dpo_loss(gaps, reference, reference, gaps, **settings, impl="triton")
-        solution = solve_margins(gaps, **MILD, impl="triton")
-    torch.testing.assert_close(solution, solve_margins(gaps, **MILD, impl="eager"))
 
 
 def test_a_missing_triton_warns_once_and_eager_answers(torch, operators, monkeypatch):

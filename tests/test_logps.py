@@ -374,6 +374,9 @@ def test_a_label_out_of_range_is_named(label):
     [
         ({"logits": np.zeros((2, 3, 4))}, TypeError, "logits must be a torch.Tensor, got ndarray"),
         ({"labels": [[1]]}, TypeError, "labels must be a torch.Tensor, got list"),
+        ({"ignore_index": None}, TypeError, "ignore_index must be an int, got NoneType"),
+        ({"ignore_index": True}, TypeError, "ignore_index must be an int, got bool"),
+        ({"ignore_index": 1.0}, TypeError, "ignore_index must be an int, got float"),
         ({"mask": [[True]]}, TypeError, "mask must be a torch.Tensor, got list"),
         ({"logits": torch.ones(2, 3, 4, dtype=torch.int64)}, TypeError, "logits must have a float"),
         ({"logits": torch.ones(2, 3)}, ValueError, r"logits must have shape .* got \(2, 3\)"),

@@ -1,19 +1,29 @@
 """The losses: values against the papers' formulas, gradients, reductions, limits."""
 
+import collections
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import gamma0s, pools, taus
+from strategies import HARD, MILD, gamma0s, pools, taus
 
+import gamma_loss
 from gamma_loss import (
+    GapQueue,
     gamma_dpo_loss,
     gamma_preference_loss,
     gamma_simpo_loss,
+    label_smoothing_from_shift,
+    metrics,
     preference_loss,
+    queue_init,
+    queue_push,
+    shift_from_label_smoothing,
     solve_margins,
 )
 
@@ -107,10 +117,10 @@ def test_gradients_are_pair_weights(torch, jax, epsilon, robust, masked):
     loss, aux = gamma_dpo_loss(*tensors, mask=torch.tensor(mask), **options)
     loss.backward()
     step = 0.5 * aux.pair_weights.numpy() / mask.sum()  # d gap / d logp = ± beta
-    for tensor, sign in zip(tensors, (-1, 1, 1, -1), strict=True):
+    for tensor, sign in zip(tensors[:2], (-1, 1), strict=True):
         np.testing.assert_allclose(tensor.grad.numpy(), sign * step, rtol=1e-13)
     assert np.all(step[~mask] == 0)
-    assert not any(field.requires_grad for field in aux)
+    assert tensors[2].grad is tensors[3].grad is None  # references are constants
 
     def jax_loss(*arrays):
         return gamma_dpo_loss(*arrays, mask=jax.numpy.asarray(mask), **options)
@@ -120,8 +130,130 @@ def test_gradients_are_pair_weights(torch, jax, epsilon, robust, masked):
         *arrays
     )
     np.testing.assert_allclose(value, loss.item(), rtol=1e-13)
-    for gradient, sign in zip(gradients, (-1, 1, 1, -1), strict=True):
+    for gradient, sign in zip(gradients, (-1, 1, 0, 0), strict=True):
         np.testing.assert_allclose(gradient, sign * step, rtol=1e-11)
+
+
+@pytest.mark.parametrize("setting", [MILD, HARD], ids=["mild", "hard"])
+def test_only_the_loss_has_a_gradient(torch, jax, setting):
+    rows, others = logps(), np.array([1.0, -2.0])
+    for impl in ("auto", "eager"):
+        leaves = [torch.tensor(row, requires_grad=True) for row in [*rows, others]]
+        loss, aux = gamma_dpo_loss(
+            *leaves[:4], beta=0.5, **setting, context=leaves[4], impl=impl, reduction="none"
+        )
+        assert not any(field.requires_grad for field in aux)
+        loss.sum().backward()
+        assert all(leaf.grad is None for leaf in leaves[2:])
+
+    def of(index):
+        def value(*arrays):
+            loss, aux = gamma_dpo_loss(*arrays[:4], beta=0.5, **setting, context=arrays[4])
+            fields = [field.astype(float).sum() for field in aux]
+            return [loss, *fields][index]
+
+        return value
+
+    arrays = [jax.numpy.asarray(row) for row in [*rows, others]]
+    for index in range(10):
+        gradients = jax.grad(of(index), argnums=range(5))(*arrays)
+        has_one = [bool(gradient.any()) for gradient in gradients]
+        assert has_one == ([True, True, False, False, False] if index == 0 else [False] * 5)
+
+
+def test_references_of_inference_mode(torch):
+    rows = [torch.tensor(row) for row in logps()]
+    rows[0].requires_grad_()
+    with torch.inference_mode():
+        references = [row.clone() for row in rows[2:]]
+        context = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    for setting in (MILD, HARD):
+        settings = {"beta": 0.5, **setting}
+        found, expected = (
+            torch.autograd.grad(gamma_dpo_loss(*args, **settings, context=others)[0], rows[0])
+            for args, others in (
+                ([*rows[:2], *references], context),
+                (rows, torch.tensor([1.0, 2.0], dtype=torch.float64)),
+            )
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["dpo", "simpo", "gaps"])
+@pytest.mark.parametrize("name", ["numpy", "auto", "eager"])
+def test_no_output_shares_memory_with_another_array(torch, name, method):
+    def array(values):
+        return np.array(values) if name == "numpy" else torch.tensor(values)
+
+    def plain(values):
+        return values if name == "numpy" else values.detach().numpy()
+
+    options = {**MILD, **({} if name == "numpy" else {"impl": name})}
+    if method != "gaps":
+        options["beta"] = 1.0
+    count = {"dpo": 4, "simpo": 2, "gaps": 1}[method]
+    loss_of = {"dpo": gamma_dpo_loss, "simpo": gamma_simpo_loss, "gaps": gamma_preference_loss}
+    for masked in (False, True):
+        rows = [array(row) for row in logps()[:count]]
+        if name != "numpy":
+            rows[0].requires_grad_()
+        mask = array(np.arange(7) != 2) if masked else None
+        weights = array(np.ones(7)) if masked else None
+        loss, aux = loss_of[method](*rows, mask=mask, weights=weights, reduction="none", **options)
+        inputs = [plain(each) for each in (*rows, mask, weights) if each is not None]
+        outputs = [plain(each) for each in (loss, *aux)]
+        for i, output in enumerate(outputs):
+            assert not any(np.shares_memory(output, other) for other in inputs)
+            assert not any(np.shares_memory(output, other) for other in outputs[:i])
+        if name != "numpy":  # nor does autograd keep what a caller may overwrite
+            expected = -aux.pair_weights.clone()
+            for field in aux:
+                field.zero_()
+            (gradient,) = torch.autograd.grad(loss.sum(), rows[0])
+            torch.testing.assert_close(gradient, expected, rtol=1e-14, atol=0)
+
+
+def test_good_input_makes_no_nan_in_jax(jax):
+    """Which jax_debug_nans would raise for, outside of jit."""
+    rows = [jax.numpy.asarray(row) for row in logps()]
+    mask, weights = jax.numpy.arange(7) != 2, jax.numpy.ones(7)
+    jax.config.update("jax_debug_nans", True)
+    try:
+        for setting in (MILD, HARD):
+            for given in (None, mask, jax.numpy.zeros(7, bool)):
+                loss, aux = gamma_dpo_loss(
+                    *rows, beta=0.5, **setting, mask=given, weights=weights, context=rows[0]
+                )
+                jax.grad(lambda x, s=setting: gamma_preference_loss(x, **s)[0])(rows[0])
+                metrics(aux)
+        for kind in ("robust", "conservative"):
+            for match in ("value", "slope"):
+                epsilon = label_smoothing_from_shift(rows[0], rows[1], kind=kind, match=match)
+                shift_from_label_smoothing(rows[0], 0.01, kind=kind, match=match)
+                assert epsilon.shape == (7,)
+        queue_push(queue_init(rows[0], 3), rows[0])
+        assert np.isfinite(loss)
+    finally:
+        jax.config.update("jax_debug_nans", False)
+
+
+def test_an_eager_loss_takes_few_calls(torch):
+    rows = [torch.tensor(row) for row in logps(256)]
+    rows = [row.float().requires_grad_(i < 2) for i, row in enumerate(rows)]
+    package, calls = str(Path(gamma_loss.__file__).parent), collections.Counter()
+
+    def count(frame, event, _):
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(package):
+            calls[f"{Path(code.co_filename).name}:{code.co_name}"] += 1
+
+    for watch in (None, None, count):
+        sys.setprofile(watch)
+        try:
+            gamma_dpo_loss(*rows, beta=0.1, **MILD)[0].backward()
+        finally:
+            sys.setprofile(None)
+    assert 0 < sum(calls.values()) <= 90, calls.most_common()
 
 
 @pytest.mark.parametrize(("epsilon", "robust"), SMOOTHING)
@@ -203,7 +335,7 @@ def test_every_pair_masked_gives_zero_loss_and_gradient(torch):
     loss, aux = gamma_dpo_loss(*rows, **SETTING, mask=torch.zeros(3, dtype=torch.bool))
     loss.backward()
     assert loss.item() == 0
-    assert all(torch.equal(row.grad, torch.zeros(3, dtype=row.dtype)) for row in rows)
+    assert all(torch.equal(row.grad, torch.zeros(3, dtype=row.dtype)) for row in rows[:2])
     assert aux.margins.tolist() == [2.0, 2.0, 2.0]
     assert all(bool(torch.isfinite(field).all()) for field in aux)
 
@@ -226,16 +358,21 @@ def test_a_pair_that_is_not_finite_spoils_only_itself(torch, bad):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_masked_pair_that_is_not_finite_leaves_no_trace(torch, bad):
+def test_a_masked_pair_that_is_not_finite_leaves_no_trace(torch, jax, bad):
     rows = [torch.tensor(row) for row in logps(4)]
     rows[0][1] = bad
     rows = [row.requires_grad_() for row in rows]
     loss, aux = gamma_dpo_loss(*rows, **SETTING, mask=torch.tensor([True, False, True, True]))
     loss.backward()
     assert math.isfinite(loss.item())
-    assert all(bool(torch.isfinite(row.grad).all()) for row in rows)
+    assert all(bool(torch.isfinite(row.grad).all()) for row in rows[:2])
     assert aux.pair_weights[1] == 0
     assert aux.margins[1] == 2.0
+    gaps, mask = jax.numpy.asarray([1.0, bad, -1.0]), jax.numpy.asarray([True, False, True])
+    for setting in (MILD, HARD):
+        slopes = jax.grad(lambda g, s=setting: gamma_preference_loss(g, mask=mask, **s)[0])(gaps)
+        assert np.isfinite(slopes).all()
+        assert slopes[1] == 0
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -246,3 +383,85 @@ def test_half_precision_is_upcast_before_the_first_subtraction(torch, dtype):
     loss, aux = gamma_simpo_loss(chosen, rejected, beta=0.1001, gamma0=1.0, tau=1.0)
     assert loss.dtype == aux.margins.dtype == torch.float32
     torch.testing.assert_close(aux.reward_gaps, torch.tensor([0.2002]), rtol=1e-4, atol=0)
+
+
+# -- weights
+
+
+@pytest.mark.parametrize("setting", [MILD, HARD], ids=["mild", "hard"])
+def test_whole_weights_are_repeated_pairs(library, setting):
+    gaps, counts = np.array([1.0, -2.0, 0.5, 9.0, 3.0]), np.array([2, 1, 0, 3, 1])
+    mask, whole = np.array([True] * 4 + [False]), np.repeat([1.0, -2.0, 9.0], [2, 1, 3])
+    options = {"label_smoothing": 0.1, "centered": True, **setting}
+
+    def losses(reduction, factor=1.0):
+        return gamma_preference_loss(
+            library.array(gaps),
+            weights=library.array(factor * counts),
+            mask=library.array(mask, "bool"),
+            reduction=reduction,
+            **options,
+        )
+
+    mean, _ = gamma_preference_loss(whole, **options)
+    single, aux = gamma_preference_loss(whole, reduction="none", **options)
+    kept = counts * mask
+    assert float(losses("mean")[0]) == pytest.approx(float(mean), rel=1e-13)
+    assert float(losses("mean", 1 / 3)[0]) == pytest.approx(float(mean), rel=1e-13)
+    assert float(losses("sum")[0]) == pytest.approx(float(single.sum()), rel=1e-13)
+    assert float(losses("sum", 1 / 3)[0]) == pytest.approx(float(single.sum()) / 3, rel=1e-13)
+    found, of_weights = losses("none")
+    for name, ours, theirs in (
+        ("loss", found, single),
+        ("pair_weights", of_weights.pair_weights, aux.pair_weights),
+    ):
+        first = np.array([0, 2, 3])
+        ours = library.numpy(ours)
+        np.testing.assert_allclose(ours[[0, 1, 3]], kept[[0, 1, 3]] * theirs[first], 1e-12, 0, name)
+        assert ours[2] == ours[4] == 0
+    assert library.numpy(of_weights.mask).tolist() == [True, True, False, True, False]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradients_are_of_the_weighted_loss(torch, jax, reduction):
+    gaps, weights = np.array([1.0, -2.0, np.nan, 9.0]), np.array([2.0, 0.5, 0.0, 1.5])
+    leaf = torch.tensor(gaps, requires_grad=True)
+    options = {"reduction": reduction, **MILD}
+    loss, aux = gamma_preference_loss(leaf, weights=torch.tensor(weights), **options)
+    loss.sum().backward()
+    expected = -aux.pair_weights / (4 if reduction == "mean" else 1)
+    torch.testing.assert_close(leaf.grad, expected, rtol=1e-14, atol=0)
+    assert leaf.grad[2] == 0
+
+    def value(gaps):
+        return gamma_preference_loss(gaps, weights=jax.numpy.asarray(weights), **options)[0].sum()
+
+    np.testing.assert_allclose(jax.grad(value)(jax.numpy.asarray(gaps)), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
+def test_a_weight_that_is_no_weight(library, bad):
+    gaps, weights = library.array([1.0, -2.0, 0.5]), library.array([1.0, bad, 2.0])
+    if library.name != "jax":  # where the values are free to read
+        with pytest.raises(
+            ValueError, match=r"weights must be finite and >= 0, got .* the weight 0"
+        ):
+            gamma_preference_loss(gaps, weights=weights, **MILD)
+        with pytest.raises(ValueError, match="weights must be finite and >= 0"):
+            solve_margins(gaps, weights=weights, **MILD)
+        return
+    losses, _ = gamma_preference_loss(gaps, weights=weights, reduction="none", **MILD)
+    assert np.isnan(losses).tolist() == [False, True, False]
+    assert np.isnan(gamma_preference_loss(gaps, weights=weights, **MILD)[0])
+
+
+def test_modules_take_weights_and_queues_hold_gaps_of_weight_1(torch):
+    gaps, weights = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([2.0, 0.0, 1.0])
+    module = gamma_loss.GammaPreferenceLoss(queue_size=4, **MILD)
+    first, _ = module(gaps, weights=weights)
+    torch.testing.assert_close(first, gamma_preference_loss(gaps, weights=weights, **MILD)[0])
+    queue = GapQueue(4)
+    queue.push(gaps, torch.tensor([True, False, True]))
+    again, _ = module(gaps, weights=weights)
+    expected, _ = gamma_preference_loss(gaps, weights=weights, context=queue.context(), **MILD)
+    torch.testing.assert_close(again, expected)

@@ -9,9 +9,9 @@ import oracles
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import CORNERS, gamma0s, pools, taus
+from strategies import CORNERS, HARD, MILD, gamma0s, pools, taus
 
-from gamma_loss import PUBLISHED_SETTINGS, _mild, _solver, solve_margins
+from gamma_loss import PUBLISHED_SETTINGS, GapQueue, _solver, solve_margins
 
 # What benchmarks.worst_case has found.
 WORST = Path(__file__).parents[1] / "benchmarks" / "results" / "worst_case_cpu.jsonl"
@@ -27,13 +27,13 @@ def test_float64_accuracy_and_certificate_over_the_domain(solver):
     @solver.settings(200)
     @given(pools(), gamma0s, taus)
     def check(gaps, gamma0, tau):
-        margins, multiplier, residual = solver(gaps, gamma0=gamma0, tau=tau)
+        margins, multiplier, bound = solver(gaps, gamma0=gamma0, tau=tau)
         assert margins.dtype == np.float64
         expected, nu = oracles.margins(gaps, gamma0, tau)
         assert oracles.error(margins, expected, nu, gaps, gamma0, tau) <= 1
-        assert np.mean(np.abs(margins - expected)) / gamma0 <= 2 * np.expm1(residual)
+        assert np.mean(np.abs(margins - expected)) / gamma0 <= bound
         # The rounding of u, some 10 epsilons for each unit of it, and u is at most log N.
-        assert residual <= 32 * np.finfo(np.float64).eps * (2 + np.log(gaps.size))
+        assert bound <= 64 * np.finfo(np.float64).eps * (2 + np.log(gaps.size))
         assert abs(multiplier - nu) <= 1e-13 * (1 + gamma0 / tau)
 
     check()
@@ -46,7 +46,9 @@ def test_float32_accuracy_over_the_domain(solver):
         gaps = gaps.astype(np.float32)
         solution = solver(gaps, gamma0=gamma0, tau=tau)
         assert solution.margins.dtype == np.float32
-        assert error(solution.margins, gaps, gamma0, tau) <= 1
+        expected, nu = oracles.margins(gaps, gamma0, tau)
+        assert oracles.error(solution.margins, expected, nu, gaps, gamma0, tau) <= 1
+        assert np.mean(np.abs(solution.margins - expected)) / gamma0 <= solution.error_bound
 
     check()
 
@@ -65,9 +67,9 @@ def test_float32_accuracy_in_the_published_settings(solver, name):
 
 
 def test_the_worst_pools_that_were_found(solver):
-    """NumPy and eager torch take those of every implementation, others their own: they compile."""
+    """NumPy and torch take those of every implementation, others their own: they compile."""
     for pool in map(json.loads, WORST.read_text("utf-8").splitlines()):
-        if solver.name not in ("numpy", "eager", pool["solver"]):
+        if solver.name not in ("numpy", "torch", pool["solver"]):
             continue
         gaps = np.repeat(np.asarray(pool["values"], pool["dtype"]), pool["counts"])
         solution = solver(gaps, gamma0=pool["gamma0"], tau=pool["tau"])
@@ -75,7 +77,7 @@ def test_the_worst_pools_that_were_found(solver):
         exact, nu = oracles.margins(*problem)
         assert oracles.error(solution.margins, exact, nu, *problem) <= 1, pool
         mean = np.mean(np.abs(solution.margins - exact)) / pool["gamma0"]
-        assert mean <= 2 * np.expm1(float(solution.residual)), pool
+        assert mean <= solution.error_bound, pool
 
 
 def test_a_pool_for_which_four_passes_were_too_few(solver):
@@ -110,7 +112,7 @@ def test_a_million_gaps(gamma0, tau):
     gaps = np.repeat(distinct, 20_000)
     solution = solve_margins(gaps, gamma0=gamma0, tau=tau)
     assert error(solution.margins, gaps, gamma0, tau) <= 1
-    assert solution.residual <= 1e-9
+    assert solution.error_bound <= 1e-9
 
 
 @pytest.mark.parametrize("case", PUBLISHED["cases"], ids=lambda case: case["name"])
@@ -185,7 +187,7 @@ def test_large_tau_gives_gamma0(solver):
 def test_gamma0_of_zero_gives_no_margins(library):
     solution = solve_margins(library.array([-1.0, 2.0]), gamma0=0.0, tau=1.0)
     assert library.numpy(solution.margins).tolist() == [0.0, 0.0]
-    assert float(solution.multiplier) == float(solution.residual) == 0.0
+    assert float(solution.multiplier) == float(solution.error_bound) == 0.0
 
 
 @given(pools(min_size=2, max_size=12), st.floats(0.01, 30), st.floats(0.05, 50), st.integers(0, 99))
@@ -199,31 +201,6 @@ def test_no_other_margins_have_a_lower_objective(gaps, gamma0, tau, seed):
         # F is about |g| + γ in size, which sets its rounding error.
         slack = 1e-15 * (1 + np.abs(gaps).max() + gamma0 * gaps.size + tau)
         assert oracles.objective(other, gaps, gamma0, tau) >= lowest - slack
-
-
-@given(pools(max_size=12), st.floats(0.01, 30), st.floats(0.05, 50), st.integers(0, 99))
-def test_range_of_v_bounds_the_error_of_any_candidate(gaps, gamma0, tau, seed):
-    # The theorem behind a mild setting's `residual`, for candidates far from solutions.
-    exact = oracles.margins(gaps, gamma0, tau)[0] / gamma0
-    x = exact * np.exp(np.random.default_rng(seed).normal(size=gaps.size))
-    x = x * gaps.size / x.sum()
-    v = np.log(x) + gamma0 / tau * oracles.sigmoid(gamma0 * x - gaps)
-    residual = (v.max() - v.min()) / 2
-    assert np.mean(np.abs(x - exact)) <= 2 * np.expm1(residual) + 1e-15
-
-
-def test_residual_tells_of_an_unfinished_solve():
-    gaps = np.array([-3.0, 0.0, 4.0])
-    margins, _, residual = _mild.newton(gaps, None, np.array(4.0), np.array(0.4), passes=1)
-    x, exact = margins / 4, oracles.margins(gaps, 4.0, 10.0)[0] / 4
-    v = np.log(x) + 0.4 * oracles.sigmoid(4 * x - gaps)
-    assert residual == pytest.approx(float(v.max() - v.min()) / 2, rel=1e-9)
-    assert 1e-6 < np.mean(np.abs(x - exact)) <= 2 * np.expm1(residual)
-
-    state = _solver.begin(gaps, None, np.array(4.0), np.array(40.0))
-    margins, _, residual = _solver.finish(_solver.advance(state))
-    exact = oracles.margins(gaps, 4.0, 0.1)[0] / 4
-    assert 1e-6 < np.mean(np.abs(margins / 4 - exact)) <= 2 * np.expm1(residual)
 
 
 def test_context_joins_the_pool(solver):
@@ -269,32 +246,169 @@ def test_masked_entries_are_as_if_absent(solver):
     check()
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize(("gamma0", "tau"), [(4.0, 10.0), (4.0, 0.1)])
-def test_a_gap_that_is_not_finite_touches_no_other_margin(library, bad, gamma0, tau):
-    clean = [-2.0, 0.5, 3.0]
-    expected = solve_margins(
-        library.array(clean), gamma0=gamma0, tau=tau, context=library.array([1.0, -1.0])
-    )
-    dirty = solve_margins(
-        library.array([*clean, bad]),
-        gamma0=gamma0,
-        tau=tau,
-        context=library.array([1.0, bad, -1.0]),
-    )
-    margins = library.numpy(dirty.margins)
-    np.testing.assert_allclose(margins[:3], library.numpy(expected.margins), rtol=1e-13)
-    assert math.isnan(margins[3])
+@pytest.mark.parametrize("setting", [MILD, HARD], ids=["mild", "hard"])
+def test_gaps_that_are_not_finite_and_empty_pools(solver, setting):
+    gaps, context = np.array([-2.0, 0.5, np.nan, 3.0, -np.inf]), np.array([1.0, np.inf, -1.0])
+    expected = solve_margins(gaps[[0, 1, 3]], context=context[[0, 2]], **setting)
+    solution = solver(gaps, context=context, **setting)
+    np.testing.assert_allclose(solution.margins[[0, 1, 3]], expected.margins, rtol=1e-13)
+    assert np.isnan(solution.margins[[2, 4]]).all()
+    none = np.zeros(5, dtype=bool)
+    empty = solver(gaps, context=context, mask=none, context_mask=none[:3], **setting)
+    assert (empty.margins == setting["gamma0"]).all()
+    assert np.isfinite(empty.multiplier)
+    assert 0 <= empty.error_bound <= 1e-12
 
 
-@pytest.mark.parametrize(("gamma0", "tau"), [(4.0, 10.0), (4.0, 0.1)])
-def test_an_empty_pool_gives_gamma0(library, gamma0, tau):
-    gaps = library.array([1.0, math.nan])
-    mask = library.array([False, False], "bool")
-    solution = solve_margins(gaps, gamma0=gamma0, tau=tau, mask=mask)
-    assert library.numpy(solution.margins).tolist() == [gamma0, gamma0]
-    assert math.isfinite(float(solution.multiplier))
-    assert abs(float(solution.residual)) < 1e-12
+HUGE = [
+    ("float32", [1e38, 0.0, 1.0, -2.0], {"gamma0": 0.05, "tau": 0.001}),
+    ("float32", [3e38, -3e38, 3e38, 1.0, -2.0], HARD),
+    ("float64", [1e300, 0.0, 1.0, -2.0], {"gamma0": 0.05, "tau": 0.001}),
+    ("float64", [1.7e308, -1.7e308, 1.7e308, 1.0, -2.0], HARD),
+    ("float64", [1.7e308, -1.7e308, 1.0, -2.0], MILD),
+]
+
+
+@pytest.mark.parametrize(("dtype", "gaps", "setting"), HUGE)
+def test_huge_gaps_are_as_those_where_nothing_changes_any_more(solver, dtype, gaps, setting):
+    margins = solver(np.array(gaps, dtype), **setting).margins
+    clipped = np.clip(gaps, -1e4, 1e4)
+    assert error(margins, clipped, setting["gamma0"], setting["tau"]) <= 1
+
+
+AT_SIZE = [  # few distinct gaps, many times over: what sums in float32 get wrong
+    ([54.4243, 9991.3], [65_530, 6], 51.3952, 1.42196),
+    ([1.7, 9.0], [60_000, 5_536], 3.0, 3.0),
+    ([0.3], [65_536], 4.0, 10.0),
+    ([0.3], [65_536], 4.0, 0.1),
+    ([1.0, -3.0, 9991.3], [40_000, 25_000, 6], 3.0, 0.5),
+]
+
+
+@pytest.mark.parametrize("solver", ["numpy", "torch", "compile", "jax"], indirect=True)
+@pytest.mark.parametrize(("values", "counts", "gamma0", "tau"), AT_SIZE)
+def test_float32_and_its_error_bound_at_size(solver, values, counts, gamma0, tau):
+    gaps = np.repeat(np.asarray(values, dtype=np.float32), counts)
+    solution = solver(gaps, gamma0=gamma0, tau=tau)
+    exact, nu = oracles.margins(gaps, gamma0, tau)
+    assert oracles.error(solution.margins, exact, nu, gaps, gamma0, tau) <= 1
+    assert np.mean(np.abs(solution.margins - exact)) / gamma0 <= solution.error_bound
+
+
+# -- weights
+
+
+def test_whole_weights_are_repeated_pairs(solver):
+    @solver.settings(50)
+    @given(pools(min_size=2, max_size=12), gamma0s, taus, st.integers(0, 2**32 - 1))
+    @example(np.array([1.0, -2.0, 0.5, 9.0]), 4.0, 10.0, 0)
+    @example(np.array([1.0, -2.0, 0.5, 9.0]), 4.0, 0.1, 0)
+    def check(gaps, gamma0, tau, seed):
+        counts = np.random.default_rng(seed).integers(0, 4, gaps.size)
+        counts[0] = 1
+        settings = {"gamma0": gamma0, "tau": tau}
+        weighted = solver(gaps, weights=counts.astype(float), **settings)
+        whole = np.repeat(gaps, counts)
+        exact, nu = oracles.margins(whole, gamma0, tau)
+        margins = np.repeat(weighted.margins, counts)
+        assert oracles.error(margins, exact, nu, whole, gamma0, tau) <= 1
+        assert np.mean(np.abs(margins - exact)) / gamma0 <= weighted.error_bound
+        assert np.all(weighted.margins[counts == 0] == gamma0)
+        # A common factor changes nothing but rounding.
+        for factor in (1e-30, 1 / 3, 1e30):
+            scaled = np.repeat(solver(gaps, weights=factor * counts, **settings).margins, counts)
+            assert oracles.error(scaled, exact, nu, whole, gamma0, tau) <= 1
+
+    check()
+
+
+def test_weights_far_apart(solver):
+    """The lightest pair's x may be as large as Σw / w."""
+    gaps, counts = np.array([1e4, 0.0, 0.5]), np.array([1, 100_000, 3])
+    whole = np.repeat(gaps, counts)
+    for gamma0, tau in ((1.0, 2.5e-3), (4.0, 0.1), (4.0, 10.0)):
+        margins = solver(gaps, weights=counts / 7, gamma0=gamma0, tau=tau).margins
+        assert error(np.repeat(margins, counts), whole, gamma0, tau) <= 1
+
+
+def test_weights_join_masks_and_contexts(solver):
+    gaps, context = np.array([1.0, np.nan, -2.0, 0.5]), np.array([3.0, -1.0])
+    mask, weights = np.array([True, True, False, True]), np.array([2.0, 1.0, 5.0, 1.0])
+    for setting in (MILD, HARD):
+        margins = solver(gaps, mask=mask, weights=weights, context=context, **setting).margins
+        whole = np.array([1.0, 1.0, 0.5, *context])
+        expected = oracles.margins(whole, *setting.values())[0][1:3]
+        np.testing.assert_allclose(margins[[0, 3]], expected.astype(float), rtol=1e-13)
+        assert np.isnan(margins[1])
+        assert margins[2] == setting["gamma0"]
+
+
+# -- entries that take no part
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """How many pairs each step of the solver has."""
+    sizes, step = [], _solver.newton_step
+
+    def counted(xp, pairs, *rest):
+        sizes.append(pairs.gaps.shape[0])
+        return step(xp, pairs, *rest)
+
+    monkeypatch.setattr(_solver, "newton_step", counted)
+    return sizes
+
+
+@pytest.mark.parametrize("solver", ["numpy", "auto", "torch", "jax"], indirect=True)
+def test_entries_that_take_no_part_cost_no_step(solver, steps, monkeypatch):
+    if solver.name == "jax":  # to run the loop in Python, without the program that is kept
+        jax = pytest.importorskip("jax")
+        monkeypatch.setattr(jax, "jit", lambda function, **_: function)
+        monkeypatch.setattr(jax.lax, "while_loop", while_loop)
+
+    def count(gaps, **arrays):
+        steps.clear()
+        solver(np.array(gaps), gamma0=1.0, tau=0.001, **arrays)
+        return len(steps)
+
+    few, queue = count([-60.0, -61.0]), GapQueue(2048).context()
+    assert 1 <= few <= 40
+    assert count([-60.0, -61.0, np.nan]) <= few
+    assert count([-60.0, -61.0, np.inf]) <= few
+    assert count([-60.0, -61.0, 50.0], mask=np.array([True, True, False])) <= few
+    assert count([-60.0, -61.0, 50.0], weights=np.array([1.0, 1.0, 0.0])) <= few
+    eight = -60 + np.linspace(-1, 1, 8)
+    few = count(eight)
+    assert count(eight, context=np.asarray(queue.gaps, float), context_mask=queue.mask) <= few
+
+
+def while_loop(cond, body, state):
+    while cond(state):
+        state = body(state)
+    return state
+
+
+@pytest.mark.parametrize("setting", [MILD, HARD, {"gamma0": 1.0, "tau": 0.001}])
+def test_a_device_is_read_every_few_steps(torch, steps, monkeypatch, setting):
+    """And not once all steps are taken: a tensor on the CPU that says it is on such a device."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from gamma_loss import _backend
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, operator, types, arguments=(), more=None):
+            self.count += operator is torch.ops.aten._local_scalar_dense.default
+            return operator(*arguments, **(more or {}))
+
+    gaps = torch.tensor(np.random.default_rng(0).normal(size=64) * 5)
+    monkeypatch.setattr(_backend, "_torch_kind", lambda *_: _backend._TorchDevice)
+    with Reads() as reads:
+        margins = solve_margins(gaps, **setting).margins.numpy()
+    assert error(margins, gaps.numpy(), *setting.values()) <= 1
+    assert len(steps) <= 60
+    assert reads.count <= 20 + len(steps)
 
 
 @pytest.mark.parametrize(("gamma0", "tau"), [(4.0, 10.0), (3.0, 3.0), (4.0, 0.1), (100.0, 1e-3)])

@@ -1,6 +1,7 @@
 """The logistic loss that γ-PO amounts to, and settings for a wanted one."""
 
 import math
+import sys
 from statistics import NormalDist
 
 import numpy as np
@@ -68,6 +69,65 @@ def test_agrees_with_another_fit(gamma0, tau, centered):
     assert match.unexplained <= 2 * fit.cost / len(GAPS) / target.var() * (1 + 1e-9)
 
 
+NEARLY_LINEAR = normal_gaps(0.0, 0.1), 2.0, 0.5  # a fit of log c, d and b stops at b = 0.43
+EXPONENTIAL = 100 + 0.05 * np.random.default_rng(0).normal(size=512), 100.0, 10.0
+
+
+@pytest.mark.parametrize(
+    ("problem", "factor"), [(NEARLY_LINEAR, 0.2504), (EXPONENTIAL, 0.00199)], ids=["linear", "exp"]
+)
+def test_weights_that_hardly_determine_the_three_numbers(problem, factor):
+    """By another method: a scan of d, with c solved for and b by a search in one variable."""
+    gaps, gamma0, tau = problem
+    target = weights(gaps, gamma0, tau, False)
+    z = (gaps - gaps.mean()) / gaps.std()
+
+    def left(d, log_b):
+        shape = oracles.sigmoid(d - np.exp(log_b) * z).astype(float)
+        shape /= shape.max()
+        return np.sum((shape @ target / (shape @ shape) * shape - target) ** 2)
+
+    def best(d):
+        bounds = (-12.0, 1.0)
+        found = optimize.minimize_scalar(
+            lambda log_b: left(d, log_b), bounds=bounds, method="bounded", options={"xatol": 1e-12}
+        )
+        return found.fun, np.exp(found.x) / gaps.std()
+
+    cost, b = min(map(best, np.arange(-22.0, 8.0, 0.25)))
+    match = match_logistic(gaps, gamma0=gamma0, tau=tau)
+    assert match.unexplained <= cost / len(gaps) / target.var() * (1 + 1e-6)
+    assert match.beta_factor == pytest.approx(b, rel=0.1)
+    assert match.beta_factor == pytest.approx(factor, rel=1e-3)
+
+
+def test_settings_for_a_beta_factor_where_the_fit_is_hard():
+    settings = choose_settings(NEARLY_LINEAR[0], gamma0=2.0, beta_factor=0.3)
+    assert settings["tau"] == pytest.approx(0.56, rel=0.05)
+
+
+def test_settings_for_margins_need_no_scipy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    assert choose_settings(GAPS, gamma0=2.0, margin_std=0.3)["tau"] > 0
+    with pytest.raises(ImportError, match=r"need SciPy: pip install \"gamma-loss\[matching\]\""):
+        match_logistic(GAPS, gamma0=2.0, tau=1.0)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "options", "message"),
+    [
+        (GAPS - 30, {"margin_std": 0.4, "gamma0": 4.0},
+         r"\(mean -29, standard deviation 2.88\) are far below gamma0; lower gamma0: gamma0 = 2"),
+        (GAPS + 30, {"margin_std": 1.5, "gamma0": 0.5},
+         r"\(mean 31, standard deviation 2.88\) are far above gamma0; raise gamma0: gamma0 = 1"),
+        (np.ones(3), {"margin_std": 0.4, "gamma0": 4.0}, "are all equal, and so are their margins"),
+    ],
+)  # fmt: skip
+def test_the_reason_is_said_where_no_tau_does(gaps, options, message):
+    with pytest.raises(ValueError, match=message):
+        choose_settings(gaps, **options)
+
+
 @pytest.mark.parametrize("centered", [False, True])
 def test_a_weak_setting_is_the_logistic_loss_itself(centered):
     match = match_logistic(GAPS, gamma0=2.0, tau=4e6, centered=centered)  # κ = 1e-6
@@ -123,9 +183,9 @@ def test_every_library(library):
     found = match_logistic(library.array(gaps), gamma0=3.0, tau=3.0)
     assert found == pytest.approx(expected, rel=1e-9)
     assert {type(value) for value in found} == {float}
-    chosen = choose_settings(library.array(gaps, "float32"), gamma0=2.0, spread=0.3)
+    chosen = choose_settings(library.array(gaps, "float32"), gamma0=2.0, margin_std=0.3)
     assert chosen["tau"] == pytest.approx(
-        choose_settings(GAPS, gamma0=2.0, spread=0.3)["tau"], rel=1e-5
+        choose_settings(GAPS, gamma0=2.0, margin_std=0.3)["tau"], rel=1e-5
     )
 
 
@@ -137,12 +197,12 @@ def test_gaps_that_carry_a_gradient(torch):
 # --- settings for a wanted effect ---
 
 
-@pytest.mark.parametrize("spread", [0.01, 0.25, 1.0])
-def test_chosen_spread(spread):
-    settings = choose_settings(GAPS, gamma0=2.0, spread=spread)
+@pytest.mark.parametrize("margin_std", [0.01, 0.25, 1.0])
+def test_chosen_margin_std(margin_std):
+    settings = choose_settings(GAPS, gamma0=2.0, margin_std=margin_std)
     assert settings["gamma0"] == 2.0
     margins = oracles.margins(GAPS, settings["gamma0"], settings["tau"])[0]
-    assert float(margins.std()) == pytest.approx(spread, rel=1e-8)
+    assert float(margins.std()) == pytest.approx(margin_std, rel=1e-8)
 
 
 @pytest.mark.parametrize(("factor", "centered"), [(0.95, False), (0.5, False), (0.9, True)])
@@ -155,23 +215,24 @@ def test_chosen_beta_factor(factor, centered):
 
 
 def test_gamma0_is_the_median_gap_unless_given():
-    settings = choose_settings(GAPS, spread=0.2)
+    settings = choose_settings(GAPS, margin_std=0.2)
     assert settings["gamma0"] == np.median(GAPS)
     assert solve_margins(GAPS, **settings).margins.std() == pytest.approx(0.2)
     with pytest.raises(ValueError, match="gamma0 must be given"):
-        choose_settings(-np.abs(GAPS), spread=0.2)
+        choose_settings(-np.abs(GAPS), margin_std=0.2)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({}, "one of the two"),
-        ({"spread": 0.1, "beta_factor": 0.9}, "one of the two"),
-        ({"spread": 50.0}, r"spread can be at most \d"),
-        ({"beta_factor": 0.1, "gamma0": 1.0}, r"beta_factor can be at least 0\.\d"),
+        ({"margin_std": 0.1, "beta_factor": 0.9}, "one of the two"),
+        ({"margin_std": 50.0}, r"it is at most 1\..*choose a margin_std below 2\.88"),
+        ({"margin_std": 1.5, "gamma0": 0.5}, r"at most 1\b.*; raise gamma0: gamma0 = 1 gives"),
+        ({"beta_factor": 0.1, "gamma0": 1.0}, r"at least 0\.53.*; raise gamma0: gamma0 = 2 gives"),
         ({"beta_factor": 1.0}, "beta_factor must be"),
-        ({"spread": 0.0}, "spread must be"),
-        ({"spread": 0.1, "gamma0": -1.0}, "gamma0 must be"),
+        ({"margin_std": 0.0}, "margin_std must be"),
+        ({"margin_std": 0.1, "gamma0": -1.0}, "gamma0 must be"),
     ],
 )
 def test_what_cannot_be_had_is_said(options, message):
@@ -193,4 +254,4 @@ def test_bad_gaps(gaps, error):
     with pytest.raises(error, match="reward_gaps"):
         match_logistic(gaps, gamma0=1.0, tau=1.0)
     with pytest.raises(error, match="reward_gaps"):
-        choose_settings(gaps, spread=0.1)
+        choose_settings(gaps, margin_std=0.1)

@@ -67,7 +67,7 @@ def test_sharded_equals_whole(found, kind, way):
     np.testing.assert_allclose(found[f"{name}/multiplier"], aux.multiplier, **CLOSE)
     gradient = -aux.pair_weights / max(mask.sum(), 1)
     np.testing.assert_allclose(found[f"{name}/gradient"], gradient, **CLOSE)
-    assert found[f"{name}/residual"] <= 1e-10
+    assert found[f"{name}/error_bound"] <= 1e-10
 
 
 def test_gradient_of_replicated_parameters(found):

@@ -8,7 +8,7 @@ from gamma_loss import gamma_dpo_loss, gamma_preference_loss, label_smoothing_fr
 NAMES = {
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
     "gamma/mean", "gamma/min", "gamma/max", "gamma/kl", "gamma/effective_pairs",
-    "gamma/implied_smoothing", "gamma/residual",
+    "gamma/implied_smoothing", "gamma/error_bound", "gamma/pairs",
 }  # fmt: skip
 
 
@@ -22,7 +22,8 @@ def test_values_over_unmasked_pairs(library):
     )  # fmt: skip
     logs = metrics(aux)
     assert set(logs) == NAMES
-    assert all(value.shape == () and type(value) is type(loss) for value in logs.values())
+    kind = type(loss).__module__  # NumPy has two types for a number
+    assert all(v.shape == () and type(v).__module__ == kind for v in logs.values())
     logs = {name: float(value) for name, value in logs.items()}
     chosen, rejected = (0.7 * (rows[i] - rows[i + 2])[keep] for i in (0, 1))
     gaps = chosen - rejected
@@ -40,7 +41,8 @@ def test_values_over_unmasked_pairs(library):
         "gamma/kl": (p * np.log(p * 4)).sum(),
         "gamma/effective_pairs": weights.sum() ** 2 / (weights**2).sum(),
         "gamma/implied_smoothing": smoothing.mean(),
-        "gamma/residual": float(aux.residual),
+        "gamma/error_bound": float(aux.error_bound),
+        "gamma/pairs": 4 / 6,
     }
     assert logs == pytest.approx(expected, rel=1e-12, abs=1e-15)
     assert logs["gamma/kl"] > 0
@@ -52,7 +54,7 @@ def test_every_pair_masked(library):
     logs = metrics(gamma_preference_loss(gaps, gamma0=3.0, tau=2.0, mask=mask)[1])
     values = {name: float(value) for name, value in logs.items()}
     assert values.pop("gamma/min") == values.pop("gamma/max") == 3.0
-    assert values.pop("gamma/residual") < 1e-14  # which contains rounding error
+    assert values.pop("gamma/error_bound") < 1e-14  # which contains rounding error
     assert all(abs(value) < 1e-15 for value in values.values())
 
 

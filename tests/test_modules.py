@@ -40,14 +40,14 @@ def test_the_defaults_are_the_functions(torch, module, function, arrays, setting
         parameters = inspect.signature(of).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
-    ours, theirs = keywords(module.__init__), keywords(function)
+    ours, theirs = keywords(module), keywords(function)
     assert ours.pop("queue_size") == 2048
     assert ours.pop("group") is theirs.pop("group") is None
-    for name in ("context", "context_mask", "mask"):
+    for name in ("context", "context_mask", "mask", "weights"):
         theirs.pop(name)
     assert ours == theirs
     forward = list(inspect.signature(module.forward).parameters)[1:]
-    assert forward == [*list(inspect.signature(function).parameters)[:arrays], "mask"]
+    assert forward == [*list(inspect.signature(function).parameters)[:arrays], "mask", "weights"]
 
 
 @pytest.mark.parametrize(("module", "function", "arrays", "setting"), TWINS)
@@ -68,7 +68,7 @@ def test_training_solves_over_queue_and_batch_then_pushes(
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(aux, expected_aux, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(
-            torch.autograd.grad(loss, batch), torch.autograd.grad(expected, batch)
+            torch.autograd.grad(loss, batch[:2]), torch.autograd.grad(expected, batch[:2])
         )
         seen = torch.cat([seen, aux.reward_gaps[mask]])[-7:]
         assert stored(loss_module) == seen.tolist()
@@ -194,6 +194,49 @@ def test_a_retried_step_starts_from_the_saved_state(torch):
         assert stored(loss_module) == stored(never_failed)
 
 
+@pytest.mark.parametrize("changed", [{"beta": 1.0}, {"gamma0": 4.0}])
+def test_gaps_of_other_units_are_not_loaded(torch, tmp_path, changed):
+    first = GammaDPOLoss(**SETTING)
+    first(*logps(torch, 4))
+    torch.save(torch.nn.ModuleList([first]).state_dict(), tmp_path / "loss.pt")
+    saved = torch.load(tmp_path / "loss.pt", weights_only=True)
+    same, other = GammaDPOLoss(**SETTING | {"tau": 9.0}).half(), GammaDPOLoss(**SETTING | changed)
+    torch.nn.ModuleList([same]).load_state_dict(saved)  # without a warning
+    assert stored(same) == stored(first)
+    ((name, value),) = changed.items()
+    words = rf"filled with .*{name} = {SETTING[name]:g}.* has .*{name} = {value:g}.* starts empty"
+    with pytest.warns(UserWarning, match=words):
+        torch.nn.ModuleList([other]).load_state_dict(saved)
+    assert stored(other) == []
+    again = GammaDPOLoss(**SETTING | changed)
+    again.load_state_dict(other.state_dict())  # whose gaps would be of the new units
+    assert "0.queue.mask" in saved, "the checkpoint is left as it is"
+
+
+def test_tools_for_distributed_checkpoints_take_the_state(torch):
+    """They look up each key of a state as an attribute."""
+    state_dict = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    first, second = (torch.nn.ModuleList([GammaDPOLoss(**SETTING)]) for _ in range(2))
+    first[0](*logps(torch, 4))
+    state_dict.set_model_state_dict(second, state_dict.get_model_state_dict(first))
+    assert stored(second[0]) == stored(first[0]) != []
+
+
+def test_settings_that_a_schedule_changes_leave_the_saved_queue_as_it_is(torch):
+    first, second = GammaDPOLoss(**SETTING), GammaDPOLoss(**SETTING)
+    first.settings["gamma0"] = 3.0
+    first(*logps(torch, 4))
+    second.load_state_dict(first.state_dict())
+    assert stored(second) == stored(first) != []
+
+
+def test_a_loss_without_a_queue_loads_the_state_of_one_with_a_queue(torch):
+    first, second = preference_loss(), preference_loss(queue_size=0)
+    first(*logps(torch, 1))
+    second.load_state_dict(first.state_dict())
+    assert not second.state_dict()
+
+
 def test_a_step_that_the_loss_scaler_skips_keeps_its_gaps(torch):
     loss_module = preference_loss(queue_size=16).float()
     parameter = torch.nn.Parameter(torch.ones(()))
@@ -241,7 +284,7 @@ def test_torch_compile_makes_one_graph(torch, backend):
             expected, _ = eager_module(*batch)
             torch.testing.assert_close(loss, expected)
             torch.testing.assert_close(
-                torch.autograd.grad(loss, batch), torch.autograd.grad(expected, batch)
+                torch.autograd.grad(loss, batch[:2]), torch.autograd.grad(expected, batch[:2])
             )
             assert stored(compiled_module) == stored(eager_module)
 
@@ -309,7 +352,7 @@ def test_a_run_in_which_nothing_happens_says_so_once_and_names_a_tau_that_helps(
 
 @pytest.mark.parametrize(
     ("gamma0", "words"),
-    [(0.0, "gamma0 must be finite and > 0"), (4.0, "spread can be at most 0 with these gaps")],
+    [(0.0, "gamma0 must be finite and > 0"), (4.0, "all equal, and so are their margins")],
 )
 def test_where_no_tau_helps_the_reason_is_said(torch, gamma0, words):
     loss_module = GammaPreferenceLoss(gamma0=gamma0, tau=1.0, queue_size=0)
@@ -318,10 +361,23 @@ def test_where_no_tau_helps_the_reason_is_said(torch, gamma0, words):
     assert words in message
 
 
-def test_pairs_that_are_masked_or_spread_warn_of_nothing(torch):
-    loss_module = GammaPreferenceLoss(gamma0=4.0, tau=1e6)
-    for _ in range(101):
-        loss_module(torch.ones(2), mask=torch.zeros(2, dtype=torch.bool))
-    assert stored(loss_module) == []
+@pytest.mark.parametrize("queue_size", [0, 64])
+def test_a_first_batch_in_which_no_pair_takes_part_is_said_and_a_hundred_are_an_error(
+    torch, queue_size
+):
+    loss_module = GammaPreferenceLoss(gamma0=4.0, tau=1.0, queue_size=queue_size)
+    gaps, nothing = torch.randn(2), torch.zeros(2, dtype=torch.bool)
+    with pytest.warns(UserWarning, match="no pair of the first batch takes part"):
+        loss_module(gaps, mask=nothing)
+    for _ in range(98):
+        loss_module(gaps, mask=nothing)  # not said again
+    if queue_size:
+        with pytest.raises(RuntimeError, match="no pair took part in a hundred steps of training"):
+            loss_module(gaps, mask=nothing)
+    else:  # which knows of the last batch only
+        loss_module(gaps, mask=nothing)
+
+
+def test_gaps_that_are_spread_warn_of_nothing(torch):
     gaps = torch.tensor([-2000.0, 2000.0])  # one margin is 0 to rounding
     assert warned(GammaPreferenceLoss(gamma0=40.0, tau=1e-2), [[gaps]] * 101) == []

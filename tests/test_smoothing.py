@@ -1,6 +1,7 @@
 """Theorem 3.1, both ways."""
 
 import math
+from itertools import product
 
 import mpmath
 import numpy as np
@@ -390,3 +391,16 @@ def test_numbers_and_mixed_dtypes():
     wide = shift_from_label_smoothing(m, np.array([-0.25, -0.25]))
     assert wide.dtype == np.float64
     assert wide[0] == expected
+
+
+@pytest.mark.parametrize("m", [0.3, 2.0, 9.0, -0.3, -2.0, -9.0])
+@pytest.mark.parametrize("delta", [-0.1, -1.0, -8.0])
+def test_only_the_conservative_slope_smooths_for_every_gap(m, delta):
+    """The table of docs/theory.md, for margins below the mean."""
+    epsilon = {k: epsilon_of(m, delta, kind=k[0], match=k[1]) for k in product(KINDS, MATCHES)}
+    most = {"robust": 0.5, "conservative": math.inf}  # above which robust smoothing is none
+    smooths = {k: bool(0 < value < most[k[0]]) for k, value in epsilon.items()}
+    assert smooths == {
+        ("robust", "value"): m > 0, ("robust", "slope"): False,
+        ("conservative", "value"): m < 0, ("conservative", "slope"): True,
+    }  # fmt: skip

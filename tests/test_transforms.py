@@ -147,7 +147,7 @@ def test_fake_tensors_get_shapes_and_gradients(impl, setting):
         )
         (slopes,) = torch.autograd.grad(loss.sum(), x)
     assert loss.shape == slopes.shape == aux.margins.shape == (6,)
-    assert aux.residual.shape == ()
+    assert aux.error_bound.shape == ()
     assert {each.dtype for each in (loss, slopes, aux.margins)} == {torch.float64}
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from gamma_loss import _checks
-from gamma_loss._torch.library import register
 
 # How many logits are in memory a second time at once: on a CPU as its caches hold, elsewhere enough
 # to keep the device busy.
@@ -85,6 +84,7 @@ def sequence_logps(
     """
     _check(logits, labels, mask)
     average, shift = _checks.flag("average", average), _checks.flag("shift", shift)
+    _checks.whole_number("ignore_index", ignore_index, least=-(2**63))
     labels = labels.long()
     unused = labels == ignore_index
     if mask is not None:
@@ -110,7 +110,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(logits: Tensor, targets: Tensor) -> Any:
-        return _operator(logits, targets)
+        return _token_logps(logits, targets)
 
     @staticmethod
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None]:
@@ -123,7 +123,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(slopes: Tensor, logits: Tensor, targets: Tensor) -> Any:
-        return _gradient_operator(slopes, logits, targets)
+        return _token_logps_gradient(slopes, logits, targets)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -210,23 +210,21 @@ def _check(logits: Tensor, labels: Tensor, mask: Tensor | None) -> None:
             )
 
 
-def _fake_logps(logits: Tensor, targets: Tensor) -> Tensor:
+# A graph takes each of the two as one operator, so that it needs no more memory there.
+_operator = torch.library.custom_op("gamma_loss::token_logps", _token_logps, mutates_args=())
+_gradient_operator = torch.library.custom_op(
+    "gamma_loss::token_logps_gradient", _token_logps_gradient, mutates_args=()
+)
+
+
+@_operator.register_fake
+def _(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.empty(targets.shape, dtype=_accumulated(logits), device=logits.device)
 
 
-def _fake_gradient(slopes: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+@_gradient_operator.register_fake
+def _(slopes: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
     return torch.empty_like(logits)
 
 
-_operator = register(
-    "token_logps(Tensor logits, Tensor targets) -> Tensor",
-    _token_logps,
-    _fake_logps,
-    _backward,
-    _keep,
-)
-_gradient_operator = register(
-    "token_logps_gradient(Tensor slopes, Tensor logits, Tensor targets) -> Tensor",
-    _token_logps_gradient,
-    _fake_gradient,
-)
+_operator.register_autograd(_backward, setup_context=_keep)

@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from gamma_loss import _checks, _dispatch
-from gamma_loss._torch import distributed
+from gamma_loss import _checks
+from gamma_loss._comm import broadcast_error
+from gamma_loss._ranks import ProcessGroupComm
+from gamma_loss._settings import documented, loss_settings
 from gamma_loss.losses import (
     GammaLossAux,
     gamma_dpo_loss,
@@ -23,12 +24,15 @@ from gamma_loss.metrics import metrics
 from gamma_loss.queue import QueueState
 from gamma_loss.torch.queue import GapQueue
 
-_WATCHED = 100  # training forwards, after which a loss says whether it has done anything
-_IDLE = 1e-4  # nats: below this KL, margins are within about 1.4 % of gamma0
+_WARMUP = 100  # training forwards, after which a loss tells whether it has any effect
+_MIN_KL = 1e-4  # nats: below this KL, margins are within about 1.4 % of gamma0
+
+
+_SHARED = ("gamma0", "tau", "centered", "label_smoothing", "robust", "reduction", "impl", "group")
 
 
 class _Group:
-    """The ranks of a module: a copy is of the same, and a pickle can name no others than all."""
+    """The ranks of a module: deepcopy shares the group; only WORLD can be pickled."""
 
     def __init__(self, ranks: Any) -> None:
         self.ranks = ranks
@@ -67,21 +71,21 @@ class _QueuedLoss(torch.nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
-        try:  # what a call would refuse is refused now
-            rest = settings | {"impl": "auto"}
-            _checks.number("beta", rest.pop("beta", 1.0), above=0)
-            _checks.choice("impl", settings["impl"], _dispatch.IMPLEMENTATIONS)
-            gamma_preference_loss(np.zeros(1), **rest)
+        try:  # a setting that a call would refuse is refused now
+            loss_settings(**settings)
             queue_size = _checks.whole_number("queue_size", queue_size, least=0)
         except Exception as error:
-            _dispatch.fail(group, error)
+            broadcast_error(group, error)
             raise
         self._function = function
         self._group = None if group is None else _Group(group)
         self.settings = settings
         self.queue = GapQueue(queue_size) if queue_size else None
+        # The units of the queue's gaps, which are saved with them: settings may change later.
+        self._units = {name: settings[name] for name in ("beta", "gamma0") if name in settings}
+        self._is_first = True
         self._context: QueueState | None = None  # what the last training forward solved over
-        self._unwatched = _WATCHED
+        self._warmup_left = _WARMUP
 
     @property
     def group(self) -> Any:
@@ -92,21 +96,21 @@ class _QueuedLoss(torch.nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 
     def _loss(
-        self, mask: torch.Tensor | None, **arguments: torch.Tensor
+        self, optional: dict[str, torch.Tensor | None], **arguments: torch.Tensor
     ) -> tuple[torch.Tensor, GammaLossAux]:
         ranks = self._ranks()
         try:
             self._check(**arguments)
         except Exception as error:
-            _dispatch.fail(ranks, error)
+            broadcast_error(ranks, error)
             raise
         again = self.training and _is_recomputation()
-        context, beside = None, {}
+        context = None
         if self.queue is not None:
             context = self._context if again and self._context is not None else self.queue.context()
-            gaps, filled = context if ranks is None else map(ranks.share, context)
-            beside = {"context": gaps, "context_mask": filled}
-        loss, aux = self._function(**arguments, mask=mask, group=ranks, **beside, **self.settings)
+            gaps, filled = context if ranks is None else map(ranks.chunk, context)
+            optional = optional | {"context": gaps, "context_mask": filled}
+        loss, aux = self._function(**arguments, **optional, group=ranks, **self.settings)
         if self.training and not again:
             self._remember(aux, context, ranks)
         return loss, aux
@@ -120,32 +124,77 @@ class _QueuedLoss(torch.nn.Module):
                 f".to() changes, got {first.device}"
             )
 
-    def _ranks(self) -> distributed.Ranks | None:
+    def _ranks(self) -> ProcessGroupComm | None:
         """Return who shares the pool: every rank holds the whole queue and contributes a part."""
         if self.group is None:
             return None
         size = 0 if self.queue is None else self.queue.capacity
-        return distributed.Ranks(self.group, queue_size=size, training=self.training)
+        return ProcessGroupComm(self.group, queue_size=size, training=self.training)
 
     def _remember(
-        self, aux: GammaLossAux, context: QueueState | None, ranks: distributed.Ranks | None
+        self, aux: GammaLossAux, context: QueueState | None, ranks: ProcessGroupComm | None
     ) -> None:
         """Push the gaps of a training forward, and count it."""
-        watched = False
+        first = watched = False
         if not torch.compiler.is_compiling():
             self._context = context
-            self._unwatched -= 1
-            watched = self._unwatched == 0
-        if self.queue is None and not watched:
+            first, self._is_first = self._is_first, False
+            self._warmup_left -= 1
+            watched = self._warmup_left == 0
+        if self.queue is None and not (first or watched):
             return
         gaps = torch.where(aux.mask, aux.reward_gaps, torch.nan)
         if ranks is not None:
-            ranks.size(gaps)
-            gaps = ranks.gather(gaps)
+            ranks.pool_size(gaps)
+            gaps = ranks.all_gather(gaps)
         if self.queue is not None:
             self.queue.push(gaps)
+        if first and not gaps.isfinite().any():
+            warnings.warn(
+                "no pair of the first batch takes part: each is masked or has a gap that is not "
+                "finite, as where a prompt fills max_length and no token of a response is left",
+                stacklevel=5,
+            )
+        if watched and self.queue is not None and not self.queue.mask.any():
+            raise RuntimeError(
+                "no pair took part in a hundred steps of training: each was masked or had a gap "
+                "that is not finite. Increase max_length, or look at the mask and the gaps"
+            )
         if watched and (ranks is None or ranks.rank == 0):
             self._warn_if_idle(gaps if self.queue is None else self.queue.gaps[self.queue.mask])
+
+    @property
+    def units(self) -> torch.Tensor:
+        """The settings in whose units the queue's gaps are; tools look up each key of a state."""
+        return torch.tensor(list(self._units.values()), dtype=torch.float64)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.queue is not None:
+            destination[prefix + "units"] = self.units
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        saved, mask = state_dict.pop(prefix + "units", None), prefix + "queue.mask"
+        if self.queue is None:
+            for name in (prefix + "queue.gaps", mask):
+                state_dict.pop(name, None)
+        elif saved is not None and saved.tolist() != list(self._units.values()):
+            then, now = (
+                ", ".join(
+                    f"{name} = {value:g}" for name, value in zip(self._units, each, strict=False)
+                )
+                for each in (saved.tolist(), self._units.values())
+            )
+            warnings.warn(
+                f"the saved queue was filled with {then}, this loss has {now}: the saved gaps are "
+                "in other units, so the queue starts empty",
+                stacklevel=2,
+            )
+            if mask in state_dict:
+                state_dict[mask] = torch.zeros_like(state_dict[mask])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _warn_if_idle(self, pool: torch.Tensor) -> None:
         gaps = pool[pool.isfinite()].double().cpu().numpy()
@@ -154,10 +203,10 @@ class _QueuedLoss(torch.nn.Module):
             return
         _, aux = gamma_preference_loss(gaps, gamma0=gamma0, tau=tau)
         kl = float(metrics(aux)["gamma/kl"])
-        if kl >= _IDLE:
+        if kl >= _MIN_KL:
             return
         try:
-            better = choose_settings(gaps, gamma0=gamma0, spread=gamma0 / 10)["tau"]
+            better = choose_settings(gaps, gamma0=gamma0, margin_std=gamma0 / 10)["tau"]
             cure = f"tau = {better:.2g} would spread their margins by a tenth of gamma0"
         except ValueError as error:
             cure = f"no tau would spread their margins by a tenth of gamma0: {error}"
@@ -179,6 +228,7 @@ def _is_recomputation() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+@documented("beta", *_SHARED)
 class GammaDPOLoss(_QueuedLoss):
     """`gamma_dpo_loss` with a queue of recent gaps, as a module.
 
@@ -188,19 +238,16 @@ class GammaDPOLoss(_QueuedLoss):
 
     Parameters
     ----------
-    beta, gamma0, tau, centered, label_smoothing, robust, reduction, impl
-        As `gamma_dpo_loss`, with its defaults. Kept in the dictionary ``settings``, which a
-        schedule may change between calls.
+    {parameters}
     queue_size : int
-        How many gaps the queue holds; 0 for none.
-    group : torch.distributed.ProcessGroup, optional
-        The ranks that share one pool and one queue; see `solve_margins`. Every rank of it calls
-        the module together, pushes all ranks' gaps, and so holds the same queue.
+        How many gaps the queue holds; 0 for none. With a group every rank pushes the gaps of all
+        ranks, and so holds the same queue.
 
     Attributes
     ----------
     queue : GapQueue or None
     settings : dict
+        The settings of the loss, which a schedule may change between calls.
 
     Raises
     ------
@@ -222,7 +269,13 @@ class GammaDPOLoss(_QueuedLoss):
 
     *A run in which γ-PO does nothing:* after a hundred forwards in training (in TRL's trainers,
     after a hundred steps) the pool's ``gamma/kl`` is looked at once, on the host. Below 1e-4 a
-    UserWarning names a tau that would change it. A compiled module does not look.
+    UserWarning names a tau that would change it. If no pair of the first batch takes part, a
+    UserWarning says so. If the queue is still empty after the hundred forwards, a RuntimeError
+    ends the run. A compiled module does not look.
+
+    *Loading:* of a queue of another size the newest gaps that fit are kept. ``beta`` and ``gamma0``
+    are saved with the queue. A loss that was made with other values starts with an empty queue,
+    and a UserWarning names both.
 
     *A step that a loss scaler skips:* its gaps stay in the queue. Scaling touches gradients only,
     so they are right, and those that are not finite were never stored.
@@ -240,21 +293,12 @@ class GammaDPOLoss(_QueuedLoss):
         self,
         *,
         beta: float,
-        gamma0: float,
-        tau: float,
         centered: bool = True,
-        label_smoothing: float = 0.0,
-        robust: bool = False,
-        reduction: str = "mean",
-        impl: str = "auto",
         queue_size: int = 2048,
         group: Any = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            gamma_dpo_loss, queue_size, group,
-            beta=beta, gamma0=gamma0, tau=tau, centered=centered,
-            label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl,
-        )  # fmt: skip
+        super().__init__(gamma_dpo_loss, queue_size, group, beta=beta, centered=centered, **options)
 
     def forward(
         self,
@@ -264,10 +308,11 @@ class GammaDPOLoss(_QueuedLoss):
         reference_rejected_logps: torch.Tensor,
         *,
         mask: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, GammaLossAux]:
         """Return the ``(loss, aux)`` of `gamma_dpo_loss`."""
         return self._loss(
-            mask,
+            {"mask": mask, "weights": weights},
             policy_chosen_logps=policy_chosen_logps,
             policy_rejected_logps=policy_rejected_logps,
             reference_chosen_logps=reference_chosen_logps,
@@ -275,15 +320,16 @@ class GammaDPOLoss(_QueuedLoss):
         )
 
 
+@documented("beta", *_SHARED)
 class GammaSimPOLoss(_QueuedLoss):
     """`gamma_simpo_loss` with a queue of recent gaps, as a module. See `GammaDPOLoss`.
 
     Parameters
     ----------
-    beta, gamma0, tau, centered, label_smoothing, robust, reduction, impl
-        As `gamma_simpo_loss`, with its defaults.
-    queue_size, group
-        See `GammaDPOLoss`.
+    {parameters}
+    queue_size : int
+        How many gaps the queue holds; 0 for none. With a group every rank pushes the gaps of all
+        ranks, and so holds the same queue.
 
     Examples
     --------
@@ -298,21 +344,14 @@ class GammaSimPOLoss(_QueuedLoss):
         self,
         *,
         beta: float,
-        gamma0: float,
-        tau: float,
         centered: bool = False,
-        label_smoothing: float = 0.0,
-        robust: bool = False,
-        reduction: str = "mean",
-        impl: str = "auto",
         queue_size: int = 2048,
         group: Any = None,
+        **options: Any,
     ) -> None:
         super().__init__(
-            gamma_simpo_loss, queue_size, group,
-            beta=beta, gamma0=gamma0, tau=tau, centered=centered,
-            label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl,
-        )  # fmt: skip
+            gamma_simpo_loss, queue_size, group, beta=beta, centered=centered, **options
+        )
 
     def forward(
         self,
@@ -320,24 +359,26 @@ class GammaSimPOLoss(_QueuedLoss):
         policy_rejected_logps: torch.Tensor,
         *,
         mask: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, GammaLossAux]:
         """Return the ``(loss, aux)`` of `gamma_simpo_loss`."""
         return self._loss(
-            mask,
+            {"mask": mask, "weights": weights},
             policy_chosen_logps=policy_chosen_logps,
             policy_rejected_logps=policy_rejected_logps,
         )
 
 
+@documented(*_SHARED)
 class GammaPreferenceLoss(_QueuedLoss):
     """`gamma_preference_loss` with a queue of recent gaps, as a module. See `GammaDPOLoss`.
 
     Parameters
     ----------
-    gamma0, tau, centered, label_smoothing, robust, reduction, impl
-        As `gamma_preference_loss`, with its defaults.
-    queue_size, group
-        See `GammaDPOLoss`.
+    {parameters}
+    queue_size : int
+        How many gaps the queue holds; 0 for none. With a group every rank pushes the gaps of all
+        ranks, and so holds the same queue.
 
     Examples
     --------
@@ -350,24 +391,19 @@ class GammaPreferenceLoss(_QueuedLoss):
     def __init__(
         self,
         *,
-        gamma0: float,
-        tau: float,
         centered: bool = False,
-        label_smoothing: float = 0.0,
-        robust: bool = False,
-        reduction: str = "mean",
-        impl: str = "auto",
         queue_size: int = 2048,
         group: Any = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            gamma_preference_loss, queue_size, group,
-            gamma0=gamma0, tau=tau, centered=centered,
-            label_smoothing=label_smoothing, robust=robust, reduction=reduction, impl=impl,
-        )  # fmt: skip
+        super().__init__(gamma_preference_loss, queue_size, group, centered=centered, **options)
 
     def forward(
-        self, reward_gaps: torch.Tensor, *, mask: torch.Tensor | None = None
+        self,
+        reward_gaps: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, GammaLossAux]:
         """Return the ``(loss, aux)`` of `gamma_preference_loss`."""
-        return self._loss(mask, reward_gaps=reward_gaps)
+        return self._loss({"mask": mask, "weights": weights}, reward_gaps=reward_gaps)

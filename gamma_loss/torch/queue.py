@@ -42,11 +42,11 @@ class GapQueue(torch.nn.Module):
     ------
     TypeError, ValueError
         For a capacity that is no integer >= 1, or another dtype.
-    RuntimeError
-        From ``load_state_dict``, where the checkpoint's queue has another capacity.
 
     Notes
     -----
+    ``load_state_dict`` takes a queue of another capacity: the newest gaps that fit are kept.
+
     The order is kept by moving the gaps up, not by a position that goes round: two queues that hold
     the same gaps are then equal, and moving 2,048 numbers is one small kernel. `QueueState` and
     `queue_push` are the same queue as a value.
@@ -156,15 +156,8 @@ class GapQueue(torch.nn.Module):
     ) -> None:
         names = prefix + "gaps", prefix + "mask"
         saved, mask = map(state_dict.get, names)
-        if saved is not None and saved.shape != self.gaps.shape:
-            error_msgs.append(
-                f"{prefix or 'the queue '}gaps: the checkpoint's queue has a capacity of "
-                f"{saved.shape[0]}, this one of {self.capacity}. Build it with the checkpoint's "
-                "capacity, or leave the queue's keys out of the state_dict to start it empty."
-            )
-            return
         if saved is not None and mask is not None:
-            try:  # to push them: the dtype may be another, or a gap not finite
+            try:  # to push them: dtype and capacity may be others, or a gap not finite
                 empty = queue_init(saved.new_empty(0, dtype=self.gaps.dtype), self.capacity)
                 state_dict |= zip(names, queue_push(empty, saved, mask), strict=True)
             except (TypeError, ValueError) as error:

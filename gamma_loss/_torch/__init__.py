@@ -1,1 +1,0 @@
-"""What torch adds inside: operators, compiled programs, ranks. Nothing here is public."""

@@ -1,0 +1,515 @@
+"""What the solver says of itself, claim by claim (docs/theory.md has the proofs).
+
+The roots and inflections that the claims are about are found by bisection in extended precision.
+The internals that are called here are the solver's steps and its problem.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import mpmath
+import numpy as np
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from oracles import Real, margins, sigmoid
+from strategies import LIMIT, gamma0s, log_uniform, pools, taus
+
+from gamma_loss import _solver, solve_margins
+from gamma_loss._backend import PYTHON_MATH, get_backend
+from gamma_loss._comm import LOCAL
+
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|divide by zero|invalid value)")
+EPS = float(np.finfo(np.float64).eps)
+XP = get_backend(np.zeros(1))
+BENT = 2e-4  # what D changes by between the closed form of the inflection and the inflection
+gap_arrays = st.lists(st.floats(-LIMIT, LIMIT), min_size=1, max_size=40).map(np.array)
+some = settings(max_examples=60)
+
+
+def bisect(is_above, low, high):
+    """Where a condition becomes true, between two arrays."""
+    low, high = np.asarray(low, dtype=Real), np.asarray(high, dtype=Real)
+    for _ in range(90):  # 2e5 / 2^90 < 1e-21
+        middle = (low + high) / 2
+        above = is_above(middle)
+        low, high = np.where(above, low, middle), np.where(above, middle, high)
+    return (low + high) / 2
+
+
+def inflections(gaps):
+    gaps = np.asarray(gaps, dtype=Real)
+    least = np.maximum(gaps, 0)
+    return bisect(lambda y: y * np.tanh((y - gaps) / 2) > 1, least, least + 2)
+
+
+class Problem(NamedTuple):
+    """A pool, and a λ that need not be the solution's."""
+
+    gaps: np.ndarray
+    gamma0: float
+    a: float
+    lam: float
+
+    def init(self, weights=None):
+        return _solver.init(XP, self.gaps, weights, self.gamma0, self.a, LOCAL)
+
+    def pairs(self):
+        return pairs_of(self.gaps.tobytes(), self.gamma0, self.a)
+
+    def side(self):
+        """s and s a σ(s λ)."""
+        return _solver.small_side(PYTHON_MATH, self.lam, self.a)
+
+    def step(self, u):
+        return _solver.newton_step(XP, self.pairs(), u, *self.side(), math.inf)
+
+    def safe(self, u, step):
+        return _solver.safeguarded_step(XP, self.pairs(), u, step.y, step.du, *self.side())
+
+    def z(self, u):
+        return Real(self.gamma0) * np.exp(np.minimum(np.asarray(u, dtype=Real), 100)) - self.gaps
+
+    def f(self, u):
+        z, lam = self.z(u), Real(self.lam)
+        rise = sigmoid(z) - sigmoid(lam) if lam <= 0 else sigmoid(-lam) - sigmoid(-z)
+        return u + Real(self.a) * rise
+
+    def slope(self, u):
+        """a σ'(z)."""
+        return self.a * sigmoid(self.z(u)) * sigmoid(-self.z(u))
+
+    def roots(self, lam=None):
+        problem = self if lam is None else self._replace(lam=lam)
+        ends = np.full(self.gaps.shape, self.a + 1)
+        return bisect(lambda u: problem.f(u) > 0, -ends, ends)
+
+    def solution(self):
+        """x*."""
+        gamma0 = Real(self.gamma0)
+        return margins(self.gaps, gamma0, gamma0 / Real(self.a))[0] / gamma0
+
+    def rounding(self, u):
+        """How far from the root float64 may end: 8 epsilons of every term of f, over D."""
+        z, slope = self.z(u), self.slope(u)
+        s, y = (1 if self.lam <= 0 else -1), z + self.gaps
+        terms = np.abs(u) + self.a * (sigmoid(s * z) + sigmoid(-abs(Real(self.lam))))
+        terms = terms + slope * (y + self.gamma0 + np.abs(self.gaps))
+        return 8 * EPS * (np.abs(u) + terms / (1 + y * slope)) + 1e-21
+
+
+@functools.lru_cache(maxsize=8)
+def pairs_of(gaps, gamma0, a):
+    return Problem(np.frombuffer(gaps), gamma0, a, 0.0).init()[0].pairs
+
+
+def log_mean(u, weights=None):
+    return np.log(np.average(np.exp(u - u.max()), weights=weights)) + u.max()
+
+
+@st.composite
+def problems(draw, max_size=12):
+    """Pools, with any λ in the first bracket."""
+    gaps, gamma0, tau = draw(pools(max_size=max_size)), draw(gamma0s), draw(taus)
+    problem = Problem(gaps, gamma0, gamma0 / tau, 0.0)
+    dual = problem.init()[1].dual
+    lam = draw(st.one_of(st.floats(-60, 60), st.floats(-5, 5)))
+    if draw(st.booleans()):
+        lam += gamma0 - draw(st.sampled_from(list(gaps)))
+    return problem._replace(lam=float(np.clip(lam, dual.low, dual.high)))
+
+
+# -- mild settings
+
+
+@some
+@given(pools(max_size=12), gamma0s, taus)
+def test_a_mild_step_is_the_arrowheads_and_is_bounded(gaps, gamma0, tau):
+    assume(_solver.mild_passes(gamma0, tau, True))
+    a = gamma0 / tau
+    problem = Problem(gaps, gamma0, a, 0.0)
+    f = a * sigmoid(problem.z(0 * gaps))  # at x = 1 and ν = 0
+    d = 1 + gamma0 * problem.slope(0 * gaps)
+    d_nu = np.mean(f / d) / np.mean(1 / d)
+    x = np.exp((d_nu - f) / d)
+    # The host takes two passes more than it is told to, if it has to.
+    values, nu, bound = _solver.solve_mild(XP, gaps, None, gamma0, a, -1, LOCAL)
+    rounding = 16 * EPS * (1 + a) * (1 + gamma0 + abs(math.log(gamma0)))
+    np.testing.assert_allclose(values / gamma0, (x / np.mean(x)).astype(float), rtol=rounding)
+    assert abs(nu - d_nu + np.log(np.mean(x))) <= rounding  # it moves with the scale of x
+    v = np.log(x / np.mean(x)) + a * sigmoid(problem.z(np.log(x / np.mean(x))))
+    assert 2 * np.tanh((v.max() - v.min()) / 4) <= bound
+    assert np.mean(np.abs(x / np.mean(x) - problem.solution())) <= bound
+
+
+@given(pools(max_size=12), st.floats(0.01, 30), st.floats(0.05, 50), st.integers(0, 99))
+def test_the_range_of_v_bounds_the_error_of_any_candidate(gaps, gamma0, tau, seed):
+    exact = margins(gaps, gamma0, tau)[0] / gamma0
+    x = exact * np.exp(np.random.default_rng(seed).normal(size=gaps.size))
+    x = x * gaps.size / x.sum()
+    v = np.log(x) + gamma0 / tau * sigmoid(gamma0 * x - gaps)
+    rho = (v.max() - v.min()) / 2
+    assert np.mean(np.abs(x - exact)) <= 2 * np.tanh(rho / 2) + 1e-15
+
+
+def test_no_bound_by_the_range_of_v_is_smaller():
+    x = np.array([3, 1 / 3, 1 / 3, 1 / 3])  # of mean 1, where a = 0 makes every x* 1
+    rho = np.ptp(np.log(x)) / 2
+    assert np.mean(np.abs(x - 1)) == pytest.approx(2 * np.tanh(rho / 2), rel=1e-14)
+
+
+MILD_EDGE = [  # the last: far from mild, and wrong by 0.4 where it is taken for mild
+    ([9.0, -3.0, 0.5], 1.4999, 1.0),
+    ([9.0, -3.0, 0.5], 1.5001, 1.0),
+    ([21.0, -28.0, 2.7, -28.0, -20.0], 5.0, 7.0),
+    ([21.2416, -28.8368, 2.6856, -28.2292, -20.853], 13.951123, 15.741992),
+]
+
+
+@pytest.mark.parametrize(("gaps", "gamma0", "tau"), MILD_EDGE)
+def test_both_sides_of_the_mild_boundary(solver, gaps, gamma0, tau):
+    exact = margins(gaps, gamma0, tau)[0]
+    solution = solver(np.array(gaps), gamma0=gamma0, tau=tau)
+    assert np.max(np.abs(solution.margins - exact) / (gamma0 + exact)) <= 1e-13
+    assert solution.error_bound <= 1e-12
+
+
+def test_the_mild_boundary_is_below_where_undamped_steps_fail():
+    a = np.geomspace(1e-3, 3, 200)
+    for kappa in np.geomspace(1e-3, 100, 200):
+        is_mild = [_solver.mild_passes(kappa / each, kappa / each**2, True) > 0 for each in a]
+        np.testing.assert_array_equal(is_mild, (a < 1.5) & (kappa * np.exp(a) < 8.5))
+
+
+# -- the inflection
+
+
+@given(gap_arrays, st.integers(0, 99))
+@example(np.array([-LIMIT, -5.0, 0.0, 3.0, 100.0, LIMIT]), 0)
+def test_there_is_one_inflection_above_the_gap_and_0(gaps, seed):
+    y = inflections(gaps)
+    assert np.all(y > np.maximum(gaps, 0))
+    other = y * np.exp(np.random.default_rng(seed).normal(size=(50, 1)) * 3)
+    assert np.all((other * np.tanh((other - gaps) / 2) > 1) == (other > y))
+
+
+@some
+@given(st.floats(-LIMIT, LIMIT), gamma0s, taus, log_uniform(1e-3, 3), st.sampled_from([-1, 1]))
+def test_f_is_convex_below_the_inflection_and_concave_above_it(gap, gamma0, tau, offset, side):
+    with mpmath.workdps(80):
+        centre = (
+            mpmath.log(float(inflections(gap))) - mpmath.log(gamma0) + side * mpmath.mpf(offset)
+        )
+
+        def sigma(u):  # or σ - 1, which has the same second difference
+            z = gamma0 * mpmath.exp(u) - gap
+            return -1 / (1 + mpmath.exp(z)) if z > 0 else 1 / (1 + mpmath.exp(-z))
+
+        h = mpmath.mpf(10) ** -15
+        second = sigma(centre + h) - 2 * sigma(centre) + sigma(centre - h)
+        assert mpmath.sign(second) == -side
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_closed_form_of_the_inflection(dtype):
+    @given(gap_arrays)
+    @example(np.linspace(-12, 12, 2001))
+    @example(np.sinh(np.linspace(-9.9, 9.9, 2001)))
+    def check(gaps):
+        gaps = gaps.astype(dtype)
+        closed, y = _solver.inflection(get_backend(gaps), gaps), inflections(gaps)
+        assert closed.dtype == dtype
+        assert np.max(np.abs(closed / y - 1)) < 0.016
+        # 1 - D / D* <= 1 - y σ'(z) / (y* σ'(z*)) for any a
+        assert np.max(-np.expm1(log_bump(closed, gaps) - log_bump(y, gaps))) < BENT
+        assert np.max(np.abs(np.log(closed / y)) * (1 + y)) < (0.04 if dtype == np.float64 else 1)
+
+    check()
+
+
+def log_bump(y, gaps):
+    """Log of y σ'(z)."""
+    size = np.abs(np.asarray(y, dtype=Real) - gaps)
+    return np.log(np.asarray(y, dtype=Real)) - size - 2 * np.log1p(np.exp(-size))
+
+
+# -- a step of the pairs
+
+
+def starts(problem, seed):
+    """Anything from far below all roots to the highest allowed, and near the inflection."""
+    rng, pairs = np.random.default_rng(seed), problem.pairs()
+    anywhere = pairs.u_max - rng.uniform(size=pairs.gaps.shape) ** 4 * (problem.a + 2)
+    near = np.minimum(inflection_of(pairs) + 0.1 * rng.normal(size=anywhere.shape), pairs.u_max)
+    return np.where(rng.uniform(size=near.shape) < 0.5, anywhere, near)
+
+
+def inflection_of(pairs):
+    return np.log(_solver.inflection(XP, pairs.gaps) / pairs.gamma0)
+
+
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_safeguarded_steps_converge_from_anywhere_without_turning(problem, seed):
+    bend, roots = inflection_of(problem.pairs()), problem.roots()
+    below, slack = roots < bend, problem.rounding(roots) + 8 * EPS * np.abs(bend)
+    u = starts(problem, seed)
+    for n in range(_solver.MAX_ITER):
+        step = problem.step(u)
+        new = np.minimum(u + problem.safe(u, step), problem.pairs().u_max)
+        before, after = (np.where(below, 1, -1) * (point - roots) for point in (u, new))
+        room = slack + 2 * EPS * (np.abs(u) + np.abs(step.du))
+        # It ends between the root and the inflection, or beyond the root by next to nothing,
+        assert np.all(after <= np.abs(roots - bend) + room)
+        if n > 0:  # if it starts on the root's side of the inflection,
+            assert np.all(after >= -1.01 * BENT * np.abs(before) - room)
+        if n > 1:  # and from there on nearer each time.
+            assert np.all(np.abs(after) <= np.abs(before) + room)
+        u = new
+    assert np.all(np.abs(u - roots) <= slack)
+
+
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_pairs_come_close_and_the_state_stays_as_it_was(problem, seed):
+    pairs, side = problem.pairs(), problem.side()
+    u = starts(problem, seed)
+    u = np.concatenate([u, np.repeat(problem.roots().astype(float), 40)])  # few are far
+    pairs = pairs._replace(gaps=np.concatenate([pairs.gaps, np.repeat(pairs.gaps, 40)]))
+    given = u.copy()
+    inner = _solver.newton_step(XP, pairs, u, *side, math.inf)
+    for _ in range(_solver.MAX_ITER):
+        if _solver.is_close(inner):
+            break
+        inner = _solver.inner_step(XP, pairs, inner, *side)
+    np.testing.assert_array_equal(u, given)
+    assert _solver.is_close(inner)
+    assert inner.largest <= _solver.SCALED_STEP_ROUNDED
+    at = _solver.newton_step(XP, pairs, inner.u, *side, math.inf)
+    for name in ("y", "d", "du", "scaled"):
+        np.testing.assert_allclose(getattr(inner, name), getattr(at, name), rtol=1e-14)
+
+
+def test_a_few_far_pairs_take_no_pass_of_all(monkeypatch):
+    gaps, sizes = np.random.default_rng(0).normal(8, 8 / 3, 5000), []
+    step = _solver.newton_step
+    monkeypatch.setattr(
+        _solver,
+        "newton_step",
+        lambda xp, pairs, *rest: sizes.append(pairs.gaps.size) or step(xp, pairs, *rest),
+    )
+    found = solve_margins(gaps, gamma0=8.0, tau=0.05).margins
+    assert np.ptp(found) > 4
+    assert sizes.count(5000) <= 8
+    assert 2 <= sum(size < 1250 for size in sizes) == len(sizes) - sizes.count(5000)
+
+
+@given(problems(), st.integers(0, 2**32 - 1), st.floats(0, 1))
+def test_steps_converge_that_are_safeguarded_where_plain_ones_are_long(problem, seed, share):
+    # and sometimes elsewhere: always, never and in between
+    pairs, roots = problem.pairs(), problem.roots()
+    slack, u = problem.rounding(roots), starts(problem, seed)
+    rng = np.random.default_rng(seed)
+    for _ in range(_solver.MAX_ITER):
+        step = problem.step(u)
+        is_safe = (step.scaled > _solver.SCALED_STEP_FAR) | (rng.uniform(size=u.shape) < share)
+        new = np.minimum(u + np.where(is_safe, problem.safe(u, step), step.du), pairs.u_max)
+        before, after = np.abs(u - roots), np.abs(new - roots)
+        crosses = ~is_safe & ((new - roots) * (u - roots) < 0)
+        assert np.all((after <= 0.48 * before + slack + 2 * EPS * np.abs(u))[crosses])
+        u = new
+    assert np.all(after <= slack)
+
+
+@given(problems(), log_uniform(1e-6, 30))
+def test_the_step_of_the_logarithm_falls_short_of_the_root(problem, distance):
+    roots, s = problem.roots(), 1 if problem.lam <= 0 else -1
+    u = np.minimum((roots + s * distance).astype(float), problem.pairs().u_max)
+    step = problem.step(u)
+    safe = problem.safe(u, step)
+    longer = s * (step.du - safe) > 8 * EPS * (np.abs(u) + np.abs(step.du))
+    assert np.all((s * (u + safe - roots) >= -problem.rounding(roots))[longer])
+
+
+@pytest.mark.parametrize(("gamma0", "lam"), [(200.0, -20.0), (10.0, 20.0)])
+def test_the_step_of_the_logarithm_goes_far(gamma0, lam):
+    # a σ(z), or a (1 - σ(z)), is too large by about e^10: ten of Newton's steps, of 1 in z
+    problem = Problem(np.array([100.0, 120.0]), gamma0, 1e7, lam)
+    u, roots = np.log((problem.gaps + lam / 4) / gamma0), problem.roots()
+    step = problem.step(u)
+    assert np.all(np.abs(problem.z(u + step.du) - problem.z(u)) < 1.1)
+    assert np.all(np.abs(problem.z(u + problem.safe(u, step)) - problem.z(roots)) < 1.1)
+
+
+@given(problems(), log_uniform(1e-9, 0.5), st.sampled_from([-1, 1]))
+@example(Problem(np.array([50.0]), 100.0, 1e5, -10.0), 0.33, 1)  # nearly the worst
+def test_what_a_close_step_leaves(problem, distance, sign):
+    roots = problem.roots()
+    u = (roots + sign * distance / (1 + problem.z(roots) + problem.gaps)).astype(float)
+    step = problem.step(u)
+    du, slack = step.du, problem.rounding(roots) + 1e-18
+    new, f = u.astype(Real) + du, np.abs(problem.f(u))
+    close = step.scaled <= _solver.SCALED_STEP_CLOSE
+    assert np.all(close | (distance > 0.02))
+    assert np.all((np.abs(new - roots) <= 0.7 * du**2 * (1 + step.y) + slack)[close])
+    assert np.all((np.abs(u - roots) <= 1.2 * f / step.d + slack)[close])
+    assert np.all(np.abs(u - roots) <= f + slack)  # close or not
+    if close.all():  # the mean of x that is predicted tells the side beyond LOG_MEAN_TRUSTED
+        x = np.exp(u.astype(Real))
+        wrong = np.abs(np.mean(np.exp(roots) - x * (1 + du.astype(Real))))
+        assert wrong <= 1.4e-3 * np.mean(x) + np.mean(slack * (1 + np.exp(roots)))
+
+
+@given(problems(), log_uniform(1e-17, 5), st.integers(0, 2**32 - 1))
+def test_root_distance_bounds_the_distance(problem, size, seed):
+    pairs, roots = problem.pairs(), problem.roots()
+    u = roots + np.random.default_rng(seed).normal(size=roots.size) * size
+    u = np.minimum(u, pairs.u_max).astype(float)
+    bound = _solver.root_distance(XP, pairs, u, *problem.side())
+    assert np.all((np.abs(u - roots) <= bound) | (bound == 80))
+
+
+@given(problems())
+def test_first_guess_has_the_root_between_it_and_0(problem):
+    guess = _solver.first_guess(XP, problem.pairs(), problem.lam, *problem.side())
+    roots = problem.roots()
+    slack = problem.rounding(roots)
+    assert np.all((guess * roots >= 0) | (np.abs(roots) <= slack))
+    lowest = guess == np.log(1e-6)
+    assert np.all((np.abs(roots) <= np.abs(guess) * (1 + 8 * EPS) + slack) | lowest)
+
+
+@given(problems())
+def test_no_root_is_above_the_highest_u(problem):
+    assert np.all(problem.roots() <= problem.pairs().u_max + 8 * EPS)
+
+
+# -- the multiplier
+
+
+@given(problems(), st.floats(1e-3, 10))
+def test_log_mean_x_rises_with_nu_but_no_faster(problem, by):
+    lower, upper = problem.roots(), problem.roots(problem.lam + by)
+    slack = 1e-18 * (1 + problem.a)
+    assert np.all(upper >= lower - slack)
+    rise = problem.a * sigmoid_change(problem.lam, problem.lam + by)
+    assert -slack <= log_mean(upper) - log_mean(lower) <= rise + slack
+
+
+def sigmoid_change(start, end):
+    """σ(end) - σ(start), with a small relative error."""
+    with mpmath.workdps(100):
+        change = 1 / (1 + mpmath.exp(-mpmath.mpf(end))) - 1 / (1 + mpmath.exp(-mpmath.mpf(start)))
+        return Real(mpmath.nstr(change, 25))
+
+
+@some
+@given(pools(max_size=12), gamma0s, taus, st.integers(0, 2**32 - 1), st.booleans())
+def test_the_solution_is_in_every_bracket(gaps, gamma0, tau, seed, weighted):
+    rng = np.random.default_rng(seed)
+    weights = np.exp(rng.normal(size=gaps.size) * 4) if weighted else None
+    problem = Problem(gaps, gamma0, gamma0 / tau, 0.0)
+    parts, state = problem.init(weights)
+    seen = set()
+    for _ in range(30):
+        for lam, sign in ((state.dual.low, -1), (state.dual.high, 1)):
+            if (lam, sign) not in seen:
+                roots = problem.roots(lam)
+                mean = log_mean(roots, weights)
+                slack = problem._replace(lam=lam).rounding(roots) * np.exp(roots - mean)
+                assert sign * mean >= -np.average(slack, weights=weights) - 16 * EPS
+                seen.add((lam, sign))
+        if state.converged:
+            break
+        state = _solver.step(XP, parts, state)
+    assert state.converged
+
+
+@given(problems())
+def test_the_first_multiplier_is_newtons_from_equal_margins(problem):
+    dual, start = problem.init()[1].dual, problem.z(np.zeros_like(problem.gaps))
+    w = 1 / (1 + problem.gamma0 * problem.slope(np.zeros_like(problem.gaps)))
+    p, q = (np.sum(w * sigmoid(sign * start)) for sign in (1, -1))
+    far = np.log1p(Real(problem.a)) + 50
+    expected = np.clip(np.log(p) - np.log(q), dual.low, dual.high)
+    slack = 16 * EPS * (problem.gamma0 + np.abs(problem.gaps).max() + far)  # of z
+    assert abs(dual.lam - expected) <= slack
+    assert -far - slack <= dual.low <= dual.lam <= dual.high <= far + slack
+
+
+@st.composite
+def dual_steps(draw):
+    """Arguments of `dual_step`, likely or not."""
+    a = draw(log_uniform(1e-6, 1e5))
+    low, lam, high = sorted(draw(st.floats(-60, 60)) for _ in range(3))
+    before = draw(st.one_of(st.just(math.inf), log_uniform(1e-12, 10)))
+    excess = math.expm1(draw(st.sampled_from([-1, 1])) * draw(log_uniform(1e-17, 10)))
+    rate = (1 + excess) * draw(log_uniform(1e-8, 1))
+    return a, _solver.Dual(lam, low, high, before), excess, rate
+
+
+@settings(max_examples=400)
+@given(dual_steps())
+def test_a_step_of_the_multiplier(arguments):
+    a, dual, excess, rate = arguments
+    new, d_nu = _solver.dual_step(PYTHON_MATH, *arguments)
+    exact = a * sigmoid_change(dual.lam, new.lam)
+    assert abs(d_nu - exact) <= 16 * EPS * abs(exact) + 1e-60 * a
+    log_mass = math.log1p(excess)
+    assert new.low == (dual.lam if log_mass <= 0 else dual.low)
+    assert new.high == (dual.lam if log_mass >= 0 else dual.high)
+    assert new.log_mean == pytest.approx(abs(log_mass), rel=1e-14)
+    middle = (new.low + new.high) / 2
+    if new.log_mean > _solver.LOG_MEAN_TRUSTED:
+        assert new.low <= new.lam <= new.high
+        if new.log_mean > 0.75 * dual.log_mean:
+            assert new.lam == middle
+    near = new.log_mean < _solver.LOG_MEAN_NEAR
+    rise = (-excess if near else -log_mass * (1 + excess)) / rate  # of ν
+    room = float(a * sigmoid(dual.lam) * sigmoid(-dual.lam))
+    if new.lam != middle and abs(rise) < 1e-4 * room:
+        assert abs(d_nu - rise) <= 1e-3 * abs(rise) + 4 * EPS * room * abs(dual.lam)
+
+
+@given(dual_steps())
+def test_numbers_and_arrays_give_the_same_multiplier(arguments):
+    a, dual, excess, rate = arguments
+    as_arrays = _solver.Dual(*(np.array([value]) for value in dual))
+    expected, d_nu = _solver.dual_step(PYTHON_MATH, *arguments)
+    found = _solver.dual_step(XP, np.array([a]), as_arrays, np.array([excess]), np.array([rate]))
+    np.testing.assert_allclose(np.ravel(found[0]), expected, rtol=1e-13, atol=1e-13)
+    slope = a * float(sigmoid(expected.lam) * sigmoid(-expected.lam))
+    np.testing.assert_allclose(found[1], d_nu, rtol=1e-12, atol=1e-11 * slope)
+
+
+# -- the end
+
+
+@some
+@given(problems())
+def test_the_roots_of_a_multiplier_are_on_one_side_of_the_solution(problem):
+    roots = problem.roots()
+    assume(log_mean(roots) < 50)
+    x, exact = np.exp(roots), problem.solution()
+    distance = np.mean(np.abs(x - exact))
+    assert abs(distance - abs(np.mean(x) - 1)) <= 1e-15 * (1 + distance)
+
+
+@given(problems(), log_uniform(1e-16, 3), st.integers(0, 2**32 - 1), st.booleans())
+def test_the_error_bound_holds_of_any_state(problem, size, seed, weighted):
+    roots, rng = problem.roots(), np.random.default_rng(seed)
+    assume(abs(log_mean(roots)) < 15)
+    counts = rng.integers(1, 4, roots.size) if weighted else np.ones(roots.size, int)
+    parts, state = problem.init(counts.astype(float) if weighted else None)
+    u = np.minimum(roots + rng.normal(size=roots.size) * size, parts.pairs.u_max).astype(float)
+    state = state._replace(u=u, dual=state.dual._replace(lam=problem.lam))
+    values, _, bound = _solver.terminate(XP, parts, state)
+    whole = problem._replace(gaps=np.repeat(problem.gaps, counts))
+    x = np.repeat(values, counts) / Real(problem.gamma0)
+    assert abs(np.mean(x) - 1) <= 8 * EPS
+    assert np.mean(np.abs(x - whole.solution())) <= bound <= 2
+
+
+@given(pools(), gamma0s, taus)
+def test_the_error_bound_of_a_solve_is_near_rounding(gaps, gamma0, tau):
+    solution = solve_margins(gaps, gamma0=gamma0, tau=tau)
+    assert solution.error_bound <= 64 * EPS * (2 + np.log(gaps.size) + gamma0 / tau)
