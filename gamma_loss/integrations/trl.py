@@ -1,7 +1,7 @@
 """γ-DPO and γ-SimPO as trainers for TRL, 1.8 or later.
 
 They are TRL's `DPOTrainer` and `CPOTrainer` (its SimPO) with another loss. Data, reference model,
-logging and checkpoints are TRL's; the queue of recent gaps goes into the checkpoints.
+logging and checkpoints are TRL's. The queue of recent gaps is saved with the model.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ import torch
 import torch.distributed as dist
 
 from gamma_loss import _checks
-from gamma_loss.losses import GammaLossAux
 from gamma_loss.metrics import metrics
 from gamma_loss.torch import GammaDPOLoss, GammaSimPOLoss, sequence_logps
 
 try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that trl.experimental, TRL's home of SimPO, may change
+        from datasets import Dataset, IterableDataset
         from trl import DPOConfig, DPOTrainer
         from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+        from gamma_loss.integrations import _pair_columns
 except ImportError as error:
     raise ImportError(
         "gamma_loss.integrations.trl needs TRL 1.8 or later: "
@@ -48,35 +50,44 @@ _PAPER = {
     year      = 2025,
 }""",
 }
+_LABELS = ("chosen_labels", "rejected_labels")
 
 
 def _option(default: Any, meaning: str) -> Any:
     return field(default=default, metadata={"help": meaning})
 
 
-_GAMMA0 = "Mean target margin γ0, in reward units."
-_RATIO = "Another way to give gamma0, SimPO's: gamma0 = beta * gamma_beta_ratio."
-_TAU = "Weight of the margins' KL term, in nats. A large one keeps every margin at gamma0."
-_CENTERED = "Whether the loss subtracts γ_i - γ0 rather than γ_i."
-_QUEUE_SIZE = "How many recent reward gaps the margins are solved over as well; 0 for none."
+@dataclass
+class _GammaOptions:
+    gamma0: float = _option(4.0, "Mean target margin γ0, in reward units.")
+    gamma_beta_ratio: float | None = _option(
+        None, "Another way to give gamma0, SimPO's: gamma0 = beta * gamma_beta_ratio."
+    )
+    tau: float = _option(
+        10.0, "Weight of the margins' KL term, in nats. A large one keeps every margin at gamma0."
+    )
+    centered: bool = _option(True, "Whether the loss subtracts γ_i - γ0 rather than γ_i.")
+    queue_size: int = _option(
+        2048, "Number of recent reward gaps that the margins are solved over as well; 0 for none."
+    )
 
-
-def _set_gamma0(config: GammaDPOConfig | GammaSimPOConfig) -> None:
-    if config.gamma_beta_ratio is not None:
-        gamma0 = config.beta * config.gamma_beta_ratio
-        if config.gamma0 not in (type(config).gamma0, gamma0):
-            raise ValueError(
-                f"gamma0 must be beta * gamma_beta_ratio = {gamma0} or left out where "
-                f"gamma_beta_ratio is given, got {config.gamma0}"
-            )
-        config.gamma0 = gamma0
-    _checks.number("beta", config.beta, above=0)
-    _checks.problem(config.gamma0, config.tau)
-    _checks.flag("centered", config.centered)
+    def __post_init__(self: Any) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        if self.gamma_beta_ratio is not None:
+            gamma0 = self.beta * self.gamma_beta_ratio
+            if self.gamma0 not in (type(self).gamma0, gamma0):
+                raise ValueError(
+                    f"gamma0 must be beta * gamma_beta_ratio = {gamma0} or left out where "
+                    f"gamma_beta_ratio is given, got {self.gamma0}"
+                )
+            self.gamma0 = gamma0
+        _checks.number("beta", self.beta, above=0)
+        _checks.problem(self.gamma0, self.tau)
+        _checks.flag("centered", self.centered)
 
 
 @dataclass
-class GammaDPOConfig(DPOConfig):
+class GammaDPOConfig(_GammaOptions, DPOConfig):
     """TRL's `DPOConfig` with the hyperparameters of γ-PO.
 
     Parameters
@@ -90,10 +101,10 @@ class GammaDPOConfig(DPOConfig):
     centered : bool, default True
         Whether the loss subtracts γ_i - γ0 or γ_i, see `gamma_dpo_loss`.
     queue_size : int, default 2048
-        How many recent gaps the margins are solved over, see `GammaDPOLoss`.
+        Number of recent gaps that join the margin problem, see `GammaDPOLoss`.
     length_normalize : bool, default False
         Whether log-probabilities, the reference's too, are averaged over the tokens of a response
-        in the place of summed. As in the published code, and as ``loss_type="sigmoid_norm"`` says.
+        and not summed. The published code averages. ``loss_type="sigmoid_norm"`` does the same.
 
     Raises
     ------
@@ -103,8 +114,8 @@ class GammaDPOConfig(DPOConfig):
     Notes
     -----
     Of DPOConfig's own: ``label_smoothing`` smooths the γ-loss conservatively, or as rDPO does with
-    ``loss_type="robust"``. Further losses in ``loss_type``, with their ``loss_weights``, are added
-    as TRL adds them: ``["sigmoid", "sft"]`` is γ-DPO with an SFT term.
+    ``loss_type="robust"``. TRL adds further losses of ``loss_type``, with their ``loss_weights``:
+    ``["sigmoid", "sft"]`` is γ-DPO with an SFT term.
 
     Examples
     --------
@@ -112,20 +123,11 @@ class GammaDPOConfig(DPOConfig):
     2.0
     """
 
-    gamma0: float = _option(4.0, _GAMMA0)
-    gamma_beta_ratio: float | None = _option(None, _RATIO)
-    tau: float = _option(10.0, _TAU)
-    centered: bool = _option(True, _CENTERED)
-    queue_size: int = _option(2048, _QUEUE_SIZE)
     length_normalize: bool = _option(False, "Whether log-probabilities are averaged over tokens.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _set_gamma0(self)
 
 
 @dataclass
-class GammaSimPOConfig(CPOConfig):
+class GammaSimPOConfig(_GammaOptions, CPOConfig):
     """TRL's `CPOConfig` for SimPO, with the hyperparameters of γ-PO.
 
     The defaults are the published ones of llama-3-8b-instruct, see `PUBLISHED_SETTINGS`.
@@ -134,29 +136,14 @@ class GammaSimPOConfig(CPOConfig):
     ----------
     beta : float, default 10
         Reward units per nat of mean log-probability.
-    gamma0 : float, default 4
-        Mean target margin in reward units, see `solve_margins`.
-    gamma_beta_ratio : float, optional
-        Another way to give gamma0, as ``beta * gamma_beta_ratio``.
-    tau : float, default 10
-        Weight of the margins' KL term in nats, see `solve_margins`.
+    gamma0, gamma_beta_ratio, tau, queue_size
+        See `GammaDPOConfig`. gamma0 is TRL's ``simpo_gamma``, which is set to it.
     centered : bool, default False
         Whether the loss subtracts γ_i - γ0 or γ_i, see `gamma_simpo_loss`.
-    queue_size : int, default 2048
-        How many recent gaps the margins are solved over, see `GammaSimPOLoss`.
     loss_type : str, default "simpo"
-        And no other.
+        No other is allowed.
     cpo_alpha : float, default 0
         Weight of an added SFT term on the chosen responses, as TRL has it for CPO.
-
-    Raises
-    ------
-    ValueError
-        If gamma0 and gamma_beta_ratio contradict each other, or one is out of its range.
-
-    Notes
-    -----
-    gamma0 is TRL's ``simpo_gamma``, which is set to it.
 
     Examples
     --------
@@ -167,44 +154,40 @@ class GammaSimPOConfig(CPOConfig):
     beta: float = _option(10.0, "Reward units per nat of mean log-probability.")
     loss_type: str = _option("simpo", "simpo, and no other.")
     cpo_alpha: float = _option(0.0, "Weight of an added SFT term on the chosen responses.")
-    gamma0: float = _option(4.0, _GAMMA0)
-    gamma_beta_ratio: float | None = _option(None, _RATIO)
-    tau: float = _option(10.0, _TAU)
-    centered: bool = _option(False, _CENTERED)
-    queue_size: int = _option(2048, _QUEUE_SIZE)
+    centered: bool = _option(False, "Whether the loss subtracts γ_i - γ0 rather than γ_i.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _set_gamma0(self)
         self.simpo_gamma = self.gamma0
 
 
-@dataclass
-class _WithMargins:
-    """A collator that also collates the margins of the pairs, where the data has some."""
+def _must_be(only: Any, args: Any, name: str, method: str) -> None:
+    if getattr(args, name) != only:
+        raise ValueError(f"{name} must be {only!r} for {method}, got {getattr(args, name)!r}")
 
-    collate: Any
 
-    def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        batch = self.collate(examples)
-        if "margin" in examples[0]:
-            margins = [example["margin"] for example in examples]
-            try:
-                batch["margin"] = torch.tensor(list(map(float, margins)))
-            except (TypeError, ValueError):
-                raise TypeError(
-                    f"the column 'margin' must hold numbers, in reward units, got {margins!r}"
-                ) from None
-        return batch
+def _has_tokens(row: dict[str, Any], first: int) -> bool:
+    return all(any(label != -100 for label in row[name][first:]) for name in _LABELS)
 
 
 class _GammaTrainer:
-    """What both trainers add to TRL's: margins of the data, metrics over all ranks, the queue."""
+    """The part that both trainers add to TRL's: columns of the data, metrics and the queue."""
 
     gamma_loss: GammaDPOLoss | GammaSimPOLoss
+    _step_weight: torch.Tensor | None = None
 
-    def _make_loss(self: Any, loss: Any, defaults: Any, **settings: Any) -> None:
-        """Make the loss of the arguments, with our defaults for what a config of TRL's lacks."""
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._sizes = {}
+        for name in ("train_dataset", "eval_dataset"):
+            data = options[name] = _pair_columns.check(options.get(name), name)
+            if isinstance(data, Dataset):
+                self._sizes[name] = len(data)
+        super().__init__(*arguments, **options)
+
+    def _make_loss(
+        self: Any, loss: Any, defaults: Any, model: Any, units: Any = None, **settings: Any
+    ) -> None:
+        """Make the loss from the arguments. A config of TRL's own gets our defaults."""
         for name in ("tau", "centered", "queue_size"):
             settings[name] = getattr(self.args, name, getattr(defaults, name))
         self.gamma_loss = loss(
@@ -213,41 +196,89 @@ class _GammaTrainer:
             group=dist.group.WORLD if self.accelerator.num_processes > 1 else None,
             **settings,
         ).to(self.accelerator.device)
-        self.gamma_loss._unwatched *= self.args.gradient_accumulation_steps
-        self.data_collator = _WithMargins(self.data_collator)
+        self.gamma_loss._units |= units or {}
+        self.gamma_loss._warmup_left *= self.args.gradient_accumulation_steps
+        self.data_collator = _pair_columns.Collator(self.data_collator)
+        for name, size in self._sizes.items():
+            if (left := len(getattr(self, name))) < size:
+                words = (
+                    f"{size - left} of the {size} pairs of {name} are left out: truncation to "
+                    f"max_length = {self.args.max_length} leaves no token of a response"
+                )
+                if not left:
+                    raise ValueError(f"{words}. Increase max_length")
+                warnings.warn(words, stacklevel=3)
+        folder = model if isinstance(model, str) else getattr(model, "name_or_path", "")
+        if folder and os.path.isfile(os.path.join(folder, _QUEUE_FILE)):
+            self._load_queue(folder)
 
     def _set_signature_columns_if_needed(self: Any) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
-        if "margin" not in self._signature_columns:
-            self._signature_columns.append("margin")
+        self._signature_columns += _pair_columns.COLUMNS.keys() - set(self._signature_columns)
 
-    def _gamma_metrics(self: Any, aux: GammaLossAux) -> dict[str, float]:
-        """Return the ``gamma/*`` of `metrics` over the pairs of all ranks."""
-        columns = [aux.margins, aux.shifts, aux.reward_gaps, aux.pair_weights]
-        rows = torch.stack([*columns, aux.mask.to(aux.margins.dtype)], 1)
-        margins, shifts, gaps, weights, mask = self.accelerator.gather(rows).unbind(1)
+    def _weights(self: Any, batch: Any) -> torch.Tensor:
+        """Return the weights of the pairs, 0 for those with a response truncated to nothing."""
+        chosen, rejected = self._lengths(batch)
+        weights: torch.Tensor = ((chosen > 0) & (rejected > 0)) * batch.get("weight", 1.0)
+        return weights
+
+    def get_batch_samples(self: Any, *arguments: Any) -> Any:
+        """Return TRL's, and remember the mean weight of the step's micro-batches."""
+        batches, items = super().get_batch_samples(*arguments)  # type: ignore[misc]
+        total = torch.zeros((), device=self.accelerator.device)
+        for batch in batches:
+            total += self._weights(batch).sum()
+        self._step_weight = self.accelerator.reduce(total) / max(len(batches), 1)
+        return batches, items
+
+    def _gamma_loss(
+        self: Any, batch: Any, chosen: torch.Tensor, *logps: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Return the loss of a micro-batch, and the ``gamma/*`` over all ranks."""
+        training, weights = self.model.training, self._weights(batch)
+        chosen = chosen - batch.get("margin", 0.0) / self.beta  # a gap smaller by the margin
+        loss, aux = self.gamma_loss.train(training)(
+            chosen, *logps, mask=weights > 0, weights=batch.get("weight")
+        )
+        columns = [aux.margins, aux.shifts, aux.reward_gaps, aux.pair_weights, aux.mask, weights]
+        rows = torch.stack([column.to(aux.margins.dtype) for column in columns], 1)
+        margins, shifts, gaps, slopes, mask, weights = self.accelerator.gather(rows).unbind(1)
+        if training and self._step_weight is not None:
+            # The mean over the whole step: TRL divides by the number of micro-batches, of which
+            # one may hold fewer pairs.
+            tiny = torch.finfo(weights.dtype).tiny
+            loss = loss * (weights.sum() / self._step_weight.clamp(min=tiny))
         whole = aux._replace(
-            margins=margins, shifts=shifts, reward_gaps=gaps, pair_weights=weights, mask=mask > 0,
+            margins=margins, shifts=shifts, reward_gaps=gaps, pair_weights=slopes, mask=mask > 0,
             chosen_rewards=gaps, rejected_rewards=gaps,  # TRL reports the rewards
         )  # fmt: skip
         logs = {name: value for name, value in metrics(whole).items() if name.startswith("gamma/")}
-        return dict(zip(logs, torch.stack(list(logs.values())).tolist(), strict=True))
+        return loss, dict(zip(logs, torch.stack(list(logs.values())).tolist(), strict=True))
 
-    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+    def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what TRL does, and the queue beside it."""
         if self.args.should_save:  # every rank holds the same queue
-            torch.save(self.gamma_loss.state_dict(), os.path.join(output_dir, _QUEUE_FILE))
+            folder = output_dir or self.args.output_dir
+            os.makedirs(folder, exist_ok=True)
+            torch.save(self.gamma_loss.state_dict(), os.path.join(folder, _QUEUE_FILE))
+        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+
+    def _load_queue(self, folder: str) -> None:
+        path = os.path.join(folder, _QUEUE_FILE)
+        if not os.path.isfile(path):
+            warnings.warn(f"no {_QUEUE_FILE} in {folder}: the queue starts empty", stacklevel=2)
+            return
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.gamma_loss.load_state_dict(state, strict=False)  # it may have been without a queue
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if checkpoint is None:
-            return
-        path = os.path.join(checkpoint, _QUEUE_FILE)
-        if not os.path.isfile(path):
-            warnings.warn(f"no {_QUEUE_FILE} in {checkpoint}: the queue starts empty", stacklevel=2)
-            return
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        self.gamma_loss.load_state_dict(state)
+        if checkpoint is not None:
+            self._load_queue(checkpoint)
+
+    def _load_best_model(self: Any) -> None:
+        super()._load_best_model()  # type: ignore[misc]
+        self._load_queue(self.state.best_model_checkpoint)
 
 
 class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
@@ -255,18 +286,23 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
 
     The margins are solved over the queue and the batch of all ranks. Besides TRL's metrics it logs
     the ``gamma/*`` of `metrics`, over the pairs of all ranks and averaged over micro-batches as TRL
-    averages its own. Evaluation reads the queue and never writes it; a resumed run goes on with
-    the queue of its checkpoint. A pair with a response truncated to nothing takes no part.
+    averages its own. The loss of a step is the mean over all its pairs, however they are split into
+    micro-batches. A pair with a response truncated to nothing takes no part.
+
+    Evaluation reads the queue and never writes it. The queue is saved with the model: a resumed run
+    and ``load_best_model_at_end`` go on with it, and so does a new trainer of a saved model that
+    gets a ``ref_model``. Without one the reference is another, and the queue starts empty.
 
     A column ``margin`` of the data gives each pair a target m_i of its own, in reward units. Then
-    γ-PO works on ``g_i - m_i``: the loss is ``-log σ(g_i - m_i - (γ_i - γ0))``, with γ solved over
-    a pool of ``g - m``, which is what the queue holds. TRL's ``rewards/*`` stay those of g.
+    γ-PO works on ``g_i - m_i``: the loss is ``-log σ(g_i - m_i - (γ_i - γ0))``. The pool and the
+    queue hold ``g - m``. TRL's ``rewards/*`` stay those of g. A column ``weight`` gives each pair
+    its weight in the pool and in the mean over the step's pairs.
 
     Parameters
     ----------
     model, ref_model, args, **kwargs
-        As `DPOTrainer`. A plain `DPOConfig` does, with the defaults of `GammaDPOConfig` for what it
-        lacks.
+        As `DPOTrainer`. A plain `DPOConfig` also works; the other settings then take the defaults
+        of `GammaDPOConfig`.
 
     Attributes
     ----------
@@ -278,7 +314,7 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
     ValueError
         For options that would change what the γ-loss means: f_divergence_type, ld_alpha,
         use_weighting, and a loss_type that does not hold one of "sigmoid", "sigmoid_norm" and
-        "robust".
+        "robust". For a margin or weight that is no such number, and for data without a pair left.
 
     Examples
     --------
@@ -303,17 +339,16 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
         if getattr(args, "use_liger_kernel", False) and hasattr(DPOTrainer, "_compute_loss_liger"):
             raise ValueError(
                 "use_liger_kernel must be False for γ-DPO before TRL 1.15: Liger's loss sees one "
-                "pair at a time, margins need all. Liger's other kernels remain: call its "
+                "pair at a time, margins need all. Call Liger's "
                 "apply_liger_kernel_to_llama(fused_linear_cross_entropy=False), or that of your "
-                "model, before the model is made, or use TRL 1.15, which takes no loss from Liger"
+                "model, before the model is made, or use TRL 1.15"
             )
         super().__init__(model, ref_model, args, **kwargs)
         args = self.args
         for name, only in (
             ("f_divergence_type", "reverse_kl"), ("ld_alpha", None), ("use_weighting", False),
         ):  # fmt: skip
-            if getattr(args, name) != only:
-                raise ValueError(f"{name} must be {only!r} for γ-DPO, got {getattr(args, name)!r}")
+            _must_be(only, args, name, self._name)
         own = ("sigmoid", "sigmoid_norm", "robust")
         places = [i for i, name in enumerate(args.loss_type) if name in own]
         if len(places) != 1:
@@ -327,66 +362,66 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
         robust = place == "robust"
         self._normalize = place == "sigmoid_norm" or getattr(args, "length_normalize", False)
         self._gamma_weight = self.loss_weights.pop(places[0])
-        gamma0 = getattr(args, "gamma0", GammaDPOConfig.gamma0)
-        self._make_loss(GammaDPOLoss, GammaDPOConfig, gamma0=gamma0, robust=robust)
+        self._make_loss(
+            GammaDPOLoss, GammaDPOConfig, None if ref_model is None else model,
+            units={"length_normalize": float(self._normalize)},
+            gamma0=getattr(args, "gamma0", GammaDPOConfig.gamma0), robust=robust,
+        )  # fmt: skip
 
     def compute_ref_log_probs(self, *arguments: Any) -> Any:
-        """Return TRL's, without the margins that a batch has for the loss."""
-        *model, inputs = arguments
-        inputs = {name: value for name, value in inputs.items() if name != "margin"}
-        return super().compute_ref_log_probs(*model, inputs)
+        """Return TRL's, as constants, of a batch that may have margins and weights."""
+        *model, batch = arguments
+        logps = super().compute_ref_log_probs(*model, _pair_columns.without(batch))
+        return [each.detach() for each in logps]
+
+    @staticmethod
+    def _lengths(batch: Any) -> list[torch.Tensor]:
+        return list(batch["completion_mask"][:, 1:].sum(1).chunk(2))
 
     def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return TRL's loss with γ-DPO in the place of DPO, and log the metrics of both."""
-        inputs = dict(inputs)
-        margins = inputs.pop("margin", 0.0)
+        batch, inputs = inputs, _pair_columns.without(inputs)
         if not self.precompute_ref_logps:
-            reference = (self.ref_model or self.model,) if _TAKES_MODEL else ()
+            # A compiled module has no truth value.
+            reference = self.model if self.ref_model is None else self.ref_model
             # As when TRL computes a loss: under FSDP2 autocast would round the reference otherwise
             # than the policy.
             self.accelerator.autocast = contextlib.nullcontext
             try:
-                chosen, rejected = self.compute_ref_log_probs(*reference, inputs)
+                arguments = (reference, inputs) if _TAKES_MODEL else (inputs,)
+                chosen, rejected = self.compute_ref_log_probs(*arguments)
             finally:
                 del self.accelerator.autocast
             inputs |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         logps: list[torch.Tensor] = []
 
-        def listened_to(**kwargs: Any) -> Any:
+        def capture_logps(**kwargs: Any) -> Any:
             outputs = model(**kwargs)
             if logps:  # a second call, for the logits of compute_metrics
                 return outputs
-            each = getattr(outputs, "log_probs", None)  # of tokens, from TRL 1.15 on
-            if each is None:
+            if "log_probs" in outputs:  # of tokens, from TRL 1.15 on
+                summed = outputs["log_probs"].sum(1)
+            else:
                 responses = inputs["completion_mask"] > 0
                 summed = sequence_logps(outputs.logits, inputs["input_ids"], responses)
-            else:
-                summed = each.sum(1)
             logps.extend(summed.chunk(2))
             return outputs
 
         precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
         try:
-            result = super().compute_loss(listened_to, inputs, return_outputs, num_items_in_batch)
+            result = super().compute_loss(capture_logps, inputs, return_outputs, num_items_in_batch)
         finally:
             self.precompute_ref_logps = precomputed
 
-        lengths = inputs["completion_mask"][:, 1:].sum(1).chunk(2)
         logps += [inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]]
         if self._normalize:
-            logps = [x / n.clamp(min=1) for x, n in zip(logps, 2 * lengths, strict=True)]
-        logps[2] = logps[2] + margins / self.beta  # a gap smaller by the margin
-        training = self.model.training
-        mask = (lengths[0] > 0) & (lengths[1] > 0)
-        loss, aux = self.gamma_loss.train(training)(*logps, mask=mask)
-        for name, value in self._gamma_metrics(aux).items():
-            self._metrics["train" if training else "eval"][name].append(value)
+            lengths = 2 * self._lengths(inputs)
+            logps = [x / n.clamp(min=1) for x, n in zip(logps, lengths, strict=True)]
+        loss, logs = self._gamma_loss(batch, *logps)
+        for name, value in logs.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
         if return_outputs:
             return result[0] + self._gamma_weight * loss, result[1]
         return result + self._gamma_weight * loss
@@ -395,14 +430,15 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
 class GammaSimPOTrainer(_GammaTrainer, CPOTrainer):
     """TRL's `CPOTrainer`, training with γ-SimPO.
 
-    As `GammaDPOTrainer`, a column ``margin`` included, without a reference model and with
-    log-probabilities averaged over tokens.
+    As `GammaDPOTrainer`, with the columns ``margin`` and ``weight``, without a reference model and
+    with log-probabilities averaged over tokens. Pairs with a response truncated to nothing are left
+    out of the data, and a warning gives their number. Unlike `CPOTrainer` it takes streams.
 
     Parameters
     ----------
     model, args, **kwargs
-        As `CPOTrainer`. A plain `CPOConfig` with ``loss_type="simpo"`` does: its simpo_gamma is
-        gamma0, and the rest are the defaults of `GammaSimPOConfig`.
+        As `CPOTrainer`. A plain `CPOConfig` with ``loss_type="simpo"`` also works: its simpo_gamma
+        is gamma0, and the other settings take the defaults of `GammaSimPOConfig`.
 
     Attributes
     ----------
@@ -412,7 +448,8 @@ class GammaSimPOTrainer(_GammaTrainer, CPOTrainer):
     Raises
     ------
     ValueError
-        For a loss_type that is not "simpo", and for alpha (AlphaPO's transformed rewards).
+        For a loss_type that is not "simpo", for alpha (AlphaPO's transformed rewards), for a margin
+        or weight that is no such number, and for data without a pair left.
 
     Examples
     --------
@@ -429,50 +466,45 @@ class GammaSimPOTrainer(_GammaTrainer, CPOTrainer):
     _name = "γ-SimPO"
     _paper = _PAPER
 
-    def __init__(self, model: Any = None, args: CPOConfig | None = None, **kwargs: Any) -> None:
+    def __init__(self, model: Any, args: CPOConfig, **kwargs: Any) -> None:
         for name, only in (("loss_type", "simpo"), ("alpha", 0.0)):
-            if args is not None and getattr(args, name) != only:
-                raise ValueError(
-                    f"{name} must be {only!r} for γ-SimPO, got {getattr(args, name)!r}"
-                )
+            _must_be(only, args, name, self._name)
+        if isinstance(kwargs.get("train_dataset"), IterableDataset):  # as DPOTrainer does
+            args.accelerator_config.dispatch_batches = False
         super().__init__(model, args, **kwargs)
-        self._make_loss(GammaSimPOLoss, GammaSimPOConfig, gamma0=self.args.simpo_gamma)
+        for name in ("train_dataset", "eval_dataset"):
+            if (data := getattr(self, name)) is not None:
+                with self.args.main_process_first():
+                    data = data.filter(_has_tokens, fn_kwargs={"first": self._first})
+                setattr(self, name, data)
+        self._make_loss(GammaSimPOLoss, GammaSimPOConfig, model, gamma0=self.args.simpo_gamma)
+
+    @property
+    def _first(self) -> int:  # the first token that has a log-probability
+        return 0 if self.is_encoder_decoder else 1
+
+    def _lengths(self, batch: Any) -> list[torch.Tensor]:
+        return [(batch[name][:, self._first :] != -100).sum(1) for name in _LABELS]
 
     @staticmethod
     def get_batch_logps(
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        average_log_prob: bool = False,
-        is_encoder_decoder: bool = False,
+        logits: Any, labels: Any, average_log_prob: bool = False, is_encoder_decoder: bool = False
     ) -> torch.Tensor:
         """Return `sequence_logps`, which is 0 where TRL's mean over no token is NaN."""
-        return sequence_logps(
-            logits, labels, average=average_log_prob, shift=not is_encoder_decoder
-        )
+        shift = not is_encoder_decoder
+        return sequence_logps(logits, labels, average=average_log_prob, shift=shift)
 
-    def get_batch_loss_metrics(
-        self, model: Any, batch: dict[str, Any], train_eval: str = "train"
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    def get_batch_loss_metrics(self, model: Any, batch: Any, train_eval: str = "train") -> Any:
         """Return TRL's loss and metrics of a batch, those of γ-SimPO among them."""
-        first = 0 if self.is_encoder_decoder else 1
-        has_chosen, has_rejected = (
-            (batch[labels][:, first:] != -100).any(1)
-            for labels in ("chosen_labels", "rejected_labels")
-        )
-        self._has_both = has_chosen & has_rejected
-        self._margins = batch.get("margin", 0.0)
+        self._batch = batch
         loss, logs = super().get_batch_loss_metrics(model, batch, train_eval)
         prefix = "eval_" if train_eval == "eval" else ""
-        return loss, logs | {prefix + k: v for k, v in self._gamma_metrics(self._aux).items()}
+        return loss, logs | {prefix + name: value for name, value in self._logs.items()}
 
-    def cpo_loss(
-        self, policy_chosen_logps: torch.Tensor, policy_rejected_logps: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def cpo_loss(self, policy_chosen_logps: Any, policy_rejected_logps: Any) -> Any:
         """Return γ-SimPO in the place of TRL's losses and rewards."""
-        loss, self._aux = self.gamma_loss.train(self.model.training)(
-            policy_chosen_logps - self._margins / self.beta,  # a gap smaller by the margin
-            policy_rejected_logps, mask=self._has_both,
-        )  # fmt: skip
+        loss, self._logs = self._gamma_loss(self._batch, policy_chosen_logps, policy_rejected_logps)
         # TRL takes the mean; this is one already, over the pairs that take part on any rank.
         losses = loss.expand(policy_chosen_logps.shape)
-        return losses, self._aux.chosen_rewards + self._margins, self._aux.rejected_rewards
+        chosen, rejected = self.beta * policy_chosen_logps, self.beta * policy_rejected_logps
+        return losses, chosen.detach(), rejected.detach()
