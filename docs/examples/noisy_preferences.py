@@ -1,12 +1,12 @@
 """Preference training on noisy labels, to watch: plain DPO against γ-DPO.
 
 A byte-level language model learns the source text of Python's standard library. It is then aligned
-on preference pairs, a true continuation of a prompt against a corrupted one (from barely to
-heavily), of which a fraction has its two responses swapped by mistake. Plain DPO and γ-DPO start
-from the same model and see the same pairs in the same order; γ-DPO's tau is chosen by the gaps that
-DPO ends with. Nothing is downloaded.
+on preference pairs: a true continuation of a prompt, and a corrupted one (from barely to heavily).
+A fraction of the pairs has its two responses swapped by mistake. DPO and γ-DPO start from the same
+model and see the same pairs in the same order. The gaps at the end of DPO's run choose γ-DPO's tau.
+Nothing is downloaded.
 
-    python noisy_preferences.py                       # about two minutes on two CPU cores
+    python noisy_preferences.py                       # 100 s of processor time, one core
     python noisy_preferences.py --quick               # a smoke test
     python noisy_preferences.py --pairs mine.jsonl    # own data: prompt, chosen, rejected,
                                                       # and no label flipped without --flip
@@ -18,40 +18,37 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import sys
 import sysconfig
-import time
+from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
+from _common import Parser, WrongInput, check_output, number, part_of, read, run, texts
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm as progress
 
 from gamma_loss import (
-    MatchedLoss,
     choose_settings,
     gamma_dpo_loss,
     gamma_preference_loss,
     match_logistic,
-    preference_loss,
     solve_margins_streaming,
 )
 
-tqdm = partial(progress, disable=None)  # which is: only on a terminal
+tqdm = partial(progress, disable=None)  # a bar appears on a terminal only
 PROMPT_BYTES, RESPONSE_BYTES = 40, 24  # of the pairs made here
 LONGEST_BYTES = 256  # of a prompt and of a response from a file
 CORRUPTION = 0.03, 0.6  # the share of replaced bytes, drawn uniformly for each pair
 BATCH_SIZE = 32  # pairs in an alignment step
-RECENT_GAPS = 256  # how many gaps of earlier batches join the margin solve
-EVALUATIONS = 12  # in the course of a run, of held-out pairs and of some training pairs:
-WATCHED = 1024
-WEAKER = 10  # how many times tau the picture's second strength has
-FORMATS = ".jpg", ".pdf", ".png", ".svg"  # of matplotlib's those that need nothing else
-METHODS = {"dpo": "DPO", "gamma-dpo": "γ-DPO"}
+RECENT_GAPS = 256  # gaps of earlier batches that join the margin solve
+EVALUATIONS = 8  # of the watched training pairs, in the course of a run
+WATCHED = 1024  # training pairs
+WEAKER = 10  # the factor on tau for the picture's second strength
+FORMATS = ".jpg", ".pdf", ".png", ".svg"  # the formats of matplotlib that need nothing else
 
 
 class Pairs(NamedTuple):
@@ -59,7 +56,7 @@ class Pairs(NamedTuple):
 
     tokens: Tensor  # (pairs, 2, length), a zero byte first
     in_response: Tensor  # (pairs, 2, length), True for the bytes that are scored
-    flipped: Tensor  # (pairs,), whether the label is wrong; never seen by a loss
+    flipped: Tensor  # (pairs,), whether this program swapped the responses; no loss sees it
 
     def at(self, index: Tensor) -> Pairs:
         """Select pairs."""
@@ -71,15 +68,13 @@ class Pairs(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What one method's run leaves behind."""
+    """The results of one method."""
 
     steps: list[int]
-    accuracies: list[float]  # on held-out pairs, at those steps
-    heldout_loss: float
+    accuracy: float  # on held-out pairs, at the end
     gaps: Tensor  # (steps, watched training pairs)
     margins: Tensor  # of these as one pool at each step; zeros for DPO
     pair_weights: Tensor
-    seconds: float
 
 
 class ByteModel(nn.Module):
@@ -107,7 +102,7 @@ def response_logps(model: ByteModel, pairs: Pairs) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def all_response_logps(model: ByteModel, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """The same for many pairs, a slice at a time."""
-    slices = torch.arange(len(pairs.flipped)).split(256)
+    slices = torch.arange(len(pairs.flipped)).split(64)
     chosen, rejected = zip(*(response_logps(model, pairs.at(s)) for s in slices), strict=True)
     return torch.cat(chosen), torch.cat(rejected)
 
@@ -156,50 +151,34 @@ def make_pairs(text: Tensor, count: int, generator: torch.Generator) -> Pairs:
     )
 
 
-def stop(problem: str) -> NoReturn:
-    """End the program with one line that says what is wrong."""
-    print(problem, file=sys.stderr)
-    sys.exit(2)
-
-
-def read_pairs(path: Path) -> Pairs:
-    """Pairs from a JSONL file; ends the program with a line's number where it is malformed."""
-    rows = []
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        stop(f"{path}: {error.strerror}")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError(f"expected an object, got {type(record).__name__}")
-            for name in ("prompt", "chosen", "rejected"):
-                if not isinstance(record.get(name), str):
-                    raise ValueError(f"{name!r} must be a string, got {record.get(name)!r}")
-                if name != "prompt" and not record[name]:
-                    raise ValueError(f"{name!r} is empty")
-            prompt = b"\0" + record["prompt"].encode()[-LONGEST_BYTES:]
-            responses = [record[name].encode()[:LONGEST_BYTES] for name in ("chosen", "rejected")]
-        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, half a surrogate pair
-            stop(f"{path}:{number}: {error}")
-        rows += [(prompt, response) for response in responses]
+def from_file(file: Path) -> Pairs:
+    """Read pairs. Long texts are cut, and the cuts are counted on the screen."""
+    rows, cut, dropped = [], [0, 0], 0
+    for row in read(file):
+        prompt, *responses = (text.encode(errors="replace") for text in texts(row))
+        cut[0] += len(prompt) > LONGEST_BYTES
+        cut[1] += max(map(len, responses)) > LONGEST_BYTES
+        responses = [response[:LONGEST_BYTES] for response in responses]
+        if responses[0] == responses[1]:
+            dropped += 1
+        else:
+            rows += [(b"\0" + prompt[-LONGEST_BYTES:], response) for response in responses]
     if len(rows) < 20:
-        stop(f"{path}: need at least 10 pairs, got {len(rows) // 2}")
-    length = max(len(prompt) + len(response) for prompt, response in rows)
-    tokens = torch.zeros((len(rows), length), dtype=torch.long)
-    in_response = torch.zeros((len(rows), length), dtype=torch.bool)
+        raise WrongInput(f"{file}: need at least 10 pairs, got {len(rows) // 2}")
+    if any(cut):
+        print(
+            f"{file}: the model reads {LONGEST_BYTES} bytes of a text. So {cut[0]} prompts lost "
+            f"their start,\nand {cut[1]} pairs the end of a response. {dropped} pairs were "
+            "dropped: their responses differ only there."
+        )
+    size = len(rows), max(len(prompt) + len(response) for prompt, response in rows)
+    tokens, in_response = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.bool)
     for i, (prompt, response) in enumerate(rows):
         end = len(prompt) + len(response)
         tokens[i, :end] = torch.tensor(list(prompt + response))
         in_response[i, len(prompt) : end] = True
-    return Pairs(
-        tokens.unflatten(0, (-1, 2)),
-        in_response.unflatten(0, (-1, 2)),
-        torch.zeros(len(rows) // 2, dtype=torch.bool),
-    )
+    tokens, in_response = (each.unflatten(0, (-1, 2)) for each in (tokens, in_response))
+    return Pairs(tokens, in_response, torch.zeros(len(tokens), dtype=torch.bool))
 
 
 def flip_labels(pairs: Pairs, share: float, generator: torch.Generator) -> Pairs:
@@ -207,12 +186,10 @@ def flip_labels(pairs: Pairs, share: float, generator: torch.Generator) -> Pairs
     count = len(pairs.flipped)
     flipped = torch.zeros(count, dtype=torch.bool)
     flipped[torch.randperm(count, generator=generator)[: round(share * count)]] = True
-    swap = flipped[:, None, None]
-    return Pairs(
-        torch.where(swap, pairs.tokens.flip(1), pairs.tokens),
-        torch.where(swap, pairs.in_response.flip(1), pairs.in_response),
-        flipped,
+    tokens, in_response = (
+        torch.where(flipped[:, None, None], field.flip(1), field) for field in pairs[:2]
     )
+    return Pairs(tokens, in_response, flipped)
 
 
 def pretrain(text: Tensor, args: argparse.Namespace, generator: torch.Generator) -> ByteModel:
@@ -237,144 +214,118 @@ def pretrain(text: Tensor, args: argparse.Namespace, generator: torch.Generator)
 
 
 def align(
-    method: str, start: ByteModel, train: Pairs, heldout: Pairs, args: argparse.Namespace
-) -> Run:
-    """Align a copy of the model on the pairs, with one of the two losses."""
-    began = time.perf_counter()
+    name: str, gamma0: float, tau: float,
+    start: ByteModel, train: Pairs, heldout: Pairs, args: argparse.Namespace,
+) -> Run:  # fmt: skip
+    """Align a copy of the model on the pairs with γ-DPO, which is DPO where gamma0 is 0."""
     generator = torch.Generator().manual_seed(args.seed)
     model = copy.deepcopy(start)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     reference = torch.stack(all_response_logps(start, train))
     heldout_reference = torch.stack(all_response_logps(start, heldout))
-    recent = torch.zeros(0, device=args.device)
+    context = None
 
     def reward_gaps(pairs: Pairs, reference: Tensor) -> Tensor:
         chosen, rejected = torch.stack(all_response_logps(model, pairs)) - reference
-        return args.beta * (chosen - rejected)
+        gaps = args.beta * (chosen - rejected)
+        if not gaps.isfinite().all():
+            raise WrongInput(f"{name} diverged by step {step}: lower --lr or --beta")
+        return gaps
 
     watched, watched_reference = train.at(slice(WATCHED)), reference[:, :WATCHED]
-    steps, accuracies, history = [], [], []
-    evaluate_at = {round(args.steps * i / EVALUATIONS) for i in range(EVALUATIONS + 1)}
-    bar = tqdm(range(args.steps + 1), desc=f"{METHODS[method]:>14}")
+    steps = sorted({-(-args.steps * i // EVALUATIONS) for i in range(EVALUATIONS + 1)})
+    history = [torch.zeros_like(watched_reference[0])]  # of gaps: the policy is the reference
+    bar = tqdm(range(1, args.steps + 1), desc=f"{name:>14}")
     for step in bar:
-        if step in evaluate_at:
-            accuracy = (reward_gaps(heldout, heldout_reference) > 0).float().mean().item()
-            steps.append(step)
-            accuracies.append(accuracy)
-            history.append(reward_gaps(watched, watched_reference))
-            bar.set_postfix_str(f"held-out accuracy {accuracy:.3f}")
-        if step == args.steps:
-            break
         index = torch.randint(len(train.flipped), (BATCH_SIZE,), generator=generator)
-        chosen, rejected = response_logps(model, train.at(index))
-        reference_chosen, reference_rejected = reference[:, index]
-        if method == "dpo":
-            gaps = args.beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
-            loss = preference_loss(gaps).mean()
-        else:
-            # A batch alone is a poor sample of the pool, so recent gaps join the solve (the
-            # paper's Algorithm 2).
-            loss, aux = gamma_dpo_loss(
-                chosen, rejected, reference_chosen, reference_rejected,
-                beta=args.beta, gamma0=args.gamma0, tau=args.tau,
-                context=recent if len(recent) else None,
-            )  # fmt: skip
-            recent = torch.cat([recent, aux.reward_gaps])[-RECENT_GAPS:]
+        # A batch alone is a poor sample of the pool, so recent gaps join the solve (the paper's
+        # Algorithm 2).
+        loss, aux = gamma_dpo_loss(
+            *response_logps(model, train.at(index)), *reference[:, index],
+            beta=args.beta, gamma0=gamma0, tau=tau, context=context,
+        )  # fmt: skip
+        recent = aux.reward_gaps if context is None else torch.cat([context, aux.reward_gaps])
+        context = recent[-RECENT_GAPS:]
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    seconds = time.perf_counter() - began
+        if step in steps:
+            history.append(reward_gaps(watched, watched_reference))
+            bar.set_postfix_str(f"accuracy on training pairs {accuracy_of(history[-1]):.3f}")
 
-    gamma0, tau = (args.gamma0, args.tau) if method == "gamma-dpo" else (0.0, 1.0)
-    seen = [
+    solved = [
         gamma_preference_loss(gaps, gamma0=gamma0, tau=tau, centered=True)[1] for gaps in history
     ]
     return Run(
         steps,
-        accuracies,
-        preference_loss(reward_gaps(heldout, heldout_reference)).mean().item(),
+        accuracy_of(reward_gaps(heldout, heldout_reference)),
         torch.stack(history),
-        torch.stack([aux.margins for aux in seen]),
-        torch.stack([aux.pair_weights for aux in seen]),
-        seconds,
+        torch.stack([aux.margins for aux in solved]),
+        torch.stack([aux.pair_weights for aux in solved]),
     )
 
 
-def contrast(weights: Tensor, flipped: Tensor) -> float:
-    """How many times as hard as the clean pairs the flipped ones pull, on average."""
-    return float(weights[flipped].mean() / weights[~flipped].mean())
+def accuracy_of(gaps: Tensor) -> float:
+    """Return the share of positive gaps; a gap of zero counts half."""
+    return ((gaps > 0).float() + (gaps >= 0).float()).mean().item() / 2
 
 
-def report(runs: dict[str, Run], flipped: Tensor, args: argparse.Namespace) -> str:
-    """Return the closing table, and what was seen in words."""
-    lines = [
-        "",
-        f"{'':8}  {'held-out clean pairs':^20}  {'mean pair weight at the end':^30}",
-        f"{'':8}  {'accuracy':>9}  {'DPO loss':>9}  {'flipped':>8}  {'clean':>8}  {'ratio':>10}"
-        f"  {'seconds':>7}",
-    ]
-    for method, run in runs.items():
-        weights = run.pair_weights[-1]
-        of_flipped = f"{weights[flipped].mean():8.3f}", f"{contrast(weights, flipped):10.2f}"
-        if not flipped.any():
-            of_flipped = f"{'-':>8}", f"{'-':>10}"
-        lines.append(
-            f"{METHODS[method]:8}  {run.accuracies[-1]:9.3f}  {run.heldout_loss:9.3f}  "
-            f"{of_flipped[0]}  {weights[~flipped].mean():8.3f}  {of_flipped[1]}  {run.seconds:7.1f}"
-        )
-    lines += ["", "What was seen:"]
-    if "gamma-dpo" in runs:
-        run = runs["gamma-dpo"]
-        gaps, margins = run.gaps[-1], run.margins[-1]
-        if flipped.any():
-            wrong, right = margins[flipped].mean(), margins[~flipped].mean()
-            ratio = contrast(run.pair_weights[-1], flipped)
-            lines += [
-                f"- Flipped pairs ended with a mean margin of {wrong:.2f}, clean ones {right:.2f}.",
-                f"- Under γ-DPO flipped pairs pull {ratio:.2f} times as hard as clean ones.",
-            ]
-            others = {"Without margins, on the same gaps": torch.sigmoid(-gaps)}
-            if "dpo" in runs:
-                others["In the run of DPO"] = runs["dpo"].pair_weights[-1]
-            for name, weights in others.items():
-                other = contrast(weights, flipped)
-                word = "less hard" if other < ratio else "harder"
-                word = word if abs(other / ratio - 1) > 0.01 else "about as hard"
-                lines.append(f"  {name} they pull {other:.2f} times as hard: {word}.")
-        match = matched(gaps, args)
-        lines += [
-            f"- γ-DPO's pair weights are those of DPO with {match.beta_factor:.2f} times the beta "
-            f"and a margin of {match.margin:.2f},",
-            f"  but for {match.unexplained:.1%} of their variance.",
-        ]
-    accuracies = (f"{METHODS[name]} {run.accuracies[-1]:.3f}" for name, run in runs.items())
-    lines += [
-        f"- Accuracy on held-out pairs: {', '.join(accuracies)}. One seed and one learning rate",
-        "  are no evidence for or against either method.",
-    ]
-    return "\n".join(lines)
+def interval(accuracy: float, count: int) -> str:
+    """Return Wilson's 95 % interval of an accuracy on so many pairs."""
+    square = 1.96**2 / count
+    middle = (accuracy + square / 2) / (1 + square)
+    half = (square * (accuracy * (1 - accuracy) + square / 4)) ** 0.5 / (1 + square)
+    return f"{middle - half:.3f} to {middle + half:.3f}"
+
+
+def groups(flipped: Tensor, args: argparse.Namespace) -> dict[str, Tensor]:
+    """Return the pairs of each kind of label. Only the labels made here are known to be clean."""
+    found = {"as labelled" if args.pairs else "clean": ~flipped, "flipped": flipped}
+    return {name: group for name, group in found.items() if group.any()}
+
+
+def report(
+    runs: dict[str, Run], flipped: Tensor, heldout: int, args: argparse.Namespace
+) -> Iterator[str]:
+    """Yield the lines of the closing table, and of the findings in words."""
+    kinds = groups(flipped, args)
+    yield f"\nThe accuracy on {heldout} held-out pairs, and the mean pair weight of training pairs:"
+    yield f"{'':6}  accuracy  95 % interval  {''.join(f'{kind:>13}' for kind in kinds)}"
+    for name, result in runs.items():
+        weights = result.pair_weights[-1]
+        cells = "".join(f"{weights[group].mean():13.3f}" for group in kinds.values())
+        yield f"{name:6}  {result.accuracy:8.3f}  {interval(result.accuracy, heldout)}{cells}"
+    gaps, margins = runs["γ-DPO"].gaps[-1], runs["γ-DPO"].margins[-1]
+    means = (f"{margins[group].mean():.2f} ({kind})" for kind, group in kinds.items())
+    match = match_logistic(gaps, gamma0=args.gamma0, tau=args.tau, centered=True)
+    yield (
+        f"\nFindings:\n- γ-DPO's mean margin is {', '.join(means)}.\n"
+        f"- DPO with {match.beta_factor:.2f} times the beta and a margin of {match.margin:.2f} "
+        f"has γ-DPO's pair weights,\n  but for {match.unexplained:.1%} of their variance."
+    )
+    if len(kinds) > 1:
+        yield "- The mean pair weight of flipped pairs, divided by that of the others:"
+        weights = {f"in {name}'s run": result.pair_weights[-1] for name, result in runs.items()}
+        weights["at γ-DPO's gaps, without margins"] = torch.sigmoid(-gaps)
+        for place, each in weights.items():
+            yield f"    {place:34}{each[flipped].mean() / each[~flipped].mean():.2f}"
+    yield (
+        "- One seed and one learning rate are no evidence for or against either method.\n"
+        "  Where the intervals overlap, the run shows no difference in accuracy."
+    )
 
 
 def choose_tau(gaps: Tensor, args: argparse.Namespace) -> float:
     """Choose tau by how much flatter γ-DPO is to be than DPO, on the gaps that DPO ended with."""
+    options = {"gamma0": args.gamma0, "beta_factor": args.beta_factor, "centered": True}
     try:
-        settings = choose_settings(
-            gaps, gamma0=args.gamma0, beta_factor=args.beta_factor, centered=True
-        )
-    except ValueError as error:  # that cannot be had
-        stop(f"argument --beta-factor: {error}")
-    tau = settings["tau"]
-    print(
-        f"tau = {tau:.3g}: on DPO's last gaps γ-DPO then acts as DPO with {args.beta_factor:g} "
-        "times the beta"
-    )
+        tau = choose_settings(gaps, **options)["tau"]
+        why = f"on DPO's last gaps γ-DPO acts as DPO with {args.beta_factor:g} times the beta"
+    except ValueError as error:  # no tau does
+        tau, why = args.gamma0**2, f"κ = γ0²/τ = 1, as no tau gives that --beta-factor: {error}"
+    print(f"tau = {tau:.3g}: {why}")
     return tau
-
-
-def matched(gaps: Tensor, args: argparse.Namespace) -> MatchedLoss:
-    """Find the plain logistic loss that γ-DPO amounts to on these gaps."""
-    return match_logistic(gaps, gamma0=args.gamma0, tau=args.tau, centered=True)
 
 
 def draw(runs: dict[str, Run], flipped: Tensor, args: argparse.Namespace) -> None:
@@ -388,187 +339,124 @@ def draw(runs: dict[str, Run], flipped: Tensor, args: argparse.Namespace) -> Non
 
     from gamma_loss.plots import COLOURS
 
-    flips = flipped.cpu()
-    groups = {"clean": (~flips, COLOURS[0]), "flipped": (flips, COLOURS[1])}
-    groups = {name: group for name, group in groups.items() if group[0].any()}
-    run = runs.get("gamma-dpo")
-    size, rows = ((10.0, 7.6), 2) if run else ((5.6, 4.2), 1)
-    figure, axes = plt.subplots(rows, rows, figsize=size, layout="constrained", squeeze=False)
-
-    over_steps = axes[0, -1]
-    for method, each in runs.items():
-        style = "-" if method == "gamma-dpo" else "--"
-        for name, (group, colour) in groups.items():
-            label = f"{METHODS[method]}, {name}"
-            weights = each.pair_weights.cpu()[:, group].mean(1)
-            over_steps.plot(each.steps, weights, style, color=colour, label=label)
+    groups_of = groups(flipped.cpu(), args).items()
+    kinds = [(*each, colour) for each, colour in zip(groups_of, COLOURS, strict=False)]
+    gamma = runs["γ-DPO"]
+    gaps = gamma.gaps[-1].cpu().double().numpy()
+    figure, axes = plt.subplots(2, 2, figsize=(10.0, 7.6), layout="constrained")
+    of_margins, over_steps, over_gap, of_weights = axes.flat
+    counts = over_gap.twinx()
+    for kind, group, colour in kinds:
+        for name, result in runs.items():
+            weights = result.pair_weights.cpu()[:, group].mean(1)
+            style = {"color": colour, "linestyle": "-" if result is gamma else "--"}
+            over_steps.plot(result.steps, weights, label=f"{name}, {kind}", **style)
+        margins = gamma.margins.cpu()[:, group]
+        low, middle, high = margins.quantile(torch.tensor([0.1, 0.5, 0.9]), dim=1)
+        label = f"{kind}: median, 10 to 90 %"
+        of_margins.plot(gamma.steps, middle, color=colour, label=label)
+        of_margins.fill_between(gamma.steps, low, high, color=colour, alpha=0.2, lw=0)
+        counts.hist(gaps[group], 40, color=colour, alpha=0.3, label=f"{kind} pairs")
     over_steps.set(xlabel="training step", ylabel="mean pair weight", ylim=(0, None))
     over_steps.set_title("How hard pairs pull")
+    of_margins.set(xlabel="training step", ylabel="target margin (reward units)")
+    of_margins.set_title("γ-DPO's margins")
+    counts.set_yticks([])
+    counts.spines[:].set_visible(False)
+    counts.legend(frameon=False, loc="lower right")
 
-    if run:
-        of_margins, over_gap, of_weights = axes[0, 0], axes[1, 0], axes[1, 1]
-        for name, (group, colour) in groups.items():
-            margins = run.margins.cpu()[:, group]
-            low, middle, high = margins.quantile(torch.tensor([0.1, 0.5, 0.9]), dim=1)
-            of_margins.plot(run.steps, middle, color=colour, label=f"{name}: median, 10 to 90 %")
-            of_margins.fill_between(run.steps, low, high, color=colour, alpha=0.2, lw=0)
-        of_margins.set(xlabel="training step", ylabel="target margin (reward units)")
-        of_margins.set_title("γ-DPO's margins")
+    wide = np.linspace(gaps.min(), gaps.max(), 200)
+    for tau, style in ((WEAKER * args.tau, ":"), (args.tau, "-")):
+        margins = solve_margins_streaming([gaps], gamma0=args.gamma0, tau=tau).margins(wide)
+        label = f"κ = γ0²/τ = {args.gamma0**2 / tau:.2g}"
+        over_gap.plot(wide, margins, style, color=COLOURS[2], label=label)
+    over_gap.set(xlabel="reward gap at the end (reward units)", ylabel="target margin")
+    over_gap.set_title("What κ does to margins, on the same gaps")
 
-        gaps = run.gaps[-1].cpu().double().numpy()
-        wide = np.linspace(gaps.min(), gaps.max(), 200)
-        for tau, style in ((args.tau, "-"), (WEAKER * args.tau, ":")):
-            rule = solve_margins_streaming([gaps], gamma0=args.gamma0, tau=tau)
-            label = f"κ = γ0²/τ = {args.gamma0**2 / tau:.2g}"
-            over_gap.plot(wide, rule.margins(wide), style, color=COLOURS[2], label=label)
-            if tau == args.tau:
-                weights = 1 / (1 + np.exp(wide - rule.margins(wide) + args.gamma0))
-        counts = over_gap.twinx()
-        counts.set_yticks([])
-        for name, (group, colour) in groups.items():
-            counts.hist(gaps[group], 40, color=colour, alpha=0.3, label=f"{name} pairs")
-        counts.spines[:].set_visible(False)
-        counts.legend(frameon=False, loc="lower right")
-        over_gap.set(xlabel="reward gap at the end (reward units)", ylabel="target margin")
-        over_gap.set_title("What κ does to margins, on the same gaps")
-
-        match = matched(run.gaps[-1], args)
-        plain = match.scale / (1 + np.exp(match.beta_factor * wide - match.margin))
-        of_weights.plot(wide, weights, color=COLOURS[2], lw=3, alpha=0.6, label="γ-DPO")
-        label = f"matched logistic loss, β × {match.beta_factor:.2f}"
-        of_weights.plot(wide, plain, ":", color=COLOURS[3], lw=2, label=label)
-        of_weights.plot(wide, 1 / (1 + np.exp(wide)), "--", color=COLOURS[4], label="DPO")
-        of_weights.set(xlabel="reward gap at the end (reward units)", ylabel="pair weight")
-        of_weights.set_title("What loss that is")
+    match = match_logistic(gaps, gamma0=args.gamma0, tau=args.tau, centered=True)
+    label = f"matched logistic loss, β × {match.beta_factor:.2f}"
+    plain = match.scale / (1 + np.exp(match.beta_factor * wide - match.margin))
+    weights = 1 / (1 + np.exp(wide - margins + args.gamma0))
+    of_weights.plot(wide, weights, color=COLOURS[2], lw=3, alpha=0.6, label="γ-DPO")
+    of_weights.plot(wide, plain, ":", color=COLOURS[3], lw=2, label=label)
+    of_weights.plot(wide, 1 / (1 + np.exp(wide)), "--", color=COLOURS[4], label="DPO")
+    of_weights.set(xlabel="reward gap at the end (reward units)", ylabel="pair weight")
+    of_weights.set_title("What loss that is")
     for ax in axes.flat:
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, loc="upper left" if ax is axes[-1, 0] and run else None)
-    figure.savefig(args.out, dpi=150)
-
-
-def why_not_drawn(out: Path) -> str | None:
-    """Say why a picture cannot get this name, before the training that it shows."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return "drawing needs matplotlib: pip install matplotlib"
-    if not out.resolve().parent.is_dir():
-        return f"no such folder: {out.resolve().parent}"
-    if out.suffix.lower() not in FORMATS:
-        return f"must end in one of {', '.join(FORMATS)}, got {out}"
-    new = not out.exists()
-    try:
-        with out.open("ab"):  # which leaves a picture of before as it is
-            pass
-        if new:
-            out.unlink()
-    except OSError as error:
-        return f"cannot write {out}: {error.strerror}"
-    return None
+        ax.legend(frameon=False, loc="upper left" if ax is over_gap else None)
+    figure.savefig(part_of(args.out), format=args.out.suffix.lower()[1:], dpi=150)
+    part_of(args.out).replace(args.out)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-
-    def share(text: str) -> float:
-        value = float(text)
-        if not 0 <= value <= 0.5:
-            raise argparse.ArgumentTypeError(f"must be between 0 and 0.5, got {text}")
-        return value
-
-    def positive(kind: type) -> object:
-        def parse(text: str) -> float:
-            if not 0 < kind(text) < float("inf"):
-                raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
-            return kind(text)
-
-        parse.__name__ = kind.__name__
-        return parse
-
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0] + " " + __doc__.split("\n\n")[1],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add(
-        "--flip",
-        type=share,
-        default=argparse.SUPPRESS,
-        help="share of training pairs whose label is made wrong (default: 0.2, or 0 with --pairs)",
-    )
-    add("--method", choices=("both", *METHODS), default="both", help="which loss to train with")
-    add(
-        "--steps",
-        type=positive(int),
-        default=argparse.SUPPRESS,
-        help="alignment steps of each method (default: 300, or 12 with --quick)",
-    )
-    add("--lr", type=positive(float), default=2.5e-4, help="learning rate of either method")
-    add("--beta", type=positive(float), default=0.2, help="reward units per nat")
-    add("--gamma0", type=positive(float), default=4.0, help="γ-DPO: mean margin, reward units")
-    add(
-        "--beta-factor",
-        type=positive(float),
-        default=0.7,
-        help="γ-DPO acts as DPO with so many times the beta, on DPO's last gaps: tau is chosen so",
-    )
-    add(
-        "--tau",
-        type=positive(float),
-        default=argparse.SUPPRESS,
-        help="γ-DPO: weight of the KL term, instead of --beta-factor",
-    )
-    add("--seed", type=int, default=0, help="of everything random")
-    add("--pairs", type=Path, metavar="FILE.jsonl", help="own pairs: prompt, chosen, rejected")
-    add("--out", type=Path, default=Path("noisy_preferences.png"), help="where the picture goes")
+    """Parse the command line, and refuse what could not be done after the training."""
+    parser = Parser(description=" ".join(__doc__.split("\n\n")[:2]))
+    add, share = parser.add_argument, number(float, 0, 0.5)
+    add("--flip", type=share, help="share of training labels made wrong: 0.2, or 0 with --pairs")
+    steps = "alignment steps of each method: 250, or 12 with --quick"
+    add("--steps", type=number(int, 1, 10**9), help=steps)
+    add("--lr", type=number(float, 1e-12, 1), default=2.5e-4, help="learning rate: %(default)s")
+    add("--beta", type=number(float), default=0.2, help="reward units per nat: %(default)s")
+    add("--gamma0", type=number(float), default=4.0, help="γ-DPO's mean margin: %(default)s")
+    factor = "γ-DPO acts as DPO with so many times the beta, on DPO's last gaps: %(default)s"
+    add("--beta-factor", type=number(float, 1e-12, 0.999), default=0.7, help=factor)
+    add("--tau", type=number(float), help="γ-DPO's weight of the KL term, without --beta-factor")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything: %(default)s")
+    add("--pairs", type=Path, metavar="FILE", help="own pairs: prompt, chosen, rejected")
+    add("--out", type=Path, default=Path("noisy_preferences.png"), help="the picture: %(default)s")
     add("--quick", action="store_true", help="few steps and a small model: shows nothing but work")
     args = parser.parse_args(argv)
-    if problem := why_not_drawn(args.out):
-        stop(f"{parser.prog}: error: argument --out: {problem}")
-    if args.pairs and not args.pairs.is_file():
-        stop(f"{parser.prog}: error: argument --pairs: no such file: {args.pairs}")
-    args.tau = getattr(args, "tau", None)
-    if args.method == "gamma-dpo" and not args.tau:
-        problem = "gamma-dpo alone needs --tau: there are no gaps of DPO's to choose it by"
-        stop(f"{parser.prog}: error: argument --method: {problem}")
-    args.flip = getattr(args, "flip", 0.0 if args.pairs else 0.2)
+    if not find_spec("matplotlib"):
+        parser.error("drawing needs matplotlib: pip install matplotlib")
+    if args.pairs and not args.pairs.exists():
+        parser.error(f"no such file: {args.pairs}")
+    args.out = check_output(args.out, FORMATS)
+    try:
+        gamma_preference_loss(torch.zeros(2), gamma0=args.gamma0, tau=args.tau or args.gamma0**2)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.flip is None:
+        args.flip = 0.0 if args.pairs else 0.2
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    args.width, args.pretrain_steps, args.train_pairs, steps = 192, 500, 4096, 300
+    args.width, args.pretrain_steps, args.train_pairs, steps = 96, 400, 2048, 250
     if args.quick:
         args.width, args.pretrain_steps, args.train_pairs, steps = 64, 10, 128, 12
-    args.steps = getattr(args, "steps", steps)
+    args.steps = args.steps or steps
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the comparison that the command line asks for."""
+    torch.set_num_threads(1)  # threads of a model this small mostly wait for each other
     args = arguments(argv)
     generator = torch.Generator().manual_seed(args.seed)
     text, pair_text, heldout_text = library_text(generator)
     if args.pairs:
-        pairs = read_pairs(args.pairs)
+        pairs = from_file(args.pairs)
         order = torch.randperm(len(pairs.flipped), generator=generator)
         cut = len(order) // 5
         heldout, train = pairs.at(order[:cut]), pairs.at(order[cut:])
     else:
         train = make_pairs(pair_text, args.train_pairs, generator)
-        heldout = make_pairs(heldout_text, max(args.train_pairs // 8, 64), generator)
+        heldout = make_pairs(heldout_text, max(args.train_pairs // 4, 64), generator)
     train = flip_labels(train, args.flip, generator).to(args.device)
     heldout = heldout.to(args.device)
-
-    model = pretrain(text, args, generator)
-    methods = list(METHODS) if args.method == "both" else [args.method]
-    runs: dict[str, Run] = {}
-    for method in methods:
-        if method == "gamma-dpo" and not args.tau:
-            args.tau = choose_tau(runs["dpo"].gaps[-1], args)
-        runs[method] = align(method, model, train, heldout, args)
+    print(
+        f"Training a byte-level language model, a GRU of width {args.width}, on "
+        f"{len(text) / 1e6:.1f} MB of Python's library.\nThen DPO and γ-DPO align it on "
+        f"{len(train.flipped)} pairs, {int(train.flipped.sum())} of them with a flipped label."
+    )
+    job = pretrain(text, args, generator), train, heldout, args
+    runs = {"DPO": align("DPO", 0.0, 1.0, *job)}
+    args.tau = args.tau or choose_tau(runs["DPO"].gaps[-1], args)
+    runs["γ-DPO"] = align("γ-DPO", args.gamma0, args.tau, *job)
     watched = train.flipped[:WATCHED]
-    print(report(runs, watched, args))
+    print("\n".join(report(runs, watched, len(heldout.flipped), args)))
     draw(runs, watched, args)
     print(f"\nPicture: {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

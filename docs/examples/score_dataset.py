@@ -21,19 +21,19 @@ NAME.part, which a run that was killed leaves behind and the next one overwrites
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
-import json
 import os
-import sys
 import tokenize
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
+from _common import Parser, WrongInput, check_output, json_lines, number, part_of, run
 from tqdm import tqdm
 
 from gamma_loss import label_smoothing_from_shift, solve_margins_streaming
@@ -43,21 +43,6 @@ FIELDS = ("margin", "pair_weight", "label_smoothing")
 ROW = np.dtype([(name, np.float32) for name in FIELDS])
 LOGPS = ("policy_chosen_logps", "policy_rejected_logps")
 REFERENCE = ("reference_chosen_logps", "reference_rejected_logps")
-
-
-class WrongInput(Exception):
-    """What is wrong with the input, and what to do, in one line."""
-
-
-def complain(problem: object) -> None:
-    """Say in one line what is wrong."""
-    print("score_dataset.py:", " ".join(str(problem).split()), file=sys.stderr)
-
-
-def stop(problem: object) -> NoReturn:
-    """End with one line that says what is wrong."""
-    complain(problem)
-    sys.exit(2)
 
 
 class Ranks:
@@ -88,11 +73,9 @@ class Ranks:
             firsts = torch.tensor(first)
             dist.all_reduce(firsts, dist.ReduceOp.MIN)
             first = int(firsts)
-        if first == self.rank:
-            complain(problem)
         if first < self.count:
             self.close()
-            sys.exit(2)
+            raise WrongInput(problem) if first == self.rank else SystemExit(2)
 
     def close(self) -> None:
         if self.count > 1:
@@ -139,59 +122,40 @@ class Gaps:
 
 def gaps_of_logps(file: Path, beta: float, out: Path) -> None:
     """Write the gaps of a JSONL file of log-probabilities to a .npy file."""
-    with file.open("rb") as lines:
-        count = sum(1 for line in lines if line.strip())
-    if not count:
-        raise WrongInput(f"{file}: no pairs: it needs one JSON object a line")
-    names: tuple[str, ...] = ()  # that the first line has, and so must all
-    with (
-        file.open("rb") as lines,
-        out.open("wb") as gaps,
-        tqdm(lines, desc=file.name, unit=" lines") as bar,
-    ):
-        gaps.write(header(np.dtype(np.float64), count))
+    count, names = 0, LOGPS
+    with out.open("wb") as gaps, tqdm(json_lines(file), desc=file.name, unit=" lines") as pairs:
+        gaps.write(header(np.dtype(np.float64), 0))
         buffer: list[float] = []
-        for number, line in enumerate(bar, 1):
-            if not line.strip():
-                continue
-            try:
-                pair = json.loads(line)
-                names = names or names_in(pair)
-                buffer.append(beta * difference(pair, names))
-            except (ValueError, OverflowError, RecursionError) as error:
-                raise WrongInput(f"{file}:{number}: {error}") from None
+        for count, (place, pair) in enumerate(pairs, 1):
+            with_reference = any(name in pair for name in REFERENCE)
+            if count == 1 and with_reference:
+                names = LOGPS + REFERENCE
+            if with_reference != (len(names) == 4):
+                have = "has them" if with_reference else "has no reference log-probabilities"
+                raise WrongInput(
+                    f"{place}: {have}, unlike the first line: gaps with and without are not "
+                    "comparable, so give reference_*_logps on all lines or on none"
+                )
+            for name in names:
+                value = pair.get(name)
+                if isinstance(value, bool) or not isinstance(value, float | int):
+                    raise WrongInput(f"{place}: {name!r} must be a number, got {value!r:.80}")
+            chosen, rejected, *reference = (float(pair[name]) for name in names)
+            chosen -= reference[0] if reference else 0.0
+            rejected -= reference[1] if reference else 0.0
+            buffer.append(beta * (chosen - rejected))
             if len(buffer) == CHUNK:
-                np.array(buffer).tofile(gaps)
+                gaps.write(np.array(buffer).tobytes())
                 buffer.clear()
-        np.array(buffer, dtype=np.float64).tofile(gaps)
-
-
-def names_in(pair: Any) -> tuple[str, ...]:
-    """Return the names of the log-probabilities of a pair: with those of the reference or not."""
-    if not isinstance(pair, dict):
-        raise ValueError(f"must be a JSON object, got {type(pair).__name__}")
-    return LOGPS + REFERENCE if any(name in pair for name in REFERENCE) else LOGPS
-
-
-def difference(pair: Any, names: tuple[str, ...]) -> float:
-    """Return the log-ratio between chosen and rejected, in nats."""
-    if names_in(pair) != names:
-        have = "has no reference log-probabilities" if REFERENCE[0] in names else "has them"
-        raise ValueError(
-            f"{have}, unlike the first line: gaps with and without are not comparable, "
-            "so give reference_*_logps on all lines or on none"
-        )
-    for name in names:
-        if isinstance(pair.get(name), bool) or not isinstance(pair.get(name), float | int):
-            raise ValueError(f"{name!r} must be a number, got {pair.get(name)!r:.80}")
-    chosen, rejected, *reference = (float(pair[name]) for name in names)
-    if not reference:
-        return chosen - rejected
-    return (chosen - reference[0]) - (rejected - reference[1])
+        if not count:
+            raise WrongInput(f"{file}: no pairs: it needs one JSON object a line")
+        gaps.write(np.array(buffer).tobytes())
+        gaps.seek(0)
+        gaps.write(header(np.dtype(np.float64), count))  # of the same length
 
 
 def header(dtype: np.dtype, size: int) -> bytes:
-    """Return what a .npy file of a 1-D array starts with."""
+    """Return the start of a .npy file of a 1-D array."""
     out = io.BytesIO()
     description = np.lib.format.dtype_to_descr(dtype)
     np.lib.format.write_array_header_1_0(
@@ -200,12 +164,7 @@ def header(dtype: np.dtype, size: int) -> bytes:
     return out.getvalue()
 
 
-def part_of(file: Path) -> Path:
-    """Return the name that a file has until it is whole."""
-    return file.with_name(file.name + ".part")
-
-
-def scores(rule: Any, gaps: np.ndarray, args: argparse.Namespace) -> np.ndarray:
+def scores(rule: Any, gaps: np.ndarray, args: Namespace) -> np.ndarray:
     """Return the rows of a chunk."""
     rows = np.full(gaps.shape, np.nan, ROW)
     finite = np.isfinite(gaps)
@@ -219,7 +178,7 @@ def scores(rule: Any, gaps: np.ndarray, args: argparse.Namespace) -> np.ndarray:
     return rows
 
 
-def write_npy(out: Path, rule: Any, gaps: Gaps, ranks: Ranks, args: argparse.Namespace) -> None:
+def write_npy(out: Path, rule: Any, gaps: Gaps, ranks: Ranks, args: Namespace) -> None:
     """Have every rank write its rows where they belong in one file."""
     head = header(ROW, gaps.size)
     with open(os.open(out, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
@@ -233,7 +192,7 @@ def write_npy(out: Path, rule: Any, gaps: Gaps, ranks: Ranks, args: argparse.Nam
         os.fsync(file.fileno())
 
 
-def write_parquet(out: Path, rule: Any, gaps: Gaps, args: argparse.Namespace) -> None:
+def write_parquet(out: Path, rule: Any, gaps: Gaps, args: Namespace) -> None:
     """Have every rank write a file of its own."""
     import pyarrow
     from pyarrow import parquet
@@ -249,50 +208,31 @@ def write_parquet(out: Path, rule: Any, gaps: Gaps, args: argparse.Namespace) ->
         os.fsync(file.fileno())
 
 
-def positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
-    return value
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def arguments() -> Namespace:
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("input", type=Path, metavar="INPUT", help=".npy of gaps or .jsonl of log-probabilities")
     add("--out", type=Path, required=True, help=".npy or .parquet file to write")
-    add("--gamma0", type=positive, required=True, help="mean margin, reward units")
-    add("--tau", type=positive, required=True, help="weight of the KL term, nats")
-    add("--beta", type=positive, help="reward units per nat, for a .jsonl file")
+    add("--gamma0", type=number(float), required=True, help="mean margin, reward units")
+    add("--tau", type=number(float), required=True, help="weight of the KL term, nats")
+    add("--beta", type=number(float), help="reward units per nat, for a .jsonl file")
     add("--centered", action="store_true", help="weights of γ-DPO's loss instead of γ-SimPO's")
     add("--kind", choices=("robust", "conservative"), default="robust", help="of label smoothing")
     args = parser.parse_args()
+    suffix = args.input.suffix
     if not args.input.is_file():
-        stop(f"no such file: {args.input}")
-    if args.input.suffix not in (".npy", ".jsonl"):
-        stop(f"INPUT must be a .npy or .jsonl file, got {args.input}")
-    if args.input.suffix == ".jsonl" and args.beta is None:
-        stop("--beta is needed for a .jsonl file")
-    if args.input.suffix == ".npy" and args.beta is not None:
-        stop("--beta is for a .jsonl file: gaps in a .npy file are in reward units already")
-    if args.out.suffix not in (".npy", ".parquet"):
-        stop(f"--out must name a .npy or .parquet file, got {args.out}")
-    if not args.out.resolve().parent.is_dir():
-        stop(f"argument --out: no such folder: {args.out.resolve().parent}")
-    args.out = args.out.resolve()  # a link stays one
-    if args.out.is_dir():
-        stop(f"argument --out: is a folder: {args.out}")
-    if not os.access(args.out.parent, os.W_OK):
-        stop(f"argument --out: no permission to write in {args.out.parent}")
+        parser.error(f"no such file: {args.input}")
+    if suffix not in (".npy", ".jsonl"):
+        parser.error(f"INPUT must be a .npy or .jsonl file, got {args.input}")
+    if suffix == ".jsonl" and args.beta is None:
+        parser.error("--beta is needed for a .jsonl file")
+    if suffix == ".npy" and args.beta is not None:
+        parser.error("--beta is for a .jsonl file: gaps in a .npy file are in reward units already")
+    args.out = check_output(args.out, (".npy", ".parquet"))
     if args.out == args.input.resolve():
-        stop("--out must not be INPUT")
-    if args.out.suffix == ".parquet":
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ImportError:
-            stop("a .parquet output needs pyarrow: pip install pyarrow, or write .npy")
+        parser.error("--out must not be INPUT")
+    if args.out.suffix == ".parquet" and not find_spec("pyarrow"):
+        parser.error("a .parquet output needs pyarrow: pip install pyarrow, or write .npy")
     return args
 
 
@@ -335,10 +275,10 @@ def main() -> None:
     if ranks.rank == 0:
         print(
             f"{rule.pairs} finite gaps of {gaps.size}, read {gaps.passes} times: "
-            f"multiplier {rule.multiplier:.6g}, residual {rule.residual:.1e}"
+            f"multiplier {rule.multiplier:.6g}, error bound {rule.error_bound:.1e}"
         )
     ranks.close()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -4,11 +4,12 @@
     python trl_dpo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized
     python trl_dpo.py --model ./my-model --dataset pairs.jsonl --lora
 
-The dataset is a name on the hub, or a JSONL file with prompt, chosen and rejected (the prompt may
-also be inside the two, or be chat messages: TRL's formats). Every option of GammaDPOConfig, so of
-TRL's DPOConfig and of transformers' TrainingArguments, is an option here; --config FILE.yaml reads
-them from a file. The tiny model, with settings that would wreck a real one, is only for a command
-line without --model, --dataset and --config.
+The dataset is a name on the hub, a .jsonl, .json, .csv or .parquet file, or a folder written by
+save_to_disk. It has prompt, chosen and rejected (the prompt may also be inside the two, or be chat
+messages: TRL's formats). Every option of GammaDPOConfig, so of TRL's DPOConfig and of
+transformers' TrainingArguments, is an option here; --config FILE.yaml reads them from a file. The
+tiny model, with settings that would wreck a real one, is only for a command line without --model,
+--dataset and --config.
 """
 
 import random
@@ -17,11 +18,13 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
-from transformers import AutoTokenizer
+from _common import Parser, WrongInput, check_folder, kind_of, load, run, uninterrupted
+from datasets import Dataset, DatasetDict
+from transformers import AutoConfig, AutoTokenizer
 from trl import TrlParser
 from yaml import YAMLError
 
@@ -42,80 +45,84 @@ class Arguments:
     """What to train, and on what."""
 
     model: str | None = field(default=None, metadata={"help": "Hub name or folder of a model."})
-    dataset: str | None = field(default=None, metadata={"help": "Hub name or a JSONL file."})
+    dataset: str | None = field(default=None, metadata={"help": "Hub name, file or folder."})
     lora: bool = field(default=False, metadata={"help": "Train LoRA adapters only (needs peft)."})
 
 
-def stop(problem: object) -> NoReturn:
-    """End with one line that says what is wrong."""
-    print(f"{Path(sys.argv[0]).name}:", " ".join(str(problem).split()), file=sys.stderr)
-    sys.exit(2)
+class OneLineParser(Parser, TrlParser):
+    """TRL's parser, whose errors are one line."""
 
 
-def parse(argv: Sequence[str], kinds: tuple[type, ...], needed: Sequence[str]) -> tuple[Any, ...]:
-    """Read options and a --config file; ``needed`` are options of the first kind."""
+def prepare(
+    argv: Sequence[str], kinds: tuple[type, type], model: str, dataset: str, demo: str = ""
+) -> tuple[Any, Any, DatasetDict, Any]:
+    """Return options, configuration, data and tokenizer, after all checks that need no training.
+
+    ``model`` and ``dataset`` are the names of two options. With the name of a folder in ``demo``, a
+    model and data are made there instead.
+    """
     # Without abbreviations, which a look for an option in argv would not see. TRL knows no
     # --config=FILE.
-    parser = TrlParser(kinds, allow_abbrev=False, usage="%(prog)s [options], which --help lists")
+    parser, no_bf16 = OneLineParser(kinds, allow_abbrev=False), None
     argv = [part for text in argv for part in
             (text.split("=", 1) if text.startswith("--config=") else [text])]  # fmt: skip
     if argv[-1:] == ["--config"]:
-        stop("--config needs the name of a YAML file")
+        raise WrongInput("--config needs the name of a YAML file")
     try:
-        parsed: tuple[Any, ...] = parser.parse_args_and_config(argv)
+        try:
+            options, config = parser.parse_args_and_config(argv)
+        except ValueError as error:
+            if "bf16" not in str(error):
+                raise
+            no_bf16 = error  # told after all other mistakes
+            options, config = parser.parse_args_and_config([*argv, "--bf16", "false"])
     except (ValueError, TypeError, OSError, YAMLError) as error:
-        stop(error)
-    for name in needed:
-        if not getattr(parsed[0], name):
-            stop(f"--{name} is needed as well, on the command line or in the --config file")
-    return parsed
-
-
-def load_pairs(name: str) -> DatasetDict:
-    """Load preference data with a training and a test split."""
+        raise WrongInput(error) from None
+    for name in () if demo else (model, dataset):
+        if not getattr(options, name):
+            raise WrongInput(f"--{name} is needed, as an option or in the --config file")
+    if getattr(options, "lora", False) and not find_spec("peft"):
+        raise WrongInput("--lora needs peft: pip install peft")
+    if not 0 <= config.seed < 2**32:
+        raise WrongInput(f"--seed must be from 0 to 2**32 - 1, got {config.seed}")
+    data = local_pairs() if demo else load_pairs(getattr(options, dataset))
+    if demo:
+        setattr(options, model, local_model(demo, data["train"]["chosen"]))
+    tokenizer = load_tokenizer(getattr(options, model))
+    if kind_of(data["train"][0]["chosen"]) == "messages" and not tokenizer.chat_template:
+        raise WrongInput(
+            f"{getattr(options, model)} has no chat template, which messages need: give prompt, "
+            "chosen and rejected as text, or take a model with a chat template"
+        )
     try:
-        data = load_dataset("json", data_files=name) if Path(name).is_file() else load_dataset(name)
-        if "train" in data and "test" not in data:
-            data = data["train"].train_test_split(test_size=0.05, seed=0)
-    except Exception as error:  # of the network, of the file's format, of too few rows
-        stop(f"{name}: cannot be loaded as a dataset: {error.__cause__ or error}")
-    if not {"train", "test"} <= set(data):
-        stop(f"{name}: needs a split 'train', has {', '.join(data)}")
-    for split in ("train", "test"):
-        if problem := wrong(data[split]):
-            stop(f"{name}, split {split}: {problem}")
-    return data
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WrongInput(f"--output_dir: {error}") from None
+    check_folder(Path(config.output_dir))
+    if no_bf16:
+        raise WrongInput(f"{no_bf16} With --bf16 false it trains in float32")
+    return options, config, data, tokenizer
 
 
 def load_tokenizer(model: str) -> Any:
     """Load the tokenizer of a model, before anything that takes long."""
     try:
+        AutoConfig.from_pretrained(model)
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        stop(f"{model}: cannot be loaded as a model: {error}")
+        raise WrongInput(f"{model}: cannot be loaded as a model: {error}") from None
 
 
-def wrong(rows: Dataset) -> str | None:
-    """Say why rows are no preference data: TRL itself would train on some of them, promptless."""
-    names = {"prompt", "chosen", "rejected"} & set(rows.column_names)
-    if not {"chosen", "rejected"} <= names:
-        return (
-            "needs the columns prompt, chosen and rejected, has "
-            f"{', '.join(rows.column_names)}: rename its columns"
-        )
-    for number, row in enumerate(rows.select_columns(sorted(names)), 1):
-        for name in names:
-            if not isinstance(row[name], str | list):
-                return f"row {number}: {name!r} must be text or messages, got {row[name]!r:.80}"
-        # Where it is not given in the form of the responses, TRL looks for it inside them.
-        inside = type(row.get("prompt")) is not type(row["chosen"])
-        if inside and not (row["chosen"] and row["chosen"][:1] == row["rejected"][:1]):
-            return (
-                f"row {number} has no prompt: chosen and rejected begin differently, and "
-                "'prompt' is not one of the columns or not in their form. It has "
-                f"{', '.join(rows.column_names)}: rename its columns"
-            )
-    return None
+def load_pairs(name: str) -> DatasetDict:
+    """Load preference data with a training and a test split."""
+    data = load(name)
+    if "train" not in data:
+        raise WrongInput(f"{name}: needs a split 'train', has {', '.join(data)}")
+    if "test" in data:
+        return data
+    if len(data["train"]) < 2:
+        raise WrongInput(f"{name}: needs at least 2 pairs, one to train and one to test on")
+    return data["train"].train_test_split(test_size=0.05, seed=0)
 
 
 def local_pairs(count: int = 3000) -> DatasetDict:
@@ -155,41 +162,48 @@ def local_model(folder: str, texts: list[str]) -> str:
     return folder
 
 
+def train(trainer: Any, config: Any) -> None:
+    """Train and save. Ctrl-C waits for a file that is being written."""
+    trainer._save_checkpoint = uninterrupted()(trainer._save_checkpoint)
+    trainer.train()
+    if config.save_strategy != "no":
+        with uninterrupted():
+            trainer.save_model()
+
+
 def main(argv: list[str]) -> GammaDPOTrainer:
     """Train as the command line says, and print how the held-out pairs came out."""
     asked = any(text.partition("=")[0] in ("--model", "--dataset", "--config") for text in argv)
-    arguments, config = parse(
-        argv if asked else [*DEMO, *argv],
-        (Arguments, GammaDPOConfig),
-        needed=("model", "dataset") if asked else (),
-    )
-    data = load_pairs(arguments.dataset) if asked else local_pairs()
-    peft_config = None
-    if arguments.lora:
-        from peft import LoraConfig
-
-        peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     with tempfile.TemporaryDirectory() as folder:
-        model = arguments.model or local_model(folder, data["train"]["chosen"])
+        options, config, data, tokenizer = prepare(
+            argv if asked else [*DEMO, *argv],
+            (Arguments, GammaDPOConfig),
+            "model",
+            "dataset",
+            demo="" if asked else folder,
+        )
+        peft_config = None
+        if options.lora:
+            from peft import LoraConfig
+
+            peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
         trainer = GammaDPOTrainer(
-            model,
+            options.model,
             args=config,
             train_dataset=data["train"],
             eval_dataset=data["test"],
-            processing_class=load_tokenizer(model),
+            processing_class=tokenizer,
             peft_config=peft_config,
         )
-        trainer.train()
+        train(trainer, config)
         logs = trainer.evaluate()
     print(
-        f"held-out pairs: accuracy {logs['eval_rewards/accuracies']:.3f}, "
+        f"{len(data['test'])} held-out pairs: accuracy {logs['eval_rewards/accuracies']:.3f}, "
         f"mean reward gap {logs['eval_rewards/margins']:.2f}, margins from "
         f"{logs['eval_gamma/min']:.2f} to {logs['eval_gamma/max']:.2f} (gamma0 {config.gamma0:g})"
     )
-    if config.save_strategy != "no":
-        trainer.save_model()
     return trainer
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main, sys.argv[1:])

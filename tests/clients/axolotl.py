@@ -2,11 +2,12 @@
 
 import json
 
-import pages
 import tiny_lm
 
-from clients import replay
+from clients import replay, sabotages
 
+UNSEEN = {"each process by itself", "a queue that evaluation writes"}  # in one process that trains
+SABOTAGES = [name for name in sabotages.ALL if name not in UNSEEN]
 PACKAGE = "axolotl"
 FIELDS = {f"field_{name}": name for name in ("prompt", "chosen", "rejected")}
 FIELDS["prompt_format"] = "{prompt}\n"  # no token spans prompt and response
@@ -39,7 +40,7 @@ def run(folder):
         here = folder / name
         here.mkdir()
         tiny_lm.build(here / "model")
-        (here / "gamma_trainer.py").write_text(replay.RECORD + pages.code("axolotl"))
+        (here / "gamma_trainer.py").write_text(replay.recipe("axolotl"))
         (here / "pairs.jsonl").write_text("\n".join(map(json.dumps, replay.pairs(96))))
         for start in starts:
             config = {**COMMON, **options, **start}
@@ -51,6 +52,6 @@ def run(folder):
             )
         yield replay.compare(
             here, name, beta=config["rl_beta"],
-            accumulated=config.get("gradient_accumulation_steps"), **pages.SETTING,
+            accumulated=config.get("gradient_accumulation_steps"), **replay.SETTING,
             reference=config["rl"] == "dpo",
         )  # fmt: skip

@@ -2,11 +2,11 @@
 
 import json
 
-import pages
 import tiny_lm
 
-from clients import replay
+from clients import replay, sabotages
 
+SABOTAGES = sabotages.ALL
 PACKAGE = "llamafactory"
 COMMON = {
     "stage": "dpo", "do_train": True, "template": "empty", "dataset": "pairs", "dataset_dir": ".",
@@ -33,7 +33,7 @@ def run(folder):
         ranks, accumulated = options.pop("ranks", 1), options.pop("accumulated", 1)
         here = folder / name
         here.mkdir()
-        (here / "gamma_dpo.py").write_text(replay.RECORD + pages.code("llama_factory"))
+        (here / "gamma_dpo.py").write_text(replay.recipe("llama_factory"))
         (here / "torchaudio.py").touch()  # which it imports, and this does not need
         rows = [
             {"messages": [{"role": "user", "content": row["prompt"]}],
@@ -54,6 +54,6 @@ def run(folder):
         replay.start(here, [*program, "gamma_dpo.py", "config.yaml"])
         yield replay.compare(
             here, name, ranks=ranks,
-            accumulated=accumulated, beta=options["pref_beta"], **pages.SETTING,
+            accumulated=accumulated, beta=options["pref_beta"], **replay.SETTING,
             reference=options["pref_loss"] == "sigmoid",
         )  # fmt: skip

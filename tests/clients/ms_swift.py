@@ -2,11 +2,11 @@
 
 import json
 
-import pages
 import tiny_lm
 
-from clients import replay
+from clients import replay, sabotages
 
+SABOTAGES = sabotages.ALL
 PACKAGE = "ms-swift"
 COMMON = {
     "dataset": "pairs.jsonl", "val_dataset": "pairs.jsonl", "external_plugins": "gamma_swift.py",
@@ -32,7 +32,7 @@ def run(folder):
         here = folder / name
         here.mkdir()
         tiny_lm.build(here / "model")
-        (here / "gamma_swift.py").write_text(replay.RECORD + pages.code("ms_swift"))
+        (here / "gamma_swift.py").write_text(replay.recipe("ms_swift"))
         rows = [
             {"messages": [{"role": "user", "content": row["prompt"]},
                           {"role": "assistant", "content": row["chosen"]}],
@@ -46,6 +46,6 @@ def run(folder):
         replay.start(here, ["swift", "rlhf", "config.yaml"], **environment)
         yield replay.compare(
             here, name, ranks=ranks,
-            accumulated=accumulated, beta=options["beta"], **pages.SETTING,
+            accumulated=accumulated, beta=options["beta"], **replay.SETTING,
             reference=options["rlhf_type"] == "dpo",
         )  # fmt: skip

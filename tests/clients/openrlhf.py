@@ -8,11 +8,11 @@ import json
 import os
 from types import SimpleNamespace as Space
 
-import pages
 import tiny_lm
 
-from clients import replay
+from clients import replay, sabotages
 
+SABOTAGES = sabotages.ALL
 PACKAGE = "openrlhf"
 STUBS = {
     "deepspeed/__init__.py": "",
@@ -115,10 +115,10 @@ def run(folder):
             (here / path).parent.mkdir(parents=True, exist_ok=True)
             (here / path).write_text(text)
         tiny_lm.build(here / "model")
-        (here / "train_gamma_dpo.py").write_text(replay.RECORD + pages.code("openrlhf"))
+        (here / "train_gamma_dpo.py").write_text(replay.recipe("openrlhf"))
         program = ["torchrun", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else ["python", "-m"]
         replay.start(here, [*program, "clients.openrlhf"])
-        yield replay.compare(here, name, ranks=ranks, beta=BETA, **pages.SETTING, reference=True)
+        yield replay.compare(here, name, ranks=ranks, beta=BETA, **replay.SETTING, reference=True)
 
 
 if __name__ == "__main__":

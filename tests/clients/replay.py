@@ -13,18 +13,27 @@ from pathlib import Path
 
 import numpy as np
 import oracles
+import pages
 import tiny_lm
 
 TESTS = str(Path(__file__).parents[1])
 QUEUE = 2048  # the default of the losses
-RECORD = "import recorder\n\nrecorder.start()\n"  # at the head of what a trainer runs
-ROUNDING = 3e-5  # of float32 in rewards of about 100, four of which make a gap
+SETTING = {**pages.SETTING, "tau": 1.0}  # so that margins move the losses far more than rounding
+ROUNDING = 1e-5  # of float32 in rewards of about 100, four of which make a gap
+GRADIENT = 3e-5  # of the largest entry of a micro-batch's gradient at the logits
 
 
 def pairs(count):
     """Pairs whose responses differ from their first token on, by which a response is found."""
     rows = [{name: text.strip() for name, text in row.items()} for row in tiny_lm.pairs(3 * count)]
     return [row for row in rows if row["chosen"][0] != row["rejected"][0]][:count]
+
+
+def recipe(page):
+    """The code of a page, recorded and with the tau of these runs."""
+    code = pages.code(page)
+    assert "10.0" in code  # which is tau alone
+    return "import recorder\n\nrecorder.start()\n" + code.replace("10.0", "1.0")
 
 
 def start(folder, command, **environment):
@@ -49,7 +58,7 @@ def calls(folder, rank):
     found = []
     for path in sorted(folder.glob(f"calls-{rank}-*.npz")):
         arrays = np.load(path)
-        names = ("tokens", "mask", "logits", "policy")
+        names = ("tokens", "mask", "logits", "gradient", "policy")
         for i in range(len(arrays.files) // len(names)):
             found.append({name: arrays[f"{i} {name}"] for name in names})
     return found
@@ -75,7 +84,7 @@ def log_probabilities(call, average):
 
 
 def gaps(process, beta, reference):
-    """The reward gaps of a process's micro-batches; γ-DPO has a reference, γ-SimPO averages."""
+    """Each micro-batch of a process, with its reward gaps. γ-SimPO averages; γ-DPO does not."""
     found = []
     for i, call in enumerate(process):
         if not call["policy"]:
@@ -88,42 +97,76 @@ def gaps(process, beta, reference):
                 if not other["policy"] and np.array_equal(other["tokens"], call["tokens"])
             ]
             logps -= log_probabilities(process[min(near, key=lambda k: abs(k - i))], average=False)
-        found.append(beta * (logps[0] - logps[1]))
+        found.append((call, beta * (logps[0] - logps[1])))
     return found
 
 
-def expected(processes, *, beta, gamma0, tau, reference, plain=False):
-    """The loss of each micro-batch over all processes: γ-DPO centred, γ-SimPO not."""
-    queue, losses = np.empty(0), []
+def gradient(call, weights, beta, average):
+    """The gradient of a micro-batch's mean loss at the logits, from the weights of its pairs.
+
+    The loss of a pair falls by its weight per unit of reward, a log-probability rises by one minus
+    the probability of its token.
+    """
+    found = np.zeros(call["logits"].shape)
+    half = len(weights)
+    for row, (tokens, mask, logits) in enumerate(
+        zip(call["tokens"], call["mask"], call["logits"], strict=True)
+    ):
+        places, other = np.flatnonzero(mask), (row + half) % (2 * half)
+        others = call["tokens"][other][call["mask"][other] > 0]
+        shared = next(t for t in range(len(places)) if tokens[places[t]] != others[t])
+        scale = beta * weights[row % half] / half / (len(places) - shared if average else 1)
+        for before, place in zip(places[shared - 1 : -1], places[shared:], strict=True):
+            logp = logits[before].astype(oracles.Real)
+            slope = -np.exp(logp - logp.max()) / np.exp(logp - logp.max()).sum()
+            slope[tokens[place]] += 1
+            found[row, before] += (-scale if row < half else scale) * slope
+    return found
+
+
+def expected(processes, *, beta, gamma0, tau, reference):
+    """The loss of each micro-batch over all processes, with margins and without; the gradients.
+
+    γ-DPO is centred, γ-SimPO is not. Of gradients there are pairs: as it was, as it should be.
+    """
+    queue, losses, gradients = np.empty(0), [], []
     each = (gaps(process, beta, reference) for process in processes)
     for parts in zip(*each, strict=True):
-        new = np.concatenate(parts)
+        new = np.concatenate([part for _, part in parts])
         pool = np.concatenate([queue, new])
         margins = oracles.margins(pool, gamma0, tau)[0][len(queue) :]
         shift = 0 if reference else gamma0
-        losses.append(oracles.simpo(new, shift if plain else margins - gamma0 + shift).mean())
+        margins += shift - gamma0
+        losses.append([oracles.simpo(new, margin).mean() for margin in (margins, shift)])
+        weights = np.split(oracles.sigmoid(margins - new), len(parts))
+        for (call, _), share in zip(parts, weights, strict=True):
+            right = gradient(call, share, beta, average=not reference)
+            assert call["gradient"].shape == right.shape, "no gradient has reached the logits"
+            gradients.append((call["gradient"], right))
         queue = pool[-QUEUE:]
-    return losses
+    return losses, gradients
 
 
 def compare(folder, name, *, ranks=1, accumulated=1, **setting):
-    """Hold a run's logged losses to first principles; what was run, and by how much they differ."""
+    """Hold a run's logged losses to first principles, and its gradients at the logits."""
     processes = [calls(folder, rank) for rank in range(ranks)]
-    ours, plain = (
-        np.array(expected(processes, plain=plain, **setting), dtype=float)
-        .reshape(-1, accumulated)
-        .mean(1)
-        for plain in (False, True)
-    )
+    losses, gradients = expected(processes, **setting)
+    ours, plain = np.array(losses, dtype=float).reshape(-1, accumulated, 2).mean(1).T
     theirs = np.array(logged(folder))
     assert len(theirs) == len(ours), (len(theirs), len(ours))
     difference = np.abs(theirs - ours).max()
     margins_do = np.abs(plain - ours).max()
+    off = max(
+        np.abs(theirs * accumulated - right).max() / np.abs(right).max()
+        for theirs, right in gradients
+    )
     run = {"run": name, "steps": len(ours), "largest_difference": float(f"{difference:.1e}"),
+           "gradients_differ_by": float(f"{off:.1e}"),
            "margins_change_the_loss_by": float(f"{margins_do:.1e}")}  # fmt: skip
     print(json.dumps(run, ensure_ascii=False))
     # Without margins the losses would differ by far more than float32 does.
     assert difference < ROUNDING < margins_do / 10, run
+    assert off < GRADIENT, run
     return run
 
 

@@ -29,6 +29,7 @@ REFUSED = {  # a part of a test's name, and with what our trainers refuse what i
     "test_cpo_trainer": "loss_type must be 'simpo'",
     "test_alphapo_trainer": "alpha must be 0.0",
 }
+TAKEN = ("[sigmoid]", "[sigmoid_norm]", "[robust]", "simpo")  # the losses among them that are ours
 MODELS = {
     "Qwen2ForCausalLM-2.5": "qwen2", "Qwen3MoeForCausalLM": "qwen3_moe",
     "GptOssForCausalLM": "gpt_oss", "Cohere2ForCausalLM": "cohere2", "Olmo3ForCausalLM": "olmo3",
@@ -57,6 +58,22 @@ from gamma_loss.integrations import trl as ours
 trl.DPOConfig, trl.DPOTrainer = ours.GammaDPOConfig, ours.GammaDPOTrainer
 cpo.CPOConfig, cpo.CPOTrainer = ours.GammaSimPOConfig, ours.GammaSimPOTrainer
 """
+LOGGED = """
+from transformers import Trainer
+
+names = set()
+
+def log(self, logs, *arguments, original=Trainer.log, **options):
+    names.update(logs)
+    return original(self, logs, *arguments, **options)
+
+Trainer.log = log
+
+def pytest_sessionfinish():
+    with open("logged.txt", "w") as file:
+        file.write("\\n".join(names))
+"""
+SABOTAGES = ["trainers that are not exchanged"]
 
 
 def models(folder):
@@ -145,7 +162,7 @@ def run(folder):
     subprocess.run([*command, folder / "source"], check=True)
     (folder / "source" / "tests").rename(folder / "tests")  # with the trl that is installed
     (folder / "on_cpu.py").write_text(ON_CPU)
-    (folder / "swap.py").write_text(SWAP)
+    (folder / "swap.py").write_text(LOGGED if os.environ.get("SABOTAGE") else SWAP + LOGGED)
     hub = folder / "trl-internal-testing"
     hub.mkdir()
     models(hub)
@@ -162,6 +179,14 @@ def run(folder):
             if not any(part in test and text in why for part, text in REFUSED.items())
         }
         print(name, len(theirs), len(ours), differ, unable, file=sys.stderr)
+        logged = set((folder / "logged.txt").read_text("utf-8").split())
+        assert any(metric.startswith("gamma/") for metric in logged), logged
+        refused = {
+            test
+            for test in theirs
+            if any(part in test for part in REFUSED) and not any(part in test for part in TAKEN)
+        }
+        assert refused <= differ.keys(), f"not refused: {refused - differ.keys()}"
         assert theirs, f"no test of {file} passed with TRL's own trainer: {unable}"
         assert not unexpected, unexpected
         yield {"run": f"{len(ours & theirs)} of TRL's own {len(theirs)} tests with {name} in the "

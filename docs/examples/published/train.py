@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from gamma_loss.integrations.trl import GammaSimPOConfig, GammaSimPOTrainer
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from trl_dpo import load_pairs, load_tokenizer, parse
+from _common import run
+from trl_dpo import prepare, train
 
 
 @dataclass
@@ -20,32 +21,29 @@ class Arguments:
     """What to train, and on what. Only what is used here: any other option is an error."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Hub name or folder."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub name or a JSONL file."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub name, file or folder."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Of transformers."})
     dtype: str = field(default="float32", metadata={"help": "Of the model's weights."})
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Read the settings, load model and pairs, train and save."""
-    arguments, config = parse(
-        sys.argv[1:], (Arguments, GammaSimPOConfig), needed=("model_name_or_path", "dataset_name")
+    options, config, data, tokenizer = prepare(
+        argv, (Arguments, GammaSimPOConfig), "model_name_or_path", "dataset_name"
     )
-    tokenizer = load_tokenizer(arguments.model_name_or_path)
-    pairs = load_pairs(arguments.dataset_name)
     trainer = GammaSimPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(
-            arguments.model_name_or_path,
-            attn_implementation=arguments.attn_implementation,
-            dtype=arguments.dtype,
+            options.model_name_or_path,
+            attn_implementation=options.attn_implementation,
+            dtype=options.dtype,
         ),
         args=config,
-        train_dataset=pairs["train"],
-        eval_dataset=pairs["test"],
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
         processing_class=tokenizer,
     )
-    trainer.train()
-    trainer.save_model()
+    train(trainer, config)
 
 
 if __name__ == "__main__":
-    main()
+    run(main, sys.argv[1:])
