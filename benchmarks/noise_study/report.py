@@ -1,86 +1,302 @@
-"""Writes the study's two pages, docs/reproduction.md and docs/reproduction_tables.md.
+"""Writes the study's numbers: CSV files in docs/study/, and the verdict into its page.
 
-Of their prose nothing is written here: only what stands between two marks of a table's name, and
-the figures, which the pages show with ``picture`` of docs/figures.py.
+A table is a function of a study's name and `Results` that returns rows, one dict a line.
 """
 
 from __future__ import annotations
 
-import re
+import csv
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.noise_study import figures, plan, tables
-from benchmarks.noise_study.outcomes import Results
-from benchmarks.noise_study.plan import Records, Study
+import numpy as np
+from scipy.special import expit
+
+from benchmarks.baselines import METHODS
+from benchmarks.noise_study import outcomes, plan
+from benchmarks.noise_study.outcomes import Results, last, less, mean, mean_by_seed, tested, within
 
 DOCS = Path(__file__).parents[2] / "docs"
-TASKS = {
-    "reproduction.md": {"verdict": tables.verdict, "references": tables.references},
-    "reproduction_tables.md": {
-        "status": tables.status,
-        "kappa": tables.by_kappa,
-        "over-kappa": tables.over_kappa,
-        "gains": tables.gains,
-        "calls": lambda results: tables.by_noise(results, plan.CALLS),
-        "choices": tables.choices,
-        "configurations": tables.configurations,
-        "mean": lambda results: tables.overall(results, "test"),
-        "ranking": lambda results: tables.overall(results, "ranking"),
-        "accuracy": tables.accuracies,
-        "tests": tables.differences,
-        "selection": tables.selection,
-        "weights": tables.weights,
-        "suppression": tables.suppression,
-        "detection": tables.detection,
-        "cost": tables.costs,
-        "loop": tables.loops,
-        "ablation": tables.ablations,
-        "grid": tables.grid,
-    },
+FAMILIES = {"gamma-dpo": "dpo", "gamma-simpo": "simpo"}  # γ-PO and its base
+EVERY, STRONG = (0.0, math.inf), (1.0, math.inf)  # where γ-PO is not all but its base
+RANGES = (0.0, 0.1), (1.0, 10.0), (10.0, 100.0)  # of κ, that hold a configuration
+TUNED: dict[str, dict[str, str]] = {
+    "tuned once for all seeds": {"way": "shared"},
+    "tuned by each seed": {"way": "last"},
+    "tuned by each seed, configurations drawn anew": {"stage": "redrawn"},
 }
-PEOPLE = {
-    "reproduction.md": {"raters": tables.arms},
-    "reproduction_tables.md": {
-        "raters-status": tables.status,
-        "raters-kappa": tables.over_kappa,
-        "raters-accuracy": tables.accuracies,
-    },
-}
-LANGUAGE = {
-    "reproduction.md": {"language": tables.arms},
-    "reproduction_tables.md": {
-        "language-status": tables.status,
-        "language-methods": tables.language,
-    },
-}
-PAGES = {"tasks": TASKS, "raters": PEOPLE, "language": LANGUAGE}
-FIGURES = {
-    "verdict": figures.draw_verdict,
-    "accuracy": figures.draw_accuracy,
-    "rewards": figures.draw_rewards,
-    "margins": figures.draw_margins,
-    "weights": figures.draw_weights,
-    "roc": figures.draw_roc,
-    "grid": figures.draw_grid,
+WORDS = {"rater": "one rater's", "as often": "uniform, as often as the rater"}
+Row = dict[str, Any]
+Judged = tuple[Row, Iterable[float]]  # a row, and differences over seeds that are tested
+
+
+def label(ours: str, theirs: str) -> str:
+    return f"{METHODS[ours].label} − {METHODS[theirs].label}"
+
+
+def labels(noise: plan.Noise) -> str:
+    kind, rate = noise
+    return WORDS.get(kind, f"{rate:.0%} {kind}" if rate else "clean")
+
+
+def rivals(ours: str) -> tuple[str, ...]:
+    base = FAMILIES[ours]
+    return base, f"matched-{base}", f"matched-{base}-once", f"{ours}-published"
+
+
+def judged(rows: Iterable[Judged]) -> list[Row]:
+    """Add what tests say of each row's differences, corrected for all of these rows."""
+    known = [(row, found) for row, values in rows if (found := tested(values)).seeds]
+    words = outcomes.verdicts([found for _, found in known])
+    count = sum(not math.isnan(found.p) for _, found in known)
+    return [
+        {**row, "seeds": found.seeds, "difference": found.mean, "half width": found.half,
+         "corrected": found.corrected, "p": found.p, "p of equivalence": found.equivalence_p,
+         "would have been seen": outcomes.detectable(found, count), "verdict": word}
+        for (row, found), word in zip(known, words, strict=True)
+    ]  # fmt: skip
+
+
+def verdict(studies: dict[str, Results]) -> list[Row]:
+    """Return the main tests: by seed the mean over tasks, kinds of labels and configurations."""
+    arms, flips = plan.PEOPLE.noises, plan.NOISES[1:]
+    where = "three tasks, flips, κ ≥ 1", "four domains, people's labels"
+    planned = [("tasks", m, n, STRONG, flips, where[0]) for m in FAMILIES for n in rivals(m)[:3]]
+    planned += [("raters", m, n, EVERY, arms, where[1]) for m in FAMILIES for n in rivals(m)[:2]]
+    planned += [("language", "gamma-dpo", "dpo", EVERY, (arm,), f"language model, {labels(arm)} "
+                 "labels") for arm in arms[:2]]  # fmt: skip
+    rows = []
+    for name, ours, theirs, bounds, noises, words in planned:
+        if results := studies.get(name):
+            known = [noise for noise in noises if noise in results.noises]
+            found = [results.gains(t, ours, theirs, known) for t in results.study.tasks]
+            found = [gains for gains in found if gains]
+            runs = [run for gains in found for run in zip(*gains.values(), strict=True)]
+            single = [mean(gain for _, gain in run) for run in runs if run[0][0] >= bounds[0]]
+            ends = " to ".join(signed(f(single), 1) for f in (min, max)) if single[1:] else "–"
+            words = words.replace("three", "two") if theirs.endswith("once") else words
+            row = {"compared": label(ours, theirs), "where": words, "single settings": ends}
+            rows.append((row, mean_by_seed([within(gains, *bounds) for gains in found]).values()))
+    return judged(rows)
+
+
+def equal(name: str, results: Results, cells: dict[str, Any], peers: int = 4) -> list[Judged]:
+    """Return gains at equal settings for cells of noises, range of κ, stage and test pairs."""
+    return [
+        ({"study": name, "task": task, "compared": label(ours, theirs), "settings": words},
+         within(results.gains(task, ours, theirs, noises, stage, of), *bounds).values())
+        for ours, task in itertools.product(FAMILIES, results.study.tasks)
+        for theirs in rivals(ours)[:peers]
+        for words, (noises, bounds, stage, of) in cells.items()
+    ]  # fmt: skip
+
+
+def by_task(name: str, results: Results) -> list[Row]:
+    noisy = results.noisy
+    cells = {"equal": (noisy, EVERY, "search", "test"),
+             "equal, κ ≥ 1": (noisy, STRONG, "search", "test"),
+             "equal, κ ≥ 1, drawn anew by seed": (noisy, STRONG, "redrawn", "test")}  # fmt: skip
+    rows = equal(name, results, cells, peers=3)
+    for ours, task, how in itertools.product(FAMILIES, results.study.tasks, TUNED):
+        both = ours, rivals(ours)[0]
+        cell = [[results.accuracy(task, m, n, **TUNED[how]) for n in noisy] for m in both]
+        row = {"study": name, "task": task, "compared": label(*both), "settings": how}
+        rows.append((row, less(*map(mean_by_seed, cell))))
+    return judged(rows)
+
+
+def by_kappa(name: str, results: Results) -> list[Row]:
+    cells = {f"{b[0]:g} ≤ κ < {b[1]:g}": (results.noisy, b, "search", "test") for b in RANGES}
+    return judged(equal(name, results, cells))
+
+
+def by_labels(name: str, results: Results) -> list[Row]:
+    tests = {"test": ""} | ({} if name == "tasks" else {"clear": "; rated more than 1 apart"})
+    noises = *results.noises, *results.study.calls
+    cells = {labels(noise) + tests[of]: ([noise], EVERY, "search", of)
+             for noise, of in itertools.product(noises, tests)}  # fmt: skip
+    return judged(equal(name, results, cells, peers=3))
+
+
+def configurations(name: str, results: Results) -> list[Row]:
+    """Return each configuration of γ-PO with its gains, mean over all wrong labels."""
+    rows = []
+    for ours, task in itertools.product(FAMILIES, results.study.tasks):
+        gains = [results.gains(task, ours, theirs, results.noisy) for theirs in rivals(ours)]
+        tried = plan.configurations(ours, task, results.study.configurations)
+        for k, settings in enumerate(tried):
+            row = {"study": name, "task": task, "method": METHODS[ours].label, "setting": k + 1}
+            row |= {**settings, "κ": outcomes.kappa(settings)}
+            for words, found in zip(("base", "matched", "once", "loop"), gains, strict=True):
+                at = tested(pairs[k][1] for pairs in found.values())
+                row |= {f"less {words}": at.mean, f"± {words}": at.corrected}
+            rows.append(row)
+    return rows
+
+
+def over_kappa(name: str, results: Results) -> list[Row]:
+    """Return γ-PO less its matched losses where κ alone changes, mean over kinds of labels."""
+    runs: dict[Any, dict[int, list[float]]] = {}
+    for task in results.study.tasks:
+        for spec in plan.over_kappa(results.study, results.records, task):
+            if run := results.records.get(plan.key(spec)):
+                where = task, spec["method"], spec["settings"].get("tau")
+                runs.setdefault(where, {}).setdefault(spec["seed"], []).append(last(run))
+    means = {k: {s: mean(v) for s, v in seeds.items()} for k, seeds in runs.items()}
+    rows = []
+    cells = itertools.product(results.study.tasks, plan.KAPPA_METHODS.values(), plan.KAPPAS)
+    for task, (ours, *others), strength in cells:
+        for theirs in others:
+            both = (means.get((task, m, plan.TAU_OF[strength]), {}) for m in (ours, theirs))
+            row = {"study": name, "task": task, "compared": label(ours, theirs), "κ": strength}
+            rows.append((row, less(*both)))
+    return judged(rows)
+
+
+def accuracy(name: str, results: Results) -> list[Row]:
+    """Return accuracies of chosen runs in per cent, and differences to the base, DPO or SimPO."""
+    study, rows = results.study, []
+    for task, m, way in itertools.product(study.tasks, study.methods, outcomes.WAYS):
+        base = "dpo" if METHODS[m].relative else "simpo"
+        group = []
+        for noise in results.noises:
+            where = task, m, noise
+            found = results.accuracy(*where, way=way)
+            row = {"study": name, "task": task, "method": METHODS[m].label, "labels": labels(noise)}
+            row |= {"chosen": way, "accuracy": mean(found.values())}
+            row["ranking"] = mean(results.accuracy(*where, way=way, of="ranking").values())
+            if way != "shared":
+                clean = results.accuracy(*where, way=way, labels="clean")
+                row["chosen on clean labels"] = mean(clean.values())
+            elif found:
+                tried = plan.configurations(m, task, study.configurations)
+                row["setting"] = 1 + tried.index(results.chosen(*where, way=way)[0]["settings"])
+            group.append((row, less(found, results.accuracy(task, base, noise, way=way))))
+        rows += judged(group)  # for all kinds of labels
+    return [{k: v for k, v in row.items() if k != "would have been seen"} for row in rows]
+
+
+def pairs(name: str, results: Results) -> list[Row]:
+    """Return weights of flipped over clean pairs, and areas under ROC curves of telling them."""
+    rows = []
+    noises = [noise for noise in results.noises if noise[1] in plan.TRACED_RATES]
+    for task, m, noise in itertools.product(results.study.tasks, results.study.methods, noises):
+        runs = results.repeated("trace", task, m, noise).values()
+        ends = [{k: v[-1] for k, v in r.items() if isinstance(v, list) and v} for r in runs]
+        ratios = [w[0] / w[1] for end in ends if all(w := end.get("weights", [0]))]
+        row = {"task": task, "method": METHODS[m].label, "labels": labels(noise)}
+        row["weight of flipped / clean"] = mean(ratios)
+        for of in ("loss", "margin", "smoothing"):
+            row[f"AUC by {of}"] = mean(end[k] for end in ends if end.get(k := f"auc_{of}"))
+        if m in FAMILIES and ends and "pairs" in ends[0]:  # of seed 0, at its last gaps
+            gamma0 = results.chosen(task, m, noise)[0]["settings"]["gamma0"]
+            gaps, flipped, margins, _ = map(np.array, ends[0]["pairs"])
+            for words, margin in (("equal", gamma0), ("exact", margins)):
+                weight = expit(margin - gamma0 * METHODS[m].relative - gaps)
+                ratio = weight[flipped == 1].mean() / weight[flipped == 0].mean()
+                row[f"at the last gaps, {words} margins"] = float(ratio)
+        rows += [row] * bool(ratios)
+    return rows
+
+
+def ablations(name: str, results: Results) -> list[Row]:
+    """Return one change at a time, and the grid of γ0 and τ, less the chosen settings."""
+    study, rows = results.study, []
+    changes = [change for each in study.changes for change in plan.CHANGES[each]]
+    for where in itertools.product(study.tasks, plan.ABLATION_METHODS, study.ablation_noises):
+        found = [
+            {s: last({"result": r}) for s, r in
+             results.repeated("ablation", *where, change=change).items()} for change in changes
+        ]  # fmt: skip
+        for change, each in zip(changes, found, strict=True):
+            gain = tested(less(each, found[0]))
+            words = ", ".join(f"{k} = {v}" for k, v in change.items()) or "as chosen"
+            row = {"task": where[0], "method": METHODS[where[1]].label, "labels": labels(where[2])}
+            row |= {"change": words, "seeds": gain.seeds, "accuracy": mean(each.values())}
+            rows.append({**row, "difference": gain.mean, "corrected": gain.corrected})
+    return rows
+
+
+def language(name: str, results: Results) -> list[Row]:
+    """Return what each method did to the language model, mean over the seeds that all have."""
+    cells: dict[Any, dict[int, Any]] = {}
+    for run in results.of_stage("search"):
+        where = METHODS[run["method"]].label, labels((run["kind"], run["rate"]))
+        cells.setdefault(where, {})[run["seed"]] = run["result"] | {"accuracy": last(run)}
+    common = set.intersection(*map(set, cells.values()))
+    kept = ("accuracy", "sentiment", "divergence", "spread")
+    return [
+        {"method": m, "labels": words, "seeds": len(common),
+         **{k: mean(runs[s][k] for s in common if k in runs[s]) for k in kept}}
+        for (m, words), runs in cells.items()
+    ]  # fmt: skip
+
+
+def status(name: str, results: Results) -> list[Row]:
+    """Return how many runs there are, their hours, and what references rank right in per cent."""
+    groups: dict[Any, list[Any]] = {}
+    for run in results.records.values():
+        groups.setdefault((run.get("task", ""), run["stage"]), []).append(run)
+    return [
+        {"study": name, "task": task, "stage": stage, "runs": len(runs),
+         "hours": sum(run["seconds"] for run in runs) / 3600,
+         "accuracy": mean(100 * r["result"]["ranking"] for r in runs if stage == "reference")}
+        for (task, stage), runs in groups.items()
+    ]  # fmt: skip
+
+
+PEOPLE, ALL = ("tasks", "raters"), ("tasks", "raters", "language")
+TABLES: dict[str, tuple[Callable[[str, Results], list[Row]], tuple[str, ...]]] = {
+    "equal_settings_by_task": (by_task, PEOPLE),
+    "equal_settings_by_kappa": (by_kappa, PEOPLE),
+    "equal_settings_by_labels": (by_labels, ALL),
+    "configurations": (configurations, PEOPLE),
+    "kappa": (over_kappa, PEOPLE),
+    "accuracy": (accuracy, PEOPLE),
+    "training_pairs": (pairs, ("tasks",)),
+    "ablations": (ablations, ("tasks",)),
+    "language_model": (language, ("language",)),
+    "runs": (status, ALL),
 }
 
 
-def write(study: Study, records: Records, docs: Path, name: str = "tasks") -> None:
-    """Rewrite the pages' tables of a study, each between its two marks, and draw its figures."""
-    results = Results(study, records)
-    docs.mkdir(parents=True, exist_ok=True)
-    for file, makers in PAGES[name].items():
-        page = docs / file
-        text = (page if page.exists() else DOCS / file).read_text(encoding="utf-8")
-        for table, make in makers.items():
-            marks = f"<!-- {table} -->\n", f"<!-- /{table} -->"
-            pattern = re.escape(marks[0]) + ".*?" + re.escape(marks[1])
-            filled = f"{marks[0]}\n{make(results)}\n\n{marks[1]}"
-            text, count = re.subn(pattern, lambda _, filled=filled: filled, text, flags=re.DOTALL)
-            if count != 1:
-                raise ValueError(
-                    f"{page} must have the marks of {table!r} once, has them {count} times"
-                )
-        page.write_text(text, encoding="utf-8")
-    for figure, draw in FIGURES.items() if name == "tasks" else ():
-        draw(results, docs / f"reproduction_{figure}.svg")
+def signed(value: float, digits: int = 2) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def verdict_table(studies: dict[str, Results]) -> str:
+    head = ["compared", "where", "difference", "corrected interval", "single settings", "verdict"]
+    lines = [head, ["---"] * len(head)]
+    for row in verdict(studies):
+        ends = (signed(row["difference"] + sign * row["corrected"]) for sign in (-1, 1))
+        row |= {"difference": signed(row["difference"]), "corrected interval": " to ".join(ends)}
+        lines.append([row[name] for name in head])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    def shown(value: Any) -> Any:
+        return f"{value:.4g}".replace("nan", "") if isinstance(value, float) else value
+
+    with path.open("w", encoding="utf-8") as file:
+        names = dict.fromkeys(name for row in rows for name in row)
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: shown(v) for k, v in row.items()} for row in rows)
+
+
+def write(studies: dict[str, Results], docs: Path) -> None:
+    (docs / "study").mkdir(parents=True, exist_ok=True)
+    for table, (make, names) in TABLES.items():
+        rows = [row for name in names if name in studies for row in make(name, studies[name])]
+        write_csv(docs / "study" / f"{table}.csv", rows)
+    page = docs / "reproduction.md"
+    text = (page if page.exists() else DOCS / page.name).read_text("utf-8")
+    before, mark, rest = text.partition("<!-- verdict -->\n")
+    _, end, after = rest.partition("<!-- /verdict -->")
+    if not end:
+        raise ValueError(f"{page} must have the marks <!-- verdict --> and <!-- /verdict -->")
+    page.write_text(f"{before}{mark}\n{verdict_table(studies)}\n\n{end}{after}", "utf-8")

@@ -1,34 +1,24 @@
 """Preference tasks whose true labels are known, and ways to get labels wrong.
 
-``bytes``      docs/examples/noisy_preferences.py with a smaller model: true against corrupted
-               continuations of the standard library's source, by a recurrent language model. The
-               difference of a pair is its number of corrupted bytes.
-``digits``     which of two handwritten digits is the larger (scikit-learn's copy of the UCI set).
-               The difference is that of the digits.
-``diabetes``   which of two patients' diabetes has progressed further a year later (scikit-learn's
-               442 patients). The difference is that of the measured progression. Ten measurements
-               do not determine it: even clean labels leave a good share of pairs undecidable.
-
-``movies``, ``tweets``, ``products``, ``editorials``: which of two texts people find more positive,
-by one rater or by the others (`raters`). The difference is that of mean ratings.
-
-``reviews``: the same with a language model as the policy (`language`).
+``bytes``: docs/examples/noisy_preferences.py with a smaller model; a pair's difference is its
+number of corrupted bytes. ``digits``: which of two handwritten digits is the larger. ``diabetes``:
+which of 442 patients' diabetes has progressed further. ``movies``, ``tweets``, ``products``,
+``editorials``: which of two texts people find more positive (`raters`). ``reviews``: the same with
+a language model as the policy.
 
 In the tables the policy is a small network's score, a log-probability up to a constant that the
-two sides of a pair share (only their difference enters a loss), and the reference is the network
-after a little regression on few labelled items.
+two sides of a pair share, and the reference the network after a little regression on few items.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import importlib.util
-import itertools
+import importlib
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -37,46 +27,37 @@ from sklearn import datasets
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.noise_study import language, raters
+from benchmarks.noise_study import raters
 
 PROMPT_BYTES = 16  # the last of the example's 40, for speed
 
-# What a run costs. "large" is for a GPU. Steps and pairs are such that a run sees each training
-# pair about five times: wrong labels can be learned by heart.
+
+# "large" is for a GPU. A run sees each training pair several times: wrong labels can be learned.
+def _size(*values: int, names: str = "width pretrain pairs steps batch") -> dict[str, int]:
+    return dict(zip(names.split(), values, strict=True))
+
+
+_model = functools.partial(_size, names="layers pairs steps batch samples")
+DIGITS, DIABETES = _size(64, 100, 1024, 200, 64), _size(32, 100, 1024, 200, 64)
+QUICK = _size(16, 30, 128, 18, 32)
 SIZES = {
-    "quick": {
-        "bytes": {"width": 16, "pretrain": 5, "pairs": 96, "steps": 6, "batch": 16},
-        "digits": {"width": 16, "pretrain": 30, "pairs": 128, "steps": 18, "batch": 32},
-        "diabetes": {"width": 16, "pretrain": 30, "pairs": 128, "steps": 18, "batch": 32},
-    },
-    "full": {
-        "bytes": {"width": 32, "pretrain": 300, "pairs": 768, "steps": 120, "batch": 32},
-        "digits": {"width": 64, "pretrain": 100, "pairs": 1024, "steps": 200, "batch": 64},
-        "diabetes": {"width": 32, "pretrain": 100, "pairs": 1024, "steps": 200, "batch": 64},
-    },
-    "large": {
-        "bytes": {"width": 512, "pretrain": 2000, "pairs": 4096, "steps": 320, "batch": 64},
-        "digits": {"width": 64, "pretrain": 100, "pairs": 1024, "steps": 200, "batch": 64},
-        "diabetes": {"width": 32, "pretrain": 100, "pairs": 1024, "steps": 200, "batch": 64},
-    },
-}
+    "quick": {"bytes": _size(16, 5, 96, 6, 16), "digits": QUICK, "diabetes": QUICK,
+              "reviews": _model(1, 8, 2, 4, 2)},
+    "full": {"bytes": _size(32, 300, 768, 120, 32), "digits": DIGITS, "diabetes": DIABETES,
+             "reviews": _model(6, 1024, 60, 16, 64)},
+    "large": {"bytes": _size(512, 2000, 4096, 320, 64), "digits": DIGITS, "diabetes": DIABETES,
+              "reviews": _model(30, 8000, 1000, 16, 512)},
+}  # fmt: skip
 for size in SIZES.values():  # the raters' tasks are tables too
     size |= dict.fromkeys(raters.DOMAINS, size["digits"])
-SIZES["quick"]["reviews"] = {"layers": 1, "pairs": 8, "steps": 2, "batch": 4, "samples": 2}
-SIZES["full"]["reviews"] = {"layers": 6, "pairs": 1024, "steps": 60, "batch": 16, "samples": 64}
-SIZES["large"]["reviews"] = {
-    "layers": 30,
-    "pairs": 8000,
-    "steps": 1000,
-    "batch": 16,
-    "samples": 512,
-}
 TASKS = tuple(SIZES["full"])
 CHECKPOINTS = 6
 RESPONSE_TOKENS = 32  # that a language model may write
 MICRO_BATCH = 2  # pairs of a loss call in three of the four published settings
-RATER_KINDS = ("rater", "as often")
 LABELLED_ITEMS = 40  # that the reference of a table has learned from
+
+
+Logged = Callable[[nn.Module, Tensor], Tensor]  # (pairs, 2) of a model and a split's inputs
 
 
 class Split(NamedTuple):
@@ -94,7 +75,7 @@ class Split(NamedTuple):
 
 class Task(NamedTuple):
     reference: nn.Module
-    logps: Callable[[nn.Module, Tensor], Tensor]  # (pairs, 2) of a model and a split's inputs
+    logps: Logged
     train: Split
     validation: Split
     test: Split
@@ -107,24 +88,16 @@ class Task(NamedTuple):
 @functools.lru_cache(maxsize=32)
 def load(name: str, size: str, seed: int, device: str) -> Task:
     """Make a task: data, splits and reference, all from the seed."""
-    if name == "bytes":
-        return byte_task(SIZES[size][name], seed, device)
-    if name == "reviews":
-        return review_task(SIZES[size][name], seed, device)
-    make = rater_task if name in raters.DOMAINS else table_task
-    return make(name, SIZES[size][name], seed, device)
+    make = {"bytes": byte_task, "reviews": review_task}.get(name)
+    arguments = SIZES[size][name], seed, device
+    return make(*arguments) if make else table_task(name, *arguments)
 
 
 def wrong_labels(split: Split, kind: str, rate: float, seed: int) -> Tensor:
-    """Say which labels of a split are wrong.
-
-    ``rater``: those that one rater got wrong. ``as often``: as many in expectation, but each with
-    the same probability. Otherwise `flips`.
-    """
-    if kind in RATER_KINDS:
-        assert split.by_rater is not None
-        if kind == "rater":
-            return split.by_rater
+    """Say which labels are wrong: one rater's, as often but with one probability, or by `flips`."""
+    if split.by_rater is not None and kind == "rater":
+        return split.by_rater
+    if split.by_rater is not None and kind == "as often":
         kind, rate = "uniform", split.by_rater.double().mean().item()
     return flips(split.difference, kind, rate, seed)
 
@@ -132,9 +105,8 @@ def wrong_labels(split: Split, kind: str, rate: float, seed: int) -> Tensor:
 def flips(difference: Tensor, kind: str, rate: float, seed: int) -> Tensor:
     """Draw which labels are wrong.
 
-    ``uniform``: each with probability `rate`. ``ambiguous``: with probability σ(-difference / s), a
-    Bradley-Terry annotator, with s such that the mean probability is `rate`. ``call``: as
-    `flips_of_a_call`. A seed's flips at a lower rate are among those at a higher one.
+    ``ambiguous``: with probability σ(-difference / s), a Bradley-Terry annotator, with s such that
+    the mean is `rate`. A seed's flips at a lower rate are among those at a higher one.
     """
     if kind == "call":
         return flips_of_a_call(len(difference), rate, torch.Generator().manual_seed(seed))
@@ -150,23 +122,17 @@ def flips(difference: Tensor, kind: str, rate: float, seed: int) -> Tensor:
 
 
 def flips_of_a_call(pairs: int, rate: float, generator: torch.Generator) -> Tensor:
-    """Draw flips as the published code does: all pairs of a micro-batch together, or none.
-
-    There a draw belongs to a call of the loss and not to a pair (simpo_trainer.py, line 639), so
-    that a pair may come with either label, and evaluation draws as well.
-    """
+    """Draw flips as the published code does (simpo_trainer.py:639), of whole micro-batches."""
     calls = torch.rand(-(-pairs // MICRO_BATCH), generator=generator) <= rate
     return calls.repeat_interleave(MICRO_BATCH)[:pairs]
 
 
 def example() -> ModuleType:
     """Import docs/examples/noisy_preferences.py, without its progress bars."""
-    path = Path(__file__).parents[2] / "docs" / "examples" / "noisy_preferences.py"
-    spec = importlib.util.spec_from_file_location("noisy_preferences", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    folder = str(Path(__file__).parents[2] / "docs" / "examples")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    module = importlib.import_module("noisy_preferences")
     module.tqdm = functools.partial(tqdm, disable=True)
     return module
 
@@ -175,9 +141,8 @@ def byte_task(size: dict[str, int], seed: int, device: str) -> Task:
     job = example()
     generator = torch.Generator().manual_seed(seed)
     text, pair_text, test_text = job.library_text(generator)
-    settings = argparse.Namespace(
-        seed=seed, width=size["width"], device=device, pretrain_steps=size["pretrain"]
-    )
+    how = {"width": size["width"], "pretrain_steps": size["pretrain"]}
+    settings = SimpleNamespace(seed=seed, device=device, **how)
     reference = job.pretrain(text, settings, generator).requires_grad_(False)
     cut = len(pair_text) * 4 // 5  # no byte is in training and validation pairs
     length = job.RESPONSE_BYTES
@@ -199,66 +164,47 @@ def byte_task(size: dict[str, int], seed: int, device: str) -> Task:
         logged = in_slices(logps, reference, tokens)
         return Split(tokens, difference, logged, torch.full_like(logged, length))
 
-    count = size["pairs"]
-    train = split(pair_text[:cut], count)
-    validation = split(pair_text[cut:], count // 2)
-    test = split(test_text, count * 2 // 3)
-    return Task(reference, logps, train, validation, test, size["steps"], size["batch"])
+    counts = size["pairs"], size["pairs"] // 2, size["pairs"] * 2 // 3
+    texts = pair_text[:cut], pair_text[cut:], test_text
+    splits = [split(text, count) for text, count in zip(texts, counts, strict=True)]
+    return Task(reference, logps, *splits, size["steps"], size["batch"])
 
 
 def table_task(name: str, size: dict[str, int], seed: int, device: str) -> Task:
+    """Pairs of a table's rows, or of the texts of one of the raters' domains."""
+    ratings = None
+    if name in raters.DOMAINS:
+        (_, ratings), features = raters.load(name)
+        target = torch.tensor([sum(r) / len(r) for r in ratings])
+    else:
+        table: Any = getattr(datasets, f"load_{name}")()
+        features, target = torch.tensor(table.data).float(), torch.tensor(table.target).float()
     generator = torch.Generator().manual_seed(seed)
-    table: Any = getattr(datasets, f"load_{name}")()
-    features, target = (torch.tensor(a, dtype=torch.float32) for a in (table.data, table.target))
     order = torch.randperm(len(target), generator=generator)
-    features, target = features[order], target[order]
-    bounds = [0, len(target) * 3 // 5, len(target) * 3 // 4, len(target)]
-    learned = features[: bounds[1]]
+    parts = order.tensor_split([len(order) * 3 // 5, len(order) * 3 // 4])
+    learned = features[parts[0]]
     features = ((features - learned.mean(0)) / (learned.std(0) + 1e-3)).to(device)
+    reference = regression(features[parts[0]], target[parts[0]], size, seed)
 
-    reference = regression(features, target, size, seed)
+    def score(model: nn.Module, inputs: Tensor) -> Tensor:
+        return model(inputs)[..., 0]
 
-    def split(first: int, last: int, count: int) -> Split:
-        pairs = torch.randint(first, last, (4 * count, 2), generator=generator)
-        values = target[pairs]
-        keep = (values[:, 0] != values[:, 1]).nonzero()[:count, 0]
-        pairs, values = pairs[keep], values[keep]
-        pairs = torch.where((values[:, 0] > values[:, 1])[:, None], pairs, pairs.flip(1))
+    def split(items: Tensor, count: int) -> Split:
+        if ratings is None:
+            wrong = None
+            pairs = items[torch.randint(len(items), (4 * count, 2), generator=generator)]
+            pairs = pairs[target[pairs].diff()[:, 0] != 0][:count]
+            pairs = torch.where(target[pairs].diff() < 0, pairs, pairs.flip(1))
+            difference = -target[pairs].diff()[:, 0]
+        else:
+            pairs, difference, wrong = raters.draw(ratings, items, count, generator)
         inputs = features[pairs]
-        difference = (values[:, 0] - values[:, 1]).abs()
         logged = in_slices(score, reference, inputs)
-        return Split(inputs, difference, logged, torch.ones_like(logged))
+        return Split(inputs, difference, logged, torch.ones_like(logged), wrong)
 
-    count = size["pairs"]
-    train = split(bounds[0], bounds[1], count)
-    validation = split(bounds[1], bounds[2], count // 2)
-    test = split(bounds[2], bounds[3], count)
-    return Task(reference, score, train, validation, test, size["steps"], size["batch"])
-
-
-def rater_task(domain: str, size: dict[str, int], seed: int, device: str) -> Task:
-    rated, features = raters.load(domain)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(rated.texts), generator=generator)
-    bounds = [0, len(order) * 3 // 5, len(order) * 3 // 4, len(order)]
-    learned = order[: bounds[1]]
-    features = ((features - features[learned].mean(0)) / (features[learned].std(0) + 1e-3)).to(
-        device
-    )
-    means = torch.tensor([sum(r) / len(r) for r in rated.ratings])
-    reference = regression(features[learned], means[learned], size, seed)
-
-    def split(first: int, last: int, count: int) -> Split:
-        pairs = raters.draw(rated.ratings, order[first:last], count, generator)
-        inputs = features[pairs.items]
-        logged = in_slices(score, reference, inputs)
-        return Split(inputs, pairs.difference, logged, torch.ones_like(logged), pairs.wrong)
-
-    count = size["pairs"]
-    train = split(bounds[0], bounds[1], count)
-    validation = split(bounds[1], bounds[2], count // 2)
-    test = split(bounds[2], bounds[3], count)
-    return Task(reference, score, train, validation, test, size["steps"], size["batch"])
+    counts = size["pairs"], size["pairs"] // 2, size["pairs"]
+    splits = [split(items, count) for items, count in zip(parts, counts, strict=True)]
+    return Task(reference, score, *splits, size["steps"], size["batch"])
 
 
 def review_task(size: dict[str, int], seed: int, device: str) -> Task:
@@ -266,21 +212,14 @@ def review_task(size: dict[str, int], seed: int, device: str) -> Task:
     rated = raters.read(raters.fetch(), "movies")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(rated.texts), generator=generator)
-    bounds = [0, len(order) * 3 // 5, len(order) * 3 // 4, len(order)]
-    count = size["pairs"]
-    within = {
-        "train": (count, 1.0),
-        "validation": (count // 8, 1.0),
-        "test": (count // 2, math.inf),
-    }
+    parts = order.tensor_split([len(order) * 3 // 5, len(order) * 3 // 4])
+    asked = [(size["pairs"], 1.0), (size["pairs"] // 8, 1.0), (size["pairs"] // 2, math.inf)]
     drawn = [
-        raters.draw(rated.ratings, order[first:last], pairs, generator, apart)
-        for (first, last), (pairs, apart) in zip(
-            itertools.pairwise(bounds), within.values(), strict=True
-        )
+        raters.draw(rated.ratings, items, pairs, generator, apart)
+        for items, (pairs, apart) in zip(parts, asked, strict=True)
     ]
     used = torch.cat([pairs.items for pairs in drawn]).unique()
-    reviews = language.prepare([rated.texts[i] for i in used], size["layers"], device)
+    reviews = raters.prepare([rated.texts[i] for i in used], size["layers"], device)
     reference = reviews.reference(size["layers"]).requires_grad_(False)
 
     def split(pairs: raters.Pairs) -> Split:
@@ -292,10 +231,6 @@ def review_task(size: dict[str, int], seed: int, device: str) -> Task:
         reference, reviews.logps, *map(split, drawn), size["steps"], size["batch"], checkpoints=1,
         sample=functools.partial(reviews.sample, count=size["samples"], longest=RESPONSE_TOKENS),
     )  # fmt: skip
-
-
-def score(model: nn.Module, inputs: Tensor) -> Tensor:
-    return model(inputs)[..., 0]
 
 
 def regression(features: Tensor, target: Tensor, size: dict[str, int], seed: int) -> nn.Module:
@@ -316,7 +251,5 @@ def regression(features: Tensor, target: Tensor, size: dict[str, int], seed: int
 
 
 @torch.no_grad()
-def in_slices(
-    logps: Callable[[nn.Module, Tensor], Tensor], model: nn.Module, inputs: Tensor
-) -> Tensor:
+def in_slices(logps: Logged, model: nn.Module, inputs: Tensor) -> Tensor:
     return torch.cat([logps(model, part) for part in inputs.split(512)])
