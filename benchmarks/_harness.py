@@ -1,8 +1,9 @@
-"""What the benchmarks share: the skeleton of a run, timing in turns, counting, tables and files."""
+"""What the benchmarks share: the skeleton of a run, the ways to solve, timing, counting, files."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import math
@@ -12,45 +13,109 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from gamma_loss import PUBLISHED_SETTINGS, __version__, solve_margins
+from gamma_loss._backend import get_backend
+from gamma_loss._pool import solve_eagerly
 
 Call = Callable[[], Any]
 Result = dict[str, Any]
 
 QUANTILES = (0.1, 0.5, 0.9)
-BLOCK = 10  # calls of one solver in a row, before the next one has its turn
-LEAST = 5  # turns, however little time there is
+STATES = ("hot", "cold")
+LEAST, MOST = 5, 1000  # turns, however little or much time there is
 
 
 # --- the problems ---
 
 LLAMA = "llama-3-8b-instruct"
-MILD = {
-    name: {key: setting[key] for key in ("gamma0", "tau")}
-    for name, setting in PUBLISHED_SETTINGS.items()
-}
+MILD = {LLAMA: {key: PUBLISHED_SETTINGS[LLAMA][key] for key in ("gamma0", "tau")}}
 HARD = {
-    f"γ0 = {gamma0:g}, τ = {tau:g}": {"gamma0": float(gamma0), "tau": tau}
-    for gamma0, tau in ((3, 0.5), (4, 0.1), (8, 0.05), (50, 1.0))
+    f"γ0 = {gamma0:g}, τ = {tau:g}": {"gamma0": gamma0, "tau": tau}
+    for gamma0, tau in ((3.0, 0.5), (4.0, 0.1), (8.0, 0.05))
 }
 SETTINGS = MILD | HARD
 
 
-def pool(setting: dict[str, float], size: int, seed: int | None = None) -> np.ndarray:
+def pool(name: str, size: int, seed: int | None = None) -> np.ndarray:
     """Return gaps around 0, or for a hard setting around γ0, where its margins differ most."""
     values = np.random.default_rng(size if seed is None else seed).normal(size=size)
-    gamma0 = setting["gamma0"]
-    return gamma0 + max(gamma0 / 3, 1) * values if setting in HARD.values() else 2 * values
+    gamma0 = SETTINGS[name]["gamma0"]
+    return gamma0 + max(gamma0 / 3, 1) * values if name in HARD else 2 * values
+
+
+# --- the ways to solve ---
+
+
+class Way(NamedTuple):
+    """How an implementation takes a NumPy array, and solves: (array, gamma0=, tau=) -> solution."""
+
+    array: Callable[[np.ndarray], Any]
+    solve: Callable[..., Any]
+
+
+def _by_torch(gaps: torch.Tensor, gamma0: float, tau: float) -> Any:
+    return solve_eagerly(get_backend(gaps), gaps, None, gamma0, tau)
+
+
+def ways(args: argparse.Namespace, interpret: bool = False) -> dict[str, Way]:
+    """Return the implementations that run here; why others do not is kept in ``args.left_out``.
+
+    "auto" is NumPy on a view of a CPU tensor, "eager" torch's own operations. ``interpret`` takes
+    Triton's interpreter on the CPU, if it is on: its results tell something, its times do not.
+    """
+    tensor = functools.partial(torch.tensor, device=args.device)
+    found = {"eager": Way(tensor, _by_torch)}
+    for impl in ("auto", "compile", "triton"):
+        found[impl] = Way(tensor, functools.partial(solve_margins, impl=impl))
+    if args.device == "cpu":
+        found["numpy"] = Way(np.asarray, solve_margins)
+        if not (interpret and os.environ.get("TRITON_INTERPRET") == "1"):
+            args.left_out["triton"] = "it needs a GPU; its interpreter is not timed"
+            del found["triton"]
+        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+        try:
+            import jax
+        except ImportError as error:
+            args.left_out["jax"] = reason(error)
+        else:
+            jax.config.update("jax_enable_x64", True)
+            found["jax"] = Way(jax.numpy.asarray, solve_margins)
+    for name, way in list(found.items()):
+        try:
+            with warnings.catch_warnings():
+                # Without a working Triton it warns and solves eagerly: not to be timed as Triton.
+                warnings.filterwarnings("error", "Triton can't be used")
+                way.solve(way.array(np.array([-1.0, 0.5, 2.0])), gamma0=1.0, tau=1.0)
+        except Exception as error:
+            args.left_out[name] = reason(error)
+            del found[name]
+    return found
+
+
+def reason(error: BaseException) -> str:
+    """Return an exception's type and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def fresh_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for one shape, in one graph, whatever has been compiled before.
+
+    Compiled code belongs to a code object, and one has room for few shapes: so each gets its own.
+    """
+    f = function
+    copy = type(f)(f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__)
+    return torch.compile(copy, fullgraph=True, dynamic=False)
 
 
 # --- the skeleton of a run ---
@@ -67,15 +132,10 @@ class Section(NamedTuple):
 
 
 def run(
-    doc: str,
-    seconds: float,
-    sections: dict[str, Section],
-    draw: Callable[[Result, list[Any]], None] | None = None,
-    panels: int = 1,
-    packages: Sequence[str] = (),
+    doc: str, seconds: float, sections: dict[str, Section], packages: Sequence[str] = (),
     **facts: Any,
-) -> None:
-    """Read the command line, measure all cases, write the results, show tables, draw.
+) -> None:  # fmt: skip
+    """Read the command line, measure all cases, write the results, show tables.
 
     ``facts`` and the versions of ``packages`` go into the record as well.
     """
@@ -100,8 +160,6 @@ def run(
         if record[name]:
             print(f"\n{name.replace('_', ' ')}")
             table(section.columns, section.rows(record[name]))
-    if draw and args.out:
-        picture(args.out, record, draw, panels)
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,20 +182,13 @@ def arguments(doc: str, seconds: float, folder: Path | None = None) -> argparse.
     if folder:
         parser.add_argument("--out-dir", type=Path, default=folder, help="write all results here")
     else:
-        parser.add_argument(
-            "--out", type=Path, help="write to this .json file, and an .svg beside it"
-        )
+        parser.add_argument("--out", type=Path, help="write to this .json file")
+    default = "cuda" if has_cuda or folder else "cpu"
     parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cuda" if has_cuda or folder else "cpu",
-        help="default: cuda" + " where there is one" * (not folder),
+        "--device", choices=("cpu", "cuda"), default=default, help="default: cuda if there is one"
     )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        help=f"aim to take this long in all, by more or fewer repetitions (default {seconds:g})",
-    )
+    aim = f"aim to take this long in all, by more or fewer repetitions (default {seconds:g})"
+    parser.add_argument("--seconds", type=float, help=aim)
     args = parser.parse_args()
     if args.device == "cuda" and not has_cuda:
         parser.error("--device cuda, but torch finds no CUDA device")
@@ -162,11 +213,10 @@ def arguments(doc: str, seconds: float, folder: Path | None = None) -> argparse.
 
 def processor() -> str:
     """Name the processor, as well as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def machine(device: str, packages: Sequence[str] = ()) -> Result:
@@ -187,55 +237,6 @@ def machine(device: str, packages: Sequence[str] = ()) -> Result:
         "versions": versions,
         "command": " ".join([f"python -m benchmarks.{module}", *sys.argv[1:]]),
     }
-
-
-def implementations(args: argparse.Namespace, interpret: bool = False) -> list[str]:
-    """Return the implementations that run here, but for "auto", which is one of them.
-
-    ``interpret`` takes Triton's interpreter on the CPU as running (if it is on): its numbers tell
-    something, its times do not.
-    """
-    usable = []
-    gaps = torch.tensor([-1.0, 0.5, 2.0], device=args.device)
-    for impl in ("eager", "compile", "triton"):
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        if impl == "triton" and args.device == "cpu" and not (interpret and interpreted):
-            reasons = ["needs a CUDA device" + "; its interpreter is not timed" * interpreted]
-        else:
-            try:
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter("always")
-                    solve_margins(gaps, gamma0=1.0, tau=1.0, impl=impl)
-                # Without a working Triton it warns and runs eager: not to be timed as Triton.
-                reasons = [str(w.message) for w in caught if "eager" in str(w.message)]
-            except Exception as error:
-                reasons = [reason(error)]
-        if reasons:
-            args.left_out[impl] = reasons[0]
-        else:
-            usable.append(impl)
-    return usable
-
-
-def reason(error: BaseException) -> str:
-    """Return an exception's type and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-def fresh_compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile for one shape, in one graph, whatever has been compiled before.
-
-    Compiled code belongs to a code object, and one has room for few shapes: so each gets its own.
-    """
-    copy = type(function)(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    return torch.compile(copy, fullgraph=True, dynamic=False)
 
 
 # --- time ---
@@ -260,31 +261,19 @@ class Budget:
 
 
 def compare(
-    args: argparse.Namespace,
-    calls: dict[str, Call],
-    seconds: float,
-    peers: Sequence[str] = (),
-    warm: int = 3,
+    args: argparse.Namespace, calls: dict[str, Call], seconds: float, warm: int = 3,
     least: int = LEAST,
-) -> tuple[dict[str, Result], dict[str, Any]]:
-    """Time calls in turns; return times and speeds against peers, and the first results."""
+) -> tuple[dict[str, Result], dict[str, Any]]:  # fmt: skip
+    """Time calls against each other; return their quantiles in microseconds, and first results."""
     started = time.perf_counter()
     results = warm_up(calls, args.device, args.left_out, warm)
     left = max(seconds - (time.perf_counter() - started), 0.2)
     times = in_turns(calls, left, args.device, least)
-    rows: dict[str, Result] = {}
-    for name, t in times.items():
-        rows[name] = {"microseconds": quantiles(t["wall"]), "turns": len(t["wall"])}
-        if args.device == "cuda":
-            rows[name]["host_microseconds"] = quantiles(t["host"])
-        for peer in set(peers) & set(times):
-            ratio = times_as_fast(t["wall"], times[peer]["wall"])
-            rows[name][speed_key(peer)] = ratio
+    rows = {
+        name: {key: quantiles(each) for key, each in found.items()} | {"turns": len(found["hot"])}
+        for name, found in times.items()
+    }
     return rows, results
-
-
-def speed_key(peer: str) -> str:
-    return "times_as_fast_as_" + peer.lower().replace(",", "").replace(" ", "_")
 
 
 def warm_up(
@@ -305,41 +294,56 @@ def warm_up(
     return results
 
 
+def training_step(device: str) -> Call:
+    """Return a step of a small network, which leaves the caches as a training loop does."""
+    network = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)).to(device)
+    optimizer, batch = torch.optim.Adam(network.parameters()), torch.randn(64, 256, device=device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        network(batch).square().mean().backward()
+        optimizer.step()
+
+    return step
+
+
 def in_turns(
     calls: dict[str, Call], seconds: float, device: str, least: int = LEAST
 ) -> dict[str, dict[str, list[float]]]:
-    """Time calls in turns, so that a slow moment of the machine hits all of them.
+    """Time calls one by one, in an order drawn anew for each turn.
 
-    Each turn is a block of up to `BLOCK` calls (fewer of a slow one), between two waits for the
-    device. Turns come in an order drawn anew each time, and a block after a call that is not timed:
-    else a time would depend on who had the caches before. Returns for each name the seconds of a
-    call in each turn: ``wall`` until the device was done, ``host`` until the last call returned (on
-    a CPU the same).
+    Each name has a call in two states: ``hot``, right after a call of the same, and ``cold``, right
+    after a training step of a small network; neither of these is timed. On a CPU the seconds are
+    the processor's, so that other work beside takes nothing away; on a GPU those of the clock until
+    the device is done, and ``host`` has those until a hot call returned.
     """
-    times: dict[str, dict[str, list[float]]] = {n: {"wall": [], "host": []} for n in calls}
-    blocks, order = dict.fromkeys(calls, 1), random.Random(0)
+    on_gpu = device == "cuda"
+    clock = time.perf_counter if on_gpu else time.process_time
+    own = float(np.median([-clock() + clock() for _ in range(1000)]))  # what the clock itself takes
+    step, order = training_step(device), random.Random(0)
+    todo = [(name, state) for name in calls for state in STATES]
+    times: dict[str, dict[str, list[float]]] = {
+        name: {key: [] for key in (*STATES, *["host"] * on_gpu)} for name in calls
+    }
     collecting = gc.isenabled()
     gc.disable()
     try:
-        end = time.perf_counter() + seconds
-        turns = -1  # the first turn only finds out how long a block should be
-        while turns < least or time.perf_counter() < end:
-            for name, call in order.sample(list(calls.items()), len(calls)):
-                if blocks[name] > 1:  # a slow call fills the caches itself
-                    call()
+        end, turn = time.perf_counter() + seconds, 0
+        while turn < least or (turn < MOST and time.perf_counter() < end):
+            for name, state in order.sample(todo, len(todo)):
+                call = calls[name]
+                (call if state == "hot" else step)()
                 synchronise(device)
-                start = time.perf_counter()
-                for _ in range(blocks[name]):
-                    call()
-                returned = time.perf_counter()
-                synchronise(device)
-                done = time.perf_counter()
-                if turns < 0:
-                    blocks[name] = min(BLOCK, max(1, int(2e-2 / (done - start))))
-                else:
-                    times[name]["wall"].append((done - start) / blocks[name])
-                    times[name]["host"].append((returned - start) / blocks[name])
-            turns += 1
+                start = clock()
+                call()
+                done = clock()
+                if on_gpu:
+                    if state == "hot":
+                        times[name]["host"].append(done - start)
+                    synchronise(device)
+                    done = clock()
+                times[name][state].append(max(done - start - own, 0.0))
+            turn += 1
             gc.collect(0)
     finally:
         if collecting:
@@ -347,15 +351,14 @@ def in_turns(
     return times
 
 
-def quantiles(seconds: Sequence[float]) -> dict[str, float]:
+def quantiles(seconds: Sequence[float]) -> list[float]:
     """Return the 10 %, 50 % and 90 % quantiles in microseconds."""
-    values = 1e6 * np.quantile(seconds, QUANTILES)
-    return {str(q): round(float(v), 3) for q, v in zip(QUANTILES, values, strict=True)}
+    return [float(value) for value in 1e6 * np.quantile(seconds, QUANTILES)]
 
 
-def times_as_fast(seconds: Sequence[float], peer: Sequence[float]) -> float:
-    """Return the peer's median time over this one's."""
-    return float(np.median(peer) / np.median(seconds))
+def speed(rows: dict[str, Result], name: str, peer: str, state: str = "hot") -> float | None:
+    """Return how many times as fast as its peer a call is, by their medians."""
+    return rows[peer][state][1] / rows[name][state][1] if peer in rows else None
 
 
 def launches(call: Call, calls: int = 10) -> Result:
@@ -382,27 +385,10 @@ def launches(call: Call, calls: int = 10) -> Result:
     copies = [e for e in events if e.name.startswith(("Memcpy", "Memset"))]
     busy = sum(event.time_range.elapsed_us() for event in events)
     return {
-        "kernels": round((len(events) - len(copies)) / calls, 2),
-        "copies": round(len(copies) / calls, 2),
-        "device_microseconds": round(busy / calls, 3),
+        "kernels": (len(events) - len(copies)) / calls,
+        "copies": len(copies) / calls,
+        "device_microseconds": busy / calls,
     }
-
-
-@contextmanager
-def watched(place: Any, name: str, see: Callable[[tuple[Any, ...], Any], None]) -> Iterator[None]:
-    """Have ``see(arguments, result)`` told of each call of a function of a module."""
-    function = getattr(place, name)
-
-    def told(*arguments: Any, **keywords: Any) -> Any:
-        result = function(*arguments, **keywords)
-        see(arguments, result)
-        return result
-
-    setattr(place, name, told)
-    try:
-        yield
-    finally:
-        setattr(place, name, function)
 
 
 def graph_replay(call: Call) -> Call:
@@ -427,20 +413,29 @@ def graph_replay(call: Call) -> Call:
 # --- results ---
 
 
-def write(out: Path | None, record: dict[str, Any]) -> None:
-    """Write a record as JSON, numbers that are not finite as null."""
+def write(out: Path | None, record: Result) -> None:
+    """Write a record as JSON, a line for each result, numbers with five digits."""
     if out is None:
         return
-    text = json.dumps(_finite(record), indent=1, ensure_ascii=False, allow_nan=False)
-    out.write_text(text + "\n", encoding="utf-8")
+    fields = []
+    for key, value in _plain(record).items():
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            lines = [json.dumps(each, ensure_ascii=False, allow_nan=False) for each in value]
+            text = "[\n  " + ",\n  ".join(lines) + "\n ]"
+        fields.append(f" {json.dumps(key, ensure_ascii=False)}: {text}")
+    out.write_text("{\n" + ",\n".join(fields) + "\n}\n", encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """Round numbers, and make those that are not finite null."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_plain(item) for item in value]
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -459,42 +454,3 @@ def _text(value: Any) -> str:
     if value == 0 or 1e-2 <= abs(value) < 1e6:
         return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return f"{value:.1e}"
-
-
-def picture(out: Path, record: Result, draw: Callable[..., None], panels: int) -> None:
-    """Draw a figure and save it beside the JSON file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "γ"})  # text stays text
-    figure, axes = plt.subplots(1, panels, figsize=(2 + 4.5 * panels, 4.5), squeeze=False)
-    draw(record, list(axes[0]))
-    figure.tight_layout()
-    figure.savefig(out.with_suffix(".svg"), metadata={"Date": None})
-    plt.close(figure)
-    print(f"Results: {out}, {out.with_suffix('.svg')}")
-
-
-def bars(axis: Any, labels: Sequence[str], heights: dict[str, Sequence[float | None]]) -> None:
-    """Draw a group of bars for each label, one bar for each name."""
-    for i, (name, values) in enumerate(heights.items()):
-        width = 1 / (len(heights) + 1)
-        places = np.arange(len(labels)) + (i - (len(heights) - 1) / 2) * width
-        axis.bar(places, [value or 0 for value in values], width, label=name)
-    axis.set_xticks(range(len(labels)), labels, fontsize=7)
-    axis.legend(fontsize=7)
-
-
-# One colour for each name in every picture.
-COLOURS = {
-    "eager": "tab:blue",
-    "auto": "tab:purple",
-    "compile": "tab:green",
-    "triton": "tab:red",
-    "numpy": "tab:cyan",
-    "jax": "tab:olive",
-    "published": "tab:orange",
-    "published, compiled": "tab:brown",
-}

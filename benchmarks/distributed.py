@@ -29,58 +29,57 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
 from benchmarks import _harness as harness
-from benchmarks._harness import HARD, LLAMA, SETTINGS, Result
+from benchmarks._harness import LLAMA, SETTINGS, Result
 from benchmarks.published import POOL_SIZE, QUEUE_SIZE
-from gamma_loss import GapQueue, solve_margins
+from gamma_loss import GapQueue, _comm, solve_margins
 
-try:
-    from gamma_loss import _dispatch as chooser  # whose GATHER_LIMIT decides between the ways
-except ImportError:  # an older version
-    from gamma_loss.torch import distributed as chooser
-
+SECONDS = 120
 RANKS = 2
 SIZES = (2**8, 2**12, 2**16, 2**17, 2**18, 2**20)
+NAMES = (LLAMA, "γ0 = 4, τ = 0.1")
 LIMITS = {"gather": 2**62, "reduce": 0}
 BATCHES = (2, 16, 256)
 COLUMNS = ("setting", "pool", "way", "µs wall", "µs cpu", "collectives", "bytes sent")
 
 
-def share(size: int, group: Any, setting: dict[str, float]) -> torch.Tensor:
+def share(size: int, group: Any, name: str) -> torch.Tensor:
     """Return this rank's part of a pool."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     part = size * (rank + 1) // ranks - size * rank // ranks
-    return torch.tensor(harness.pool(setting, part, seed=rank), dtype=torch.float32)
+    return torch.tensor(harness.pool(name, part, seed=rank), dtype=torch.float32)
 
 
-def traffic(group: Any, size: int, way: str, setting: dict[str, float]) -> dict[str, int]:
+def traffic(group: Any, size: int, way: str, name: str) -> dict[str, int]:
     """Count the collectives of a solve, and the bytes that this rank hands to them."""
-    log = []
+    _comm.GATHER_LIMIT = LIMITS[way]
+    with (
+        mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce,
+        mock.patch.object(dist, "all_gather", wraps=dist.all_gather) as gather,
+    ):
+        solve_margins(share(size, group, name), group=group, **SETTINGS[name])
+    sent = [
+        next(each for each in reversed(call.args) if isinstance(each, torch.Tensor))
+        for call in reduce.call_args_list + gather.call_args_list
+    ]
+    return {"collectives": len(sent), "bytes": sum(each.nbytes for each in sent)}
 
-    def see(arguments: tuple[Any, ...], _: Any) -> None:
-        sent = next(each for each in reversed(arguments) if isinstance(each, torch.Tensor))
-        log.append(sent.numel() * sent.element_size())
 
-    chooser.GATHER_LIMIT = LIMITS[way]
-    with harness.watched(dist, "all_reduce", see), harness.watched(dist, "all_gather", see):
-        solve_margins(share(size, group, setting), group=group, **setting)
-    return {"collectives": len(log), "bytes_sent_by_a_rank": sum(log)}
-
-
-def measure(group: Any, size: int, setting: dict[str, float], seconds: float) -> Result:
+def measure(group: Any, size: int, name: str, seconds: float) -> Result:
     """Time both ways in turns; on every rank as often, and as the slowest rank has it."""
-    gaps = share(size, group, setting)
+    gaps, setting = share(size, group, name), SETTINGS[name]
     times: dict[str, list[list[float]]] = {way: [] for way in LIMITS}
     turns = torch.tensor([harness.LEAST], dtype=torch.int64)
     turn = -1
     while turn < turns:
         begun = time.perf_counter()
-        for way, chooser.GATHER_LIMIT in LIMITS.items():
+        for way, _comm.GATHER_LIMIT in LIMITS.items():
             dist.barrier(group)
             cpu, start = time.process_time(), time.perf_counter()
             solve_margins(gaps, group=group, **setting)
@@ -94,9 +93,9 @@ def measure(group: Any, size: int, setting: dict[str, float], seconds: float) ->
         slowest = torch.tensor(spent[1:], dtype=torch.float64)
         dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
         wall, cpu = map(harness.quantiles, slowest.T.tolist())
-        rows[way] = {"wall_microseconds": wall, "cpu_microseconds": cpu, "turns": len(slowest)}
-        rows[way] |= traffic(group, size, way, setting)
-    return {"ranks": dist.get_world_size(group), "pool": size, "ways": rows}
+        rows[way] = {"wall": wall, "cpu": cpu, "turns": len(slowest)}
+        rows[way] |= traffic(group, size, way, name)
+    return {"setting": name, "pool": size, "ways": rows}
 
 
 def rank_main(
@@ -109,16 +108,16 @@ def rank_main(
         "gloo", init_method=f"file://{folder}/gloo", rank=rank, world_size=RANKS
     )
     for name, size in jobs:
-        result = measure(dist.group.WORLD, size, SETTINGS[name], seconds / len(jobs))
+        result = measure(dist.group.WORLD, size, name, seconds / len(jobs))
         if rank == 0:
-            results.put({"setting": name, **result})
+            results.put(result)
     dist.destroy_process_group()
 
 
-def over_ranks(jobs: list[tuple[str, int]], seconds: float) -> list[Result]:
-    """Run the jobs in real processes."""
-    results = processes.get_context("spawn").SimpleQueue()
-    found = []
+def measure_ranks(args: argparse.Namespace, seconds: float) -> list[Result]:
+    """Measure every setting and size in real processes, in one start of the ranks."""
+    jobs = list(product(NAMES, (2**8, 2**14) if args.quick else SIZES))
+    results, found = processes.get_context("spawn").SimpleQueue(), []
     with tempfile.TemporaryDirectory() as folder:
         started = processes.spawn(
             rank_main, (folder, jobs, seconds, results), nprocs=RANKS, join=False
@@ -131,18 +130,10 @@ def over_ranks(jobs: list[tuple[str, int]], seconds: float) -> list[Result]:
     return found
 
 
-def measure_ranks(args: argparse.Namespace, seconds: float) -> list[Result]:
-    """Measure every setting and size, in one start of the ranks."""
-    sizes = (2**8, 2**14) if args.quick else SIZES
-    names = (LLAMA, "γ0 = 4, τ = 0.1") if args.quick else (LLAMA, *HARD)
-    return over_ranks([(name, size) for name in names for size in sizes], seconds)
-
-
 def rank_rows(results: list[Result]) -> Iterator[list[Any]]:
     for result, way in product(results, LIMITS):
         row = result["ways"][way]
-        medians = [row[f"{of}_microseconds"]["0.5"] for of in ("wall", "cpu")]
-        sent = [row["collectives"], row["bytes_sent_by_a_rank"]]
+        medians, sent = [row["wall"][1], row["cpu"][1]], [row["collectives"], row["bytes"]]
         yield [result["setting"], result["pool"], way, *medians, *sent]
 
 
@@ -169,14 +160,14 @@ def queue_calls(batch: torch.Tensor) -> dict[str, harness.Call]:
 
 def measure_queue(args: argparse.Namespace, seconds: float, size: int) -> list[Result]:
     """Time the queue and the deque in turns."""
-    rows, _ = harness.compare(args, queue_calls(torch.randn(size)), seconds, ("deque",))
+    rows, _ = harness.compare(args, queue_calls(torch.randn(size)), seconds)
     return [{"batch": size, "calls": rows}]
 
 
 def queue_rows(results: list[Result]) -> Iterator[list[Any]]:
     for result in results:
         for name, row in result["calls"].items():
-            yield [result["batch"], name, row["microseconds"]["0.5"], row["times_as_fast_as_deque"]]
+            yield [result["batch"], name, row["hot"][1], row["cold"][1]]
 
 
 SECTIONS = {
@@ -185,28 +176,14 @@ SECTIONS = {
     ),
     "queue": harness.Section(
         lambda args: [(size,) for size in (BATCHES[:1] if args.quick else BATCHES)],
-        measure_queue, ("batch", "what", "µs", "× deque"), queue_rows, share=0.2,
+        measure_queue, ("batch", "what", "µs, hot", "cold"), queue_rows, share=0.2,
     ),
 }  # fmt: skip
 
 
-def draw(record: Result, axes: list[Any]) -> None:
-    """Draw the processor time of both ways over the pool, a panel for a mild and a hard setting."""
-    for axis, name in zip(axes, (LLAMA, "γ0 = 4, τ = 0.1"), strict=True):
-        chosen = [r for r in record["over_ranks"] if r["setting"] == name]
-        for way, colour in zip(LIMITS, ("tab:blue", "tab:red"), strict=True):
-            spent = [r["ways"][way]["cpu_microseconds"]["0.5"] for r in chosen]
-            axis.plot([r["pool"] for r in chosen], spent, color=colour, marker=".", label=way)
-        axis.axvline(record["gather_limit"], color="gray", linewidth=0.8, label="GATHER_LIMIT")
-        axis.set(xscale="log", yscale="log", xlabel=f"gaps in the pool of {RANKS} ranks")
-        axis.set(ylabel="processor time of a rank, microseconds")
-        axis.set_title(f"{name}\n{record['device']}", fontsize=9)
-        axis.legend(fontsize=7)
-
-
 def main() -> None:
-    facts = {"cores": len(os.sched_getaffinity(0)), "gather_limit": chooser.GATHER_LIMIT}
-    harness.run(__doc__, 180, SECTIONS, draw, panels=2, **facts)
+    facts = {"cores": len(os.sched_getaffinity(0)), "gather_limit": _comm.GATHER_LIMIT}
+    harness.run(__doc__, SECONDS, SECTIONS, **facts)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ from collections import deque
 import torch
 from torch import Tensor
 
+QUEUE_SIZE = 2048  # gaps that each rank of the published code remembers
+POOL_SIZE = 256  # gaps that join one of its solves, the batch's own included
+
 
 def published_margins(reward_gaps: Tensor, gamma0: float, tau: float, steps: int = 20) -> Tensor:
     """Margins of a pool by multiplicative weights, as the published implementation has them.
@@ -34,10 +37,6 @@ def published_margins(reward_gaps: Tensor, gamma0: float, tau: float, steps: int
         p = p * torch.exp(-rate * gradient)
         p = p / p.sum()
     return margins
-
-
-QUEUE_SIZE = 2048  # gaps that each rank remembers
-POOL_SIZE = 256  # gaps that join a solve, the batch's own included
 
 
 def published_routine(
