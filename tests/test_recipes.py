@@ -4,7 +4,9 @@ Frameworks that take a GPU to install are played by stand-ins: a few lines that 
 as the named release does.
 """
 
+import functools
 import importlib
+import json
 import math
 import multiprocessing
 import pickle
@@ -16,6 +18,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import recipe_ranks
+import yaml
 from pages import PAGES, SETTING, code
 
 from gamma_loss import gamma_dpo_loss, gamma_preference_loss, gamma_simpo_loss, solve_margins
@@ -99,7 +102,35 @@ def test_the_versions_in_the_index_are_those_that_ci_installs():
         assert f"\n{name}==" not in pins or f"\n{name}=={version}" in pins, name
 
 
+def test_the_clients_in_the_index_are_those_that_were_run():
+    record = json.loads((PAGES.parents[1] / "benchmarks/results/clients.json").read_text())
+    rows = re.findall(r"\]\((\w+)\.md\) \| ([\d.]+) \|", (PAGES / "index.md").read_text())
+    found = {page: version for page, version in rows if page in record}
+    assert found == {page: run["version"] for page, run in record.items() if page != "trl"}
+
+
 # --- frameworks that run ---
+
+
+RUN_HERE = {"accelerate", "jax", "liger", "lightning", "other_losses", "torch"}
+
+
+@pytest.mark.parametrize("page", sorted(RUN_HERE))
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's use of torch
+def test_every_block_runs_alone(page):
+    blocks = re.findall(r"```python\n(.*?)```", (PAGES / f"{page}.md").read_text(), re.DOTALL)
+    if len(blocks) == 1:
+        return  # which its own test runs
+    for library in {"jax": ["optax"], "liger": ["liger_kernel"]}.get(page, [page]):
+        pytest.importorskip(library, reason=f"{library} is not installed")
+    for block in blocks:
+        exec(compile(block, f"{page}.md", "exec"), {"__name__": page})
+
+
+def test_pages_of_frameworks_elsewhere_have_one_block():
+    for path in PAGES.glob("*.md"):
+        if path.stem not in RUN_HERE | ELSEWHERE:
+            assert path.read_text().count("```python\n") == 1, path
 
 
 def test_torch():
@@ -224,6 +255,22 @@ def test_lightning():
     assert losses[1] < losses[0]
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+def test_lightning_gives_its_group_to_the_loss(tmp_path):
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    model = run("lightning")["model"]
+    kept = model.loss_fn.queue.gaps.clone()
+    dist = torch.distributed
+    store = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        model.setup("fit")
+        assert model.loss_fn.group is dist.group.WORLD
+        assert torch.equal(model.loss_fn.queue.gaps, kept)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_liger():
     pytest.importorskip("liger_kernel", reason="liger_kernel is not installed")
     names = run("liger")
@@ -284,25 +331,13 @@ def test_liger():
         assert [float(cell) for cell in cells.split("|")] == pytest.approx(found, rel=1 / 3)
 
 
-def test_the_ways_of_the_memory_benchmark_compute_the_same():
-    pytest.importorskip("tqdm")
-    from benchmarks import logits_memory
-
-    losses = []
-    for way in ("all logits", "chunks, recomputed"):
-        leaves = logits_memory.inputs(3, 5, 8, 16)
-        loss = logits_memory.WAYS[way](*leaves)
-        losses.append([loss, *torch.autograd.grad(loss, leaves[:2])])
-    for whole, chunked in zip(*losses, strict=True):
-        torch.testing.assert_close(chunked, whole)
-
-
 def test_other_losses():
     names = run("other_losses")
     assert names["targets"].mean() == pytest.approx(5.0)
     assert names["margins"].mean() == pytest.approx(1.0)
     policy = names["chosen_logps"], names["rejected_logps"]
-    for loss in ("ipo", "hinge", "r_dpo", "cpo"):
+    added = ("beta_dpo", "orpo", "as_margin", "as_reference")
+    for loss in ("ipo", "hinge", "r_dpo", "cpo", *added):
         assert all(
             grad.any() for grad in torch.autograd.grad(names[loss], policy, retain_graph=True)
         )
@@ -327,6 +362,15 @@ def test_other_losses():
     torch.testing.assert_close(plain["r_dpo"], logistic(0.1 * h + 0.01 * lengths), **CLOSE)
     cpo = logistic(0.1 * (policy[0] - policy[1])) - policy[0].mean()
     torch.testing.assert_close(plain["cpo"], cpo, **CLOSE)
+    beta = 0.1 * (1 + 0.5 * (h.mean() - 0.2))
+    torch.testing.assert_close(plain["beta_dpo"], logistic(beta * h), **CLOSE)
+    chosen, rejected = plain["mean_chosen"], plain["mean_rejected"]
+    odds = (p.exp() / (1 - p.exp()) for p in (chosen, rejected))
+    orpo = 0.1 * logistic(torch.log(next(odds) / next(odds))) - chosen.mean()
+    torch.testing.assert_close(plain["orpo"], orpo, **CLOSE)
+    d, z = chosen - rejected, (h - h.mean()) / h.std()
+    torch.testing.assert_close(plain["as_margin"], logistic(2.5 * d - 1), **CLOSE)
+    torch.testing.assert_close(plain["as_reference"], logistic(2.5 * (d - 0.1 * z) - 1), **CLOSE)
 
 
 # --- frameworks that are played by a stand-in ---
@@ -554,6 +598,24 @@ def test_nemo_rl(stand_in, saved_page):
     gradients = (torch.autograd.grad(value, rewards)[0] for value in (total, expected))
     torch.testing.assert_close(*gradients, **CLOSE)
     assert torch.equal(stored(page.gamma_dpo(torch.device("cpu"))), context)
+
+
+def test_torchtune(saved_page):
+    saved_page("torchtune", "gamma_torchtune")
+    settings = yaml.safe_load(code("torchtune", "yaml"))["loss"]
+    module, _, name = settings.pop("_component_").rpartition(".")
+    loss_fn = getattr(importlib.import_module(module), name)(**settings)  # config.instantiate
+
+    def call(*logps):
+        losses, chosen, rejected = loss_fn.train()(*logps)
+        return losses.mean(), chosen, rejected  # as recipes/lora_dpo_single_device.py does
+
+    assert_is_gamma_dpo(
+        call,
+        loss_fn=functools.partial(gamma_dpo_loss, beta=0.1, **SETTING),
+        evaluate=lambda *logps: loss_fn.eval()(*logps),
+        queue_of=lambda: stored(loss_fn),
+    )
 
 
 def test_axolotl(stand_in, saved_page):

@@ -2,6 +2,8 @@
 
 import functools
 import http.server
+import importlib
+import inspect
 import os
 import re
 import shutil
@@ -73,6 +75,36 @@ def test_every_link_leads_to_a_page_and_a_place_on_it(site):
 def test_the_sitemap_has_every_page(site):
     listed = re.findall("<loc>(.*?)</loc>", (site / "sitemap.xml").read_text("utf-8"))
     assert {URL + page for page in pages(site)} <= set(listed)
+
+
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [
+        ("losses", "gamma_dpo_loss"),
+        ("losses", "gamma_preference_loss"),
+        ("margins", "solve_margins"),
+        ("modules", "torch.GammaDPOLoss"),
+    ],
+)
+def test_the_reference_lists_every_parameter_of_a_signature(site, page, name):
+    pytest.importorskip("torch")
+    text = (site / "api" / page / "index.html").read_text("utf-8")
+    entry = text.partition(f'id="gamma_loss.{name}"')[2].partition('id="gamma_loss.')[0]
+    signature = entry.partition("Parameters:")[0]
+    module, _, function = f"gamma_loss.{name}".rpartition(".")
+    for parameter in inspect.signature(
+        getattr(importlib.import_module(module), function)
+    ).parameters:
+        assert f"<b><code>{parameter}</code></b>" in entry
+        assert re.search(rf"\b{parameter}\b", signature)
+    assert "options" not in signature
+
+
+def test_the_reference_shows_nothing_that_python_adds_to_a_class(site):
+    for file in (site / "api").rglob("index.html"):
+        text = re.sub(r"<details.*?</details>", "", file.read_text("utf-8"), flags=re.DOTALL)
+        for name in ("__annotations__", "__doc__", "__new__", "Alias for field", "new empty dict"):
+            assert name not in text, (file, name)
 
 
 @pytest.fixture(scope="module")
