@@ -141,6 +141,7 @@ def test_a_bad_setting_in_a_compiled_function_is_a_plain_error(torch):
 @pytest.mark.parametrize("name", ["context", "mask", "weights"])
 @pytest.mark.parametrize("setting", [MILD, HARD])
 def test_torch_compile_takes_the_optional_arrays(torch, setting, name):
+    torch.compiler.reset()
     gaps = torch.tensor(rows(9))
     optional = {"context": gaps * 2, "mask": gaps > -1, "weights": gaps.abs()}[name]
     for function in (solve_margins, gamma_preference_loss):
