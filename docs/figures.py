@@ -145,8 +145,8 @@ def readme_speed() -> str:
     auto, loop = (solvers[each]["hot"][1] for each in ("auto", COMPILED))
     return (
         "- Precision: |x − x⋆| / (1 + x⋆) of x = γ/γ0 is at most 10⁻¹³ (float64) or 3·10⁻⁶ "
-        "(float32), more only in\n  ill-conditioned pools. Every solve returns a proven bound on its "
-        "error.\n"
+        "(float32), more only in\n  ill-conditioned pools. "
+        "Every solve returns a proven bound on its error.\n"
         f"- Speed on one CPU thread: a solve of 256 gaps takes {auto:.0f} µs, the published loop "
         f"under torch.compile {loop:.0f} µs; a\n  γ-DPO loss with gradient takes {multiple:.1f} "
         f"times DPO's time ({row['pairs']} pairs). No GPU is measured yet. "
