@@ -38,7 +38,6 @@ from benchmarks.accuracy import GAMMA0_RANGE, TAU_RANGE, oracle
 from gamma_loss import _solver, solve_margins, solve_margins_streaming
 from gamma_loss._backend import get_backend
 from gamma_loss._comm import LOCAL
-from gamma_loss._pool import as_arrays
 
 SECONDS = 600
 GOALS = ("error", "certificate", "disagreement")
@@ -80,7 +79,7 @@ def solvers(args: argparse.Namespace) -> dict[str, Solve]:
 
     def by_ranks(gaps: torch.Tensor, gamma0: float, tau: float) -> Any:
         xp = get_backend(gaps)
-        return as_arrays(xp, *_solver.solve(xp, gaps, None, gamma0, tau, Alone()))
+        return _solver.solve(xp, gaps, None, gamma0, tau, Alone())
 
     def by_streaming(gaps: np.ndarray, gamma0: float, tau: float) -> Any:
         rule = solve_margins_streaming([gaps], gamma0=gamma0, tau=tau)

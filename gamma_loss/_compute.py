@@ -68,11 +68,11 @@ def solve_pool(
     if comm is not None:
         solver = functools.partial(_pool.solve_shards, comm=comm)
     elif xp.library == "torch":
-        from gamma_loss import _operator
+        from gamma_loss._operator import choose, solve_via_numpy
 
-        solver = _operator.choose(xp, gaps, inputs, settings)
-        if solver is _operator.solve_via_numpy:
-            return _operator.solve_via_numpy(gaps, inputs, gamma0, tau)
+        solver = choose(xp, gaps, inputs, settings)
+        if solver is solve_via_numpy:
+            return solve_via_numpy(gaps, inputs, gamma0, tau)
     return _pool.solve_in(solver, xp, gaps, inputs, gamma0, tau)
 
 

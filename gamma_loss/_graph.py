@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gamma_loss import _compute
-from gamma_loss._settings import LossSettings, loss_settings
+from gamma_loss._settings import LossSettings
 
 _INPUTS = ("context", "context_mask", "mask", "weights")
 
@@ -16,9 +16,9 @@ _INPUTS = ("context", "context_mask", "mask", "weights")
 def loss_in_graph(
     logps: dict[str, Tensor], inputs: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[Tensor, ...]:
-    """Return a loss and its aux; a bad setting is the plain error of `loss_settings`."""
+    """Return a loss and its aux; a bad setting is the plain error of `LossSettings`."""
     options = {name: value for name, value in options.items() if name != "group"}
-    settings = _values(loss_settings(**options))
+    settings = _values(LossSettings(**options))
     found: tuple[Tensor, ...] = _loss(tuple(logps), tuple(logps.values()), inputs, settings)
     return found
 
@@ -27,7 +27,7 @@ def solve_in_graph(
     gaps: Tensor, inputs: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[Tensor, ...]:
     """Return a solution."""
-    found: tuple[Tensor, ...] = _solve(gaps, inputs, _values(loss_settings(**options)))
+    found: tuple[Tensor, ...] = _solve(gaps, inputs, _values(LossSettings(**options)))
     return found
 
 

@@ -5,6 +5,7 @@ The operator launches Triton's kernel where it can, and solves eagerly elsewhere
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -31,7 +32,7 @@ def choose(
     is_mild = gamma0 == 0 or _solver.mild_passes(gamma0, tau, gaps.dtype == torch.float64) > 0
     kernels = impl == "triton" or (impl == "auto" and gaps.device.type in ("cuda", "xpu"))
     if gamma0 and kernels and launcher(gaps.device):
-        return solve_by_kernel
+        return functools.partial(solve, kernel=True)
     if xp.is_traced:
         return _pool.solve_eagerly if is_mild else solve
     if type(gaps) not in _PLAIN:
@@ -39,9 +40,9 @@ def choose(
     size = gaps.shape[0] + (0 if inputs.context is None else inputs.context.shape[0])
     is_large = not is_mild and size > COMPILE_LIMIT and xp.is_host
     if impl == "compile" and gamma0 and size > 1 and not is_large:
-        from gamma_loss import _compile
+        from gamma_loss._compile import solve as solve_compiled
 
-        return _compile.solve
+        return solve_compiled
     if not xp.is_host:
         return _pool.solve_eagerly
     few = size <= NUMPY_LIMIT or torch.get_num_threads() == 1
@@ -86,18 +87,14 @@ def launcher(device: torch.device) -> ModuleType | None:
 def solve(
     xp: Any, gaps: Tensor, weights: Tensor | None, gamma0: float, tau: float, kernel: bool = False
 ) -> _solver.Solution:
-    """Return margins, ν and the error bound, in a graph as one operator."""
+    """Return margins, ν and the error bound, in a graph as one operator.
+
+    ``kernel=True`` launches Triton's kernel also on a CPU, where it is interpreted.
+    """
     run = _operator if xp.is_traced else _solve_pool  # the operator costs the host as much again
     found, numbers = run(gaps, weights, gamma0, tau, kernel)
     nu, bound = numbers.unbind()
     return found, nu, bound
-
-
-def solve_by_kernel(
-    xp: Any, gaps: Tensor, weights: Tensor | None, gamma0: float, tau: float
-) -> _solver.Solution:
-    """Return what `solve` does, by the kernel also where it is interpreted."""
-    return solve(xp, gaps, weights, gamma0, tau, kernel=True)
 
 
 def _solve_pool(
@@ -110,10 +107,8 @@ def _solve_pool(
         found, numbers = kernels.solve(gaps, weights, gamma0, tau)
         return found, numbers
     if gaps.device.type == "cpu":
-        view = gaps.numpy(force=True)
-        counts = None if weights is None else weights.numpy(force=True)
-        solution = _pool.solve_eagerly(get_backend(view), view, counts, gamma0, tau)
-        found, *rest = map(torch.from_numpy, solution)
+        inputs = _pool.NO_INPUTS if weights is None else _pool.PoolInputs(weights=weights)
+        found, *rest = solve_via_numpy(gaps, inputs, gamma0, tau)
     else:
         found, *rest = _pool.solve_eagerly(get_backend(gaps), gaps, weights, gamma0, tau)
     return found, torch.stack(rest)

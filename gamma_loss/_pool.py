@@ -101,22 +101,10 @@ def solve_eagerly(
     """Solve a pool whose gaps may be not finite: these take no part, and their margin is NaN."""
     with xp.ignore_fp_errors():
         if xp.is_host and weights is None and math.isfinite(xp.sum(gaps)):
-            return as_arrays(xp, *_solver.solve(xp, gaps, None, gamma0, tau))
-        if not xp.is_host:
-            pool, weights, lost = finite_pool(xp, gaps, weights)
-            margins, *numbers = _solver.solve(xp, pool, weights, gamma0, tau)
-            return as_arrays(xp, margins + lost, *numbers)
-        lost = gaps - gaps  # NaN where a gap is not finite, else 0
-    valid = lost == 0 if weights is None else (lost == 0) & (weights > 0)
-    places, margins = xp.indices(valid), lost + gamma0
-    some = gaps[places]
-    if not some.shape[0]:  # as one gap of 0
-        some = xp.zeros(1, dtype=gaps.dtype, device=xp.device(gaps))
-    some_weights = None if weights is None or not xp.any(valid) else weights[places]
-    found, *numbers = _solver.solve(xp, some, some_weights, gamma0, tau)
-    if xp.any(valid):
-        margins[places] = found
-    return as_arrays(xp, margins, *numbers)
+            return _solver.solve(xp, gaps, None, gamma0, tau)
+        pool, weights, lost = finite_pool(xp, gaps, weights)
+        margins, nu, bound = _solver.solve(xp, pool, weights, gamma0, tau)
+        return margins + lost, nu, bound
 
 
 def finite_pool(xp: Any, gaps: Array, weights: Array | None) -> tuple[Array, Array, Array]:
@@ -125,14 +113,6 @@ def finite_pool(xp: Any, gaps: Array, weights: Array | None) -> tuple[Array, Arr
     valid = lost == 0 if weights is None else (lost == 0) & (weights > 0)
     weights = xp.where(valid, zero + 1 if weights is None else weights, zero)
     return xp.where(valid, gaps, zero), weights, lost
-
-
-def as_arrays(xp: Any, margins: Array, *numbers: Any) -> _solver.Solution:
-    """Return ν and the error bound as arrays of shape (), if they have been read."""
-    nu, bound = numbers
-    if not isinstance(nu, float):
-        return margins, nu, bound
-    return margins, xp.number(nu, margins), xp.number(bound, margins)
 
 
 def solve_shards(
@@ -144,13 +124,12 @@ def solve_shards(
     if size <= _comm.GATHER_LIMIT:
         whole = comm.all_gather(xp.stack([gaps, weights]))
         margins, *numbers = solve_eagerly(xp, whole[0], whole[1], gamma0, tau)
-        return comm.local_shard(margins), *comm.mark_replicated(*numbers)
-    lost = gaps - gaps
-    weights = xp.where(lost == 0, weights, xp.zeros_like(weights))
-    pool = xp.where(weights > 0, gaps, xp.zeros_like(gaps))
-    if not gaps.shape[0]:  # an empty shard becomes one entry that takes no part
-        pool = weights = xp.zeros(1, dtype=gaps.dtype, device=xp.device(gaps))
-    margins, *numbers = _solver.solve(xp, pool, weights, gamma0, tau, comm)
-    margins = margins[: gaps.shape[0]] + lost
-    return as_arrays(xp, margins, *numbers) if xp.can_read else (
-        margins, *comm.mark_replicated(*numbers))  # fmt: skip
+        margins = comm.local_shard(margins)
+    else:
+        pool, weights, lost = finite_pool(xp, gaps, weights)
+        if not gaps.shape[0]:  # an empty shard becomes one entry that takes no part
+            pool = weights = xp.zeros(1, dtype=gaps.dtype, device=xp.device(gaps))
+        margins, *numbers = _solver.solve(xp, pool, weights, gamma0, tau, comm)
+        margins = margins[: gaps.shape[0]] + lost
+    nu, bound = comm.mark_replicated(*numbers)
+    return margins, nu, bound

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -125,9 +124,6 @@ def _cached(**settings: Any) -> LossSettings:
 
 def loss_settings(**settings: Any) -> LossSettings:
     """Return checked settings; the same settings are checked once."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.compiler.is_compiling():  # Dynamo warns of the cache
-        return LossSettings(**settings)
     try:
         return _cached(**settings)
     except TypeError:  # not hashable, so of a wrong type

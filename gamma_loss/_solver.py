@@ -31,6 +31,7 @@ mean of x tells on which side of λ the solution lies. Then λ takes its Newton 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -107,15 +108,17 @@ def solve(
     Gaps are finite. An entry of weight 0 takes no part; ``weights=None`` stands for equal weights.
     """
     if gamma0 == 0:  # nothing to share, and no scale to measure x by
-        zero = 0.0 if xp.can_read else gaps[0] * 0
+        zero = xp.number(0.0, gaps) if xp.can_read else gaps[0] * 0
         return xp.zeros_like(gaps), zero, zero
     passes = mild_passes(gamma0, tau, xp.eps(gaps) < 1e-10)
     run = xp.as_program(_solve, (0, 5, 6)) if comm is LOCAL else _solve
     numbers = gamma0, gamma0 / tau
     if xp.is_traced or (passes and not xp.is_host):  # a mild solve reads nothing from a device
         numbers = xp.number(gamma0, gaps), xp.number(gamma0 / tau, gaps)
-    result: Solution = run(xp, gaps, weights, *numbers, passes, comm)
-    return result
+    margins, nu, bound = run(xp, gaps, weights, *numbers, passes, comm)
+    if isinstance(nu, float):
+        nu, bound = xp.number(nu, margins), xp.number(bound, margins)
+    return margins, nu, bound
 
 
 def _solve(
@@ -132,6 +135,7 @@ def _solve(
         return terminate(xp, problem, state)
 
 
+@functools.lru_cache
 def mild_passes(gamma0: float, tau: float, is_double: bool) -> int:
     """Return how many passes `solve_mild` needs, or 0 where it is not safe.
 
@@ -159,9 +163,7 @@ def solve_mild(
     shift, y_max = num.log(half), half * num.exp(2 * a)
     bend, steep = 0.5 * a * (y_max + 0.77 * y_max * y_max), a * y_max
     total, is_close = gaps.shape[0], 8 * eps / bend
-    if weights is not None and xp.is_host and comm is LOCAL:
-        total = read(xp.sum(weights))
-    elif weights is not None:
+    if weights is not None:
         ones = xp.ones_like(gaps)
         total, size = comm.all_reduce_sum(xp.sum(weights), xp.sum(ones))
         weights = xp.where(total > 0, weights, ones)  # if none counts, all do, as equal gaps
