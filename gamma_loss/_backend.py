@@ -25,7 +25,7 @@ _ROW = 256  # a compiler adds at most this many terms in a row
 _FUNCTIONS = (
     "abs", "argsort", "astype", "concat", "exp", "expm1", "finfo", "full_like", "isdtype",
     "isfinite", "log", "log1p", "logaddexp", "max", "maximum", "mean", "min", "minimum",
-    "ones_like", "result_type", "sign", "sqrt", "sum", "take", "tanh", "where", "zeros",
+    "nonzero", "ones_like", "result_type", "sign", "sqrt", "sum", "take", "tanh", "where", "zeros",
     "zeros_like",
 )  # fmt: skip
 
@@ -121,13 +121,6 @@ class Backend:
         """Return the machine epsilon of an array's dtype."""
         return float(self.finfo(array.dtype).eps)
 
-    def indices(self, mask: Array) -> Array:
-        """Return what selects the true entries of a mask."""
-        return mask
-
-    def count(self, indices: Array) -> int:
-        return int(self.sum(self.astype(indices, self.float64)))
-
     def as_program(self, function: Callable[..., Any], constants: tuple[int, ...]) -> Any:
         """Return a function as one program of the library, which has programs, or as it is."""
         return function
@@ -178,12 +171,6 @@ class _NumPy(Backend):
 
     def eps(self, array: Array) -> float:
         return _EPS[array.dtype.itemsize]
-
-    def indices(self, mask: Array) -> Array:
-        return mask.nonzero()[0]  # a selection by mask takes twenty times as long
-
-    def count(self, indices: Array) -> int:
-        return int(indices.size)
 
 
 class _Torch(Backend):

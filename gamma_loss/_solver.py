@@ -360,9 +360,9 @@ def newton_step(xp: Any, pairs: Pairs, u: Array, s: Array, k: Array, before: Arr
 def inner_step(xp: Any, pairs: Pairs, inner: Inner, s: Array, k: Array) -> Inner:
     """Take the step, and return the next; only pairs that are not close step if they are few."""
     u, y, _, du, scaled, largest, _ = inner
-    if xp.is_host and u.shape[0] > 64:
-        far = xp.indices(scaled > SCALED_STEP_CLOSE)
-        if 4 * xp.count(far) < u.shape[0]:
+    if xp.is_host and xp.library and u.shape[0] > 64:
+        far = xp.nonzero(scaled > SCALED_STEP_CLOSE)[0]
+        if 4 * far.shape[0] < u.shape[0]:
             return refine_subset(xp, pairs, inner, s, k, far)
     if not xp.is_host or largest > SCALED_STEP_FAR:
         safe = safeguarded_step(xp, pairs, u, y, du, s, k)
