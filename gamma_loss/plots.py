@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -14,11 +14,13 @@ from gamma_loss.losses import GammaLossAux
 try:
     from matplotlib.axes import Axes
 except ImportError as error:
-    raise ImportError(
-        "gamma_loss.plots needs matplotlib: pip install 'gamma-loss[plots]'"
-    ) from error
+    message = "gamma_loss.plots needs matplotlib: pip install 'gamma-loss[plots]'"
+    raise ImportError(message) from error
 
 __all__ = ["plot_margin_history", "plot_margins", "plot_reward_gaps", "plot_smoothing_history"]
+
+Vector: TypeAlias = np.ndarray[Any, Any]
+History: TypeAlias = Iterable[Mapping[str, Any]]
 
 # Okabe and Ito's, which readers with any colour vision can tell apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -35,7 +37,7 @@ def plot_margins(
     ax: Axes | None = None,
     **style: Any,
 ) -> Axes:
-    """Draw target margins against reward gaps: the paper's Figure 5.
+    """Draw target margins against reward gaps: Figure 5 of the paper (arXiv:2506.03690).
 
     Parameters
     ----------
@@ -60,10 +62,6 @@ def plot_margins(
     TypeError, ValueError
         For margins that are missing, or of another shape than the gaps.
 
-    References
-    ----------
-    Sun et al., Findings of ACL 2025, arXiv:2506.03690.
-
     Examples
     --------
     >>> import numpy as np
@@ -81,24 +79,22 @@ def plot_margins(
     ax = _axes(ax, "reward gap $g_i$ (reward units)", "target margin $γ_i$ (reward units)")
     style = DOTS | {"color": _colour(ax.collections)} | style
     ax.scatter(gaps, heights, **style)
-    _finish(ax, gamma0, "label" in style)
-    return ax
+    return _finish(ax, "label" in style, gamma0)
 
 
 def plot_reward_gaps(
     pairs: GammaLossAux | Array, *, bins: Any = 50, ax: Axes | None = None, **style: Any
 ) -> Axes:
-    """Draw the distribution of reward gaps, which the paper's Figure 2 calls reward margins.
+    """Draw the distribution of reward gaps: Figure 2 of the paper, which says reward margins.
 
     Parameters
     ----------
     pairs : GammaLossAux or array, shape (pairs,)
-        Second result of a loss, whose masked pairs are left out, or reward gaps in reward units.
-        Gaps that are not finite are left out.
+        As for `plot_margins`. Gaps that are not finite are left out.
     bins : int or sequence of float
         Number or edges (reward units) of the histogram's bins.
     ax : matplotlib.axes.Axes, optional
-        See `plot_margins`.
+        As for `plot_margins`.
     **style
         For `matplotlib.axes.Axes.hist`, such as ``label``, or ``density=False`` for counts.
 
@@ -110,10 +106,6 @@ def plot_reward_gaps(
     ------
     ValueError
         For gaps that are not 1-D, or none that is finite.
-
-    References
-    ----------
-    Sun et al., Findings of ACL 2025, arXiv:2506.03690.
 
     Examples
     --------
@@ -127,18 +119,12 @@ def plot_reward_gaps(
     style = BARS | style
     height = "density (per reward unit)" if style["density"] else "pairs"
     ax = _axes(ax, "reward gap $g_i$ (reward units)", height)
-    style = {"color": _colour(ax.patches)} | style
-    ax.hist(gaps, bins, **style)
-    _finish(ax, None, "label" in style)
-    return ax
+    ax.hist(gaps, bins, **{"color": _colour(ax.patches)} | style)
+    return _finish(ax, "label" in style)
 
 
 def plot_margin_history(
-    history: Iterable[Mapping[str, Any]],
-    *,
-    gamma0: float | None = None,
-    ax: Axes | None = None,
-    **style: Any,
+    history: History, *, gamma0: float | None = None, ax: Axes | None = None, **style: Any
 ) -> Axes:
     """Draw how the batch's margins develop in training: their mean, smallest and largest.
 
@@ -148,10 +134,8 @@ def plot_margin_history(
         Logged `gamma_loss.metrics`, such as the ``state.log_history`` of a transformers or TRL
         trainer. Rows without ``gamma/mean``, ``gamma/min`` and ``gamma/max`` are skipped. A row's
         ``step`` is its place on the axis, or else its number in the history, from 1.
-    gamma0 : float, optional
-        Where to draw a line at the mean margin of the pool, in reward units.
-    ax : matplotlib.axes.Axes, optional
-        See `plot_margins`.
+    gamma0, ax
+        As for `plot_margins`.
     **style
         For `matplotlib.axes.Axes.plot`, which draws the mean.
 
@@ -169,19 +153,16 @@ def plot_margin_history(
     >>> row = {"gamma/mean": 4.0, "gamma/min": 3.6, "gamma/max": 4.9}
     >>> ax = plot_margin_history([{"step": 10, **row}, {"step": 20, **row}], gamma0=4.0)
     """
-    steps, mean, least, largest = _rows(history, ("gamma/mean", "gamma/min", "gamma/max"))
+    steps, mean, least, largest = _rows(history, "gamma/mean", "gamma/min", "gamma/max")
     ax = _axes(ax, "training step", "target margin $γ_i$ (reward units)")
     band = None if "label" in style else "smallest to largest in the batch"
     style = {"color": _colour(ax.collections), "label": "mean of the batch"} | style
     ax.fill_between(steps, least, largest, color=style["color"], alpha=0.25, lw=0, label=band)
     ax.plot(steps, mean, **style)
-    _finish(ax, gamma0, legend=True)
-    return ax
+    return _finish(ax, True, gamma0)
 
 
-def plot_smoothing_history(
-    history: Iterable[Mapping[str, Any]], *, ax: Axes | None = None, **style: Any
-) -> Axes:
+def plot_smoothing_history(history: History, *, ax: Axes | None = None, **style: Any) -> Axes:
     """Draw how the label smoothing that the margins amount to develops in training.
 
     Above 0 the margins smooth the labels, below 0 they sharpen them (Theorem 3.1 of the paper; the
@@ -192,7 +173,7 @@ def plot_smoothing_history(
     history : iterable of dict
         As for `plot_margin_history`; rows without ``gamma/implied_smoothing`` are skipped.
     ax : matplotlib.axes.Axes, optional
-        See `plot_margins`.
+        As for `plot_margins`.
     **style
         For `matplotlib.axes.Axes.plot`.
 
@@ -209,15 +190,13 @@ def plot_smoothing_history(
     --------
     >>> ax = plot_smoothing_history([{"gamma/implied_smoothing": e} for e in (0.01, 0.03, 0.02)])
     """
-    steps, smoothing = _rows(history, ("gamma/implied_smoothing",))
+    steps, smoothing = _rows(history, "gamma/implied_smoothing")
     ax = _axes(ax, "training step", "implied label smoothing $ε$ (share of labels)")
-    style = {"color": _colour(ax.lines)} | style
-    ax.plot(steps, smoothing, **style)
-    _finish(ax, None, "label" in style)
-    return ax
+    ax.plot(steps, smoothing, **{"color": _colour(ax.lines)} | style)
+    return _finish(ax, "label" in style)
 
 
-def _unmasked(pairs: GammaLossAux | Array, field: str) -> np.ndarray[Any, Any]:
+def _unmasked(pairs: GammaLossAux | Array, field: str) -> Vector:
     """Return a field of an aux where its mask is True, or an array as it is."""
     if not isinstance(pairs, GammaLossAux):
         return _numbers("pairs", pairs)
@@ -225,13 +204,11 @@ def _unmasked(pairs: GammaLossAux | Array, field: str) -> np.ndarray[Any, Any]:
     return _numbers(field, getattr(pairs, field))[shown]
 
 
-def _numbers(name: str, array: Array) -> np.ndarray[Any, Any]:
+def _numbers(name: str, array: Array) -> Vector:
     return _checks.to_numpy(name, array).astype(np.float64)  # type: ignore[no-any-return]
 
 
-def _rows(
-    history: Iterable[Mapping[str, Any]], names: tuple[str, ...]
-) -> list[np.ndarray[Any, Any]]:
+def _rows(history: History, *names: str) -> list[Vector]:
     """Return the steps, and the named metrics at each."""
     rows = [
         [float(row.get("step", number)), *(float(row[name]) for name in names)]
@@ -260,16 +237,11 @@ def _axes(ax: Axes | None, x: str, y: str) -> Axes:
     return ax
 
 
-def _finish(ax: Axes, gamma0: float | None, legend: bool) -> None:
+def _finish(ax: Axes, legend: bool, gamma0: float | None = None) -> Axes:
     """Draw the line at γ0 and a legend, if there is something for them."""
     if gamma0 is not None:
         ax.axhline(gamma0, ls="--", lw=1, color=GREY)
-        ax.annotate(
-            "$γ_0$",
-            (1.01, gamma0),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            color=GREY,
-        )
+        ax.text(1.01, gamma0, "$γ_0$", transform=ax.get_yaxis_transform(), va="center", color=GREY)
     if legend:
         ax.legend(edgecolor="none", framealpha=0.7)
+    return ax
