@@ -1,9 +1,8 @@
 """γ-PO: preference losses with exact dynamic target margins, for torch, NumPy and JAX.
 
 An independent implementation of Sun et al., *Robust Preference Optimization via Dynamic Target
-Margins*, Findings of ACL 2025, arXiv:2506.03690. Importing it imports no array library; each one
-is used when its arrays arrive, and torch also when a module or `sequence_logps`
-is asked for.
+Margins*, Findings of ACL 2025, arXiv:2506.03690. Importing it imports no array library. Each one is
+imported when its arrays arrive, and torch also when a module or `sequence_logps` is asked for.
 """
 
 import importlib
@@ -62,23 +61,13 @@ __all__ = [
     "solve_margins_streaming",
 ]
 
-_LATER = {
-    "gamma_loss.matching": ("MatchedLoss", "choose_settings", "match_logistic"),
-    "gamma_loss.streaming": ("MarginRule", "solve_margins_streaming"),
-    "gamma_loss.torch": (
-        "GammaDPOLoss",
-        "GammaPreferenceLoss",
-        "GammaSimPOLoss",
-        "GapQueue",
-        "sequence_logps",
-    ),
-}
-
 
 def __getattr__(name: str) -> object:
-    for module, names in _LATER.items():
-        if name in names:
-            return getattr(importlib.import_module(module), name)
+    if name in __all__:
+        for home in ("matching", "streaming", "torch"):  # torch last: the others do not import it
+            module = importlib.import_module(f"gamma_loss.{home}")
+            if hasattr(module, name):
+                return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

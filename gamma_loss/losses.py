@@ -6,17 +6,9 @@ from typing import Any
 
 from gamma_loss import _checks, _compute
 from gamma_loss._backend import Array, in_dynamo
-from gamma_loss._compute import GammaLossAux
+from gamma_loss._compute import GammaLossAux as GammaLossAux
 from gamma_loss._pool import split_queue
 from gamma_loss._settings import SHARED, documented, linear_coef
-
-__all__ = [
-    "GammaLossAux",
-    "gamma_dpo_loss",
-    "gamma_preference_loss",
-    "gamma_simpo_loss",
-    "preference_loss",
-]
 
 
 @documented("beta", *SHARED)
@@ -167,6 +159,7 @@ def gamma_preference_loss(
     return _loss_of({"reward_gaps": reward_gaps}, centered=centered, **options)
 
 
+@documented("label_smoothing", "robust")
 def preference_loss(
     reward_gaps: Array,
     margins: Array | float = 0.0,
@@ -174,13 +167,9 @@ def preference_loss(
     label_smoothing: float = 0.0,
     robust: bool = False,
 ) -> Array:
-    """Logistic preference loss of each pair, with a margin and label smoothing.
+    """Return the logistic loss of each pair, with a margin and label smoothing.
 
-    With s = g - margin and ℓ(s) = -log σ(s):
-
-        plain           ℓ(s)
-        conservative    (1 - ε) ℓ(s) + ε ℓ(-s)
-        robust          ((1 - ε) ℓ(s) - ε ℓ(-s)) / (1 - 2ε)
+        ℓ(g - margin)    with ℓ(s) = -log σ(s)
 
     ``preference_loss(gaps)`` is DPO's sigmoid loss, a positive constant margin SimPO's.
 
@@ -190,10 +179,7 @@ def preference_loss(
         In reward units. Half precision is upcast to float32.
     margins : array of the same shape, or float
         In reward units. Gradients flow through it if it carries any.
-    label_smoothing : float
-        ε in [0, 0.5): the share of labels taken to be flipped.
-    robust : bool
-        Whether ε enters as rDPO's unbiased estimate (True) or as cDPO's mixture.
+    {parameters}
 
     Returns
     -------
@@ -231,9 +217,8 @@ def _loss_of(logps: dict[str, Array], **options: Any) -> tuple[Array, GammaLossA
     if options.get("group") is None and in_dynamo():
         from gamma_loss._graph import loss_in_graph
 
-        arrays = [
-            options.pop(name, None) for name in ("context", "context_mask", "mask", "weights")
-        ]
-        loss, *aux = loss_in_graph(logps, split_queue(*arrays), options)
+        names = ("context", "context_mask", "mask", "weights")
+        inputs = split_queue(*(options.pop(name, None) for name in names))
+        loss, *aux = loss_in_graph(logps, inputs, options)
         return loss, GammaLossAux(*aux)
     return _compute.loss(logps, **options)
