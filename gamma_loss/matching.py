@@ -1,28 +1,28 @@
 """The plain logistic loss whose pair weights are closest to γ-PO's, and settings for a wanted one.
 
 At a pool's multiplier every margin is a function of the pair's own gap, so γ-PO acts as one scalar
-loss of the gap. Its pair weight ``w = σ(margin - g)`` is compared here with ``c σ(d - b g)``, that
-of DPO or SimPO with b times the beta, a margin d and c / b times the loss. docs/theory.md has the
-exact shape of the loss and its limits.
-
-Both functions read values on the host, in float64. They are for diagnosis, not for a training step.
+loss of the gap; docs/theory.md has its shape and limits. Its pair weight ``w = σ(margin - g)`` is
+compared here with ``c σ(d - b g)``, that of DPO or SimPO with b times the beta, a margin d and
+c / b times the loss. This reads values on the host: it is no part of a training step.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from gamma_loss import _checks
 from gamma_loss._backend import Array
+from gamma_loss._settings import documented
 from gamma_loss.margins import solve_margins
 
 KAPPAS = np.geomspace(1e-3, 1e6, 46)  # the κ that `choose_settings` tries first
 _MIN_T = 1e-9  # of log(1 + e^d): below it the match is an exponential of the gap to rounding
-Vector = np.ndarray[Any, Any]
+Vector: TypeAlias = np.ndarray[Any, Any]
+Measure: TypeAlias = Callable[[float, float], float]  # of γ0 and κ
 
 
 class MatchedLoss(NamedTuple):
@@ -46,10 +46,11 @@ class MatchedLoss(NamedTuple):
     unexplained: float
 
 
+@documented("gamma0", "tau", "centered")
 def match_logistic(
     reward_gaps: Array, *, gamma0: float, tau: float, centered: bool = False
 ) -> MatchedLoss:
-    """Find the plain logistic loss whose pair weights are closest to those of γ-PO.
+    """Return the plain logistic loss whose pair weights are closest to those of γ-PO.
 
     Minimises ``Σ (c σ(d - b g_i) - w_i)²`` over c > 0, d and b by SciPy's ``least_squares``, where
     ``w_i = σ(γ_i - g_i)`` or, if centred, ``σ(γ_i - γ0 - g_i)``, with the exact margins γ of the
@@ -61,15 +62,12 @@ def match_logistic(
     reward_gaps : array, shape (pairs,)
         The pool, in reward units, of any library and on any device: it is copied to the host. Gaps
         that are not finite are left out, as in a solve.
-    gamma0, tau : float
-        As for `gamma_preference_loss`, in reward units and nats.
-    centered : bool
-        Whether the loss subtracts γ_i - γ0 (γ-DPO) or γ_i (γ-SimPO).
+    {parameters}
 
     Returns
     -------
     MatchedLoss
-        Four Python floats: ``scale`` c, ``margin`` d, ``beta_factor`` b, and ``unexplained``.
+        Four Python floats, found in float64: c, d, b, and ``unexplained``.
 
     Raises
     ------
@@ -86,8 +84,8 @@ def match_logistic(
 
     Examples
     --------
-    The published setting of llama-3-8b-instruct, on gaps with mean 1 and standard deviation 3, is
-    SimPO with 0.73 times the beta and a margin of 3.3, but for half a thousandth of the variance:
+    On gaps with mean 1 and standard deviation 3, the published setting of llama-3-8b-instruct is
+    SimPO with 0.73 times the beta and a margin of 3.3, up to 0.05 % of the variance:
 
     >>> import numpy as np
     >>> gaps = np.random.default_rng(0).normal(1.0, 3.0, 4000)
@@ -113,7 +111,7 @@ def choose_settings(
     gamma0: float | None = None,
     centered: bool = False,
 ) -> dict[str, float]:
-    """Choose gamma0 and tau by what they are to do with the gaps of a short base run.
+    """Return gamma0 and tau for a wanted effect on the gaps of a short base run.
 
     Finds the largest tau at which the exact margins of these gaps as one pool have the wanted
     standard deviation, or `match_logistic` the wanted beta factor. Give one of the two.
@@ -121,8 +119,8 @@ def choose_settings(
     Parameters
     ----------
     reward_gaps : array, shape (pairs,)
-        Gaps in reward units, with the beta that is going to be used, of a run without γ-PO such as
-        a few hundred steps of DPO or SimPO. Of any library; copied to the host.
+        Gaps in reward units, with the beta of the later run, from a run without γ-PO such as a few
+        hundred steps of DPO or SimPO. Of any library; copied to the host.
     margin_std : float, optional
         Wanted standard deviation of the margins, in reward units.
     beta_factor : float, optional
@@ -170,53 +168,41 @@ def choose_settings(
             raise ValueError(f"gamma0 must be given where the median gap is not > 0: {gamma0:.3g}")
     gamma0 = _checks.number("gamma0", gamma0, above=0.0)
 
-    if margin_std is not None:
-        wanted = _checks.number("margin_std", margin_std, above=0.0)
-        return {"gamma0": gamma0, "tau": _find_tau("margin_std", _margin_std, wanted, gaps, gamma0)}
-    wanted = _checks.number("beta_factor", beta_factor, above=0.0, below=1.0)
+    name = "margin_std" if beta_factor is None else "beta_factor"
+    if beta_factor is None:
+        wanted = _checks.number(name, margin_std, above=0.0)
+    else:  # negative, so that a larger κ gives more of both
+        wanted = -_checks.number(name, beta_factor, above=0.0, below=1.0)
 
-    def negative_factor(gaps: Vector, gamma0: float, tau: float) -> float:
-        return -match_logistic(gaps, gamma0=gamma0, tau=tau, centered=centered).beta_factor
+    def measure(gamma0: float, kappa: float) -> float:
+        settings = {"gamma0": gamma0, "tau": gamma0**2 / kappa}
+        if beta_factor is None:
+            return float(solve_margins(gaps, **settings).margins.std())
+        return -match_logistic(gaps, centered=centered, **settings).beta_factor
 
-    tau = _find_tau("beta_factor", negative_factor, -wanted, gaps, gamma0)
-    return {"gamma0": gamma0, "tau": tau}
-
-
-def _margin_std(gaps: Vector, gamma0: float, tau: float) -> float:
-    return float(solve_margins(gaps, gamma0=gamma0, tau=tau).margins.std())
-
-
-def _find_tau(
-    name: str, measure: Callable[..., float], wanted: float, gaps: Vector, gamma0: float
-) -> float:
-    """Return the largest tau with ``measure(...) >= wanted``: scan κ, then bisect."""
-    low, high, reached = _scan(measure, wanted, gaps, gamma0)
+    low, high, reached = _scan(measure, wanted, gamma0)
     if reached < wanted:
         raise ValueError(_explain(name, measure, wanted, gaps, gamma0, reached))
     for _ in range(40):
         middle = math.sqrt(low * high)
-        is_reached = measure(gaps, gamma0, gamma0**2 / middle) >= wanted
-        low, high = (low, middle) if is_reached else (middle, high)
-    return float(gamma0**2 / high)
+        low, high = (low, middle) if measure(gamma0, middle) >= wanted else (middle, high)
+    return {"gamma0": gamma0, "tau": float(gamma0**2 / high)}
 
 
-def _scan(
-    measure: Callable[..., float], wanted: float, gaps: Vector, gamma0: float
-) -> tuple[float, float, float]:
+def _scan(measure: Measure, wanted: float, gamma0: float) -> tuple[float, float, float]:
     """Return two neighbouring κ, the second the first that reaches it, and the largest measure."""
     most, low, high = -math.inf, 0.0, KAPPAS[0] / 10
     for kappa in KAPPAS[0.999 * gamma0 * _checks.MAX_A >= KAPPAS]:
         low, high = high, kappa
-        most = max(most, measure(gaps, gamma0, gamma0**2 / kappa))
+        most = max(most, measure(gamma0, kappa))
         if most >= wanted:
             break
     return low, high, most
 
 
 def _explain(
-    name: str, measure: Callable[..., float], wanted: float, gaps: Vector, gamma0: float,
-    reached: float,
-) -> str:  # fmt: skip
+    name: str, measure: Measure, wanted: float, gaps: Vector, gamma0: float, reached: float
+) -> str:
     """Say why no tau does it, and what another gamma0 does."""
     mean, std = float(gaps.mean()), float(gaps.std())
     bound = "at most" if name == "margin_std" else "at least"
@@ -228,12 +214,12 @@ def _explain(
     said += f"{'far above' if mean - 2 * std > gamma0 else where} gamma0; "
     if name == "margin_std" and wanted >= std:
         return said + f"margins differ less than the gaps: choose a margin_std below {std:.3g}"
-    others = (gamma0 / 2, 2 * gamma0)
-    lower, higher = (_scan(measure, wanted, gaps, other)[2] for other in others)
-    if max(lower, higher) <= reached:
+    value, verb, other = max(
+        (_scan(measure, wanted, other)[2], verb, other)
+        for verb, other in (("lower", gamma0 / 2), ("raise", 2 * gamma0))
+    )
+    if value <= reached:
         return said + "half of it and twice its value do no better"
-    verb, other, value = ("lower", others[0], lower) if lower > higher else (
-        "raise", others[1], higher)  # fmt: skip
     return said + f"{verb} gamma0: gamma0 = {other:.3g} gives {abs(value):.3g}"
 
 
@@ -246,18 +232,19 @@ def _fit(z: Vector, logits: Vector) -> tuple[float, float, float, float]:
     """
     try:
         from scipy.optimize import least_squares
+        from scipy.special import expit, log_expit
     except ImportError:
         raise ImportError(
             "match_logistic and choose_settings(beta_factor=) need SciPy: "
             'pip install "gamma-loss[matching]"'
         ) from None
-    log_weights = -np.logaddexp(0.0, -logits)
+    log_weights = log_expit(logits)
     largest = float(log_weights.max())
     target = np.exp(log_weights - largest)
 
     def value(at: Vector) -> tuple[Vector, Vector, float]:
         top = -math.expm1(-at[1])  # σ(d)
-        share = _sigmoid(at[1] + math.log(top) - at[2] * z)
+        share = expit(at[1] + math.log(top) - at[2] * z)
         return math.exp(min(at[0], 50.0)) * share / top, share, top
 
     def errors(at: Vector) -> Vector:
@@ -267,12 +254,9 @@ def _fit(z: Vector, logits: Vector) -> tuple[float, float, float, float]:
         fitted, share, top = value(at)
         return np.stack([fitted, fitted * (top - share) / top, fitted * (share - 1) * z], 1)
 
-    # One start is the straight line through the logits, the solution at κ = 0; the other is a
-    # constant.
-    trust = target * -np.expm1(log_weights) + 1e-12
-    trust /= trust.sum()
-    middle, level = trust @ z, trust @ logits
-    slope = trust @ ((z - middle) * (logits - level)) / (trust @ (z - middle) ** 2)
+    # Two starts: the straight line through the logits, the solution at κ = 0, and a constant.
+    trust = np.sqrt(target * -np.expm1(log_weights) + 1e-12)
+    slope, height = np.polyfit(z, logits, 1, w=trust)
     with np.errstate(over="ignore", invalid="ignore"):  # in steps that SciPy then refuses
         fits = [
             least_squares(
@@ -280,12 +264,12 @@ def _fit(z: Vector, logits: Vector) -> tuple[float, float, float, float]:
                 jacobian, bounds=([-np.inf, _MIN_T, -np.inf], np.inf), x_scale="jac",
                 xtol=1e-14, ftol=1e-14, gtol=1e-14,
             )
-            for at_0, fall in ((level - slope * middle, -slope), (-2.0, 0.0))
+            for at_0, fall in ((height, -slope), (-2.0, 0.0))
         ]  # fmt: skip
     fit = min(fits, key=lambda each: each.cost)
-    height, t, b = map(float, fit.x)
-    d, log_scale = math.log(math.expm1(min(t, 30.0))) + max(t - 30.0, 0.0), height + largest
-    log_scale -= math.log(-math.expm1(-t))
+    log_value, t, b = map(float, fit.x)
+    d = math.log(math.expm1(min(t, 30.0))) + max(t - 30.0, 0.0)
+    log_scale = log_value + largest - math.log(-math.expm1(-t))
     if t <= 2 * _MIN_T and log_scale < 0:  # an exponential: c = 1 serves as well
         d, log_scale = d + log_scale, 0.0
     variance = float(target.var())
@@ -293,14 +277,9 @@ def _fit(z: Vector, logits: Vector) -> tuple[float, float, float, float]:
     return math.exp(min(max(log_scale, -700.0), 700.0)), d, b, unexplained
 
 
-def _sigmoid(x: Vector) -> Vector:
-    return np.exp(-np.logaddexp(0.0, -x))
-
-
 def _on_host(reward_gaps: Array) -> Vector:
     """Return the finite gaps as NumPy's float64."""
     _checks.floats(reward_gaps=reward_gaps)
-    _checks.pairs(reward_gaps=reward_gaps)
     gaps: Vector = _checks.to_numpy("reward_gaps", reward_gaps).astype(np.float64)
     gaps = gaps[np.isfinite(gaps)]
     if not gaps.size:
