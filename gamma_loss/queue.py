@@ -9,15 +9,12 @@ from gamma_loss._backend import Array
 
 
 class QueueState(NamedTuple):
-    """The last gaps that were pushed, in arrays of fixed shape.
-
-    Its two fields are what a loss takes as `context` and `context_mask`.
+    """The last gaps that were pushed, in arrays of fixed shape: a loss's `context`.
 
     Attributes
     ----------
     gaps : array, shape (capacity,)
-        In reward units, the oldest first and the newest last; 0 in the slots that are still empty,
-        which come before the oldest.
+        In reward units, the oldest first and the newest last. Empty slots come first, and are 0.
     mask : boolean array, shape (capacity,)
         True for the filled slots.
     """
@@ -32,8 +29,7 @@ def queue_init(like: Array, capacity: int = 2048) -> QueueState:
     Parameters
     ----------
     like : array
-        Any array of the library and device that the queue shall be on. Its dtype is the queue's;
-        half precision becomes float32.
+        An array of the library, device and dtype of the queue; half precision becomes float32.
     capacity : int
         How many gaps the queue holds, >= 1.
 
@@ -61,16 +57,16 @@ def queue_init(like: Array, capacity: int = 2048) -> QueueState:
 def queue_push(state: QueueState, gaps: Array, mask: Array | None = None) -> QueueState:
     """Return the queue with a batch of gaps behind it, without its oldest where it is full.
 
-    All shapes are fixed by those of the arguments, and no value is looked at from Python.
+    The shapes are fixed, and no value is read on the host.
 
     Parameters
     ----------
     state : QueueState
     gaps : array, shape (pairs,)
-        In reward units, the newest last. What is not finite in the queue's dtype is dropped. Of
-        more than `capacity` gaps the last remain. A batch of none is allowed.
+        In reward units, the newest last; may be empty. A gap that is not finite in the queue's
+        dtype is not stored.
     mask : boolean array, shape (pairs,), optional
-        True for the gaps to keep.
+        True for the gaps to store.
 
     Returns
     -------
@@ -104,7 +100,7 @@ def queue_push(state: QueueState, gaps: Array, mask: Array | None = None) -> Que
         _checks.mask("mask", mask, "gaps", values, xp)
         keep = keep & mask
 
-    # Everything that is kept goes behind everything that is not, each in its order; then cut.
+    # A stable sort puts the gaps that are kept last, in their order.
     filled = xp.concat([state.mask, keep])
     everything = xp.concat([queued, xp.where(keep, values, xp.zeros_like(values))])
     order = xp.argsort(xp.astype(filled, xp.int8), stable=True)[-queued.shape[0] :]

@@ -19,10 +19,9 @@ _lock = threading.Lock()  # gaps and mask of a queue belong together
 class GapQueue(torch.nn.Module):
     """The last `capacity` reward gaps, first in first out, as buffers of a module.
 
-    It starts empty, has fixed shapes and never looks at a value from the host: a push or a read is
-    the same few kernels every time, so CUDA graphs and ``torch.compile(fullgraph=True)`` take it as
-    it is. The buffers are in the ``state_dict``, move with ``.to()``, and stay float32 or float64
-    when the module is cast to half precision.
+    It starts empty, has fixed shapes and never reads a value on the host: CUDA graphs and
+    ``torch.compile(fullgraph=True)`` take it as it is. The buffers are in the ``state_dict``, move
+    with ``.to()``, and stay float32 or float64 when the module is cast to half precision.
 
     Parameters
     ----------
@@ -47,13 +46,12 @@ class GapQueue(torch.nn.Module):
     -----
     ``load_state_dict`` takes a queue of another capacity: the newest gaps that fit are kept.
 
-    The order is kept by moving the gaps up, not by a position that goes round: two queues that hold
-    the same gaps are then equal, and moving 2,048 numbers is one small kernel. `QueueState` and
+    A push moves the gaps up, so two queues that hold the same gaps are equal. `QueueState` and
     `queue_push` are the same queue as a value.
 
-    The published implementation keeps a Python deque of 2,048 gaps on each rank and draws a pool of
-    at most 256 from it. The exact solve is cheap enough for all of them, which is what the losses
-    do; `sample` draws a pool like the paper's (Algorithm 2 of arXiv:2506.03690).
+    The published implementation keeps 2,048 gaps on each rank and draws a pool of at most 256 from
+    them. Here the losses solve over all; `sample` draws a pool like the paper's (Algorithm 2 of
+    arXiv:2506.03690).
 
     Examples
     --------
@@ -86,24 +84,16 @@ class GapQueue(torch.nn.Module):
         return self.gaps.shape[0]
 
     def push(self, gaps: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-        """Append a batch, and drop the oldest gaps where the queue is full.
-
-        Parameters
-        ----------
-        gaps : Tensor, shape (pairs,)
-            In reward units. What is not finite is not stored.
-        mask : boolean Tensor, shape (pairs,), optional
-            True for the gaps to store.
-        """
-        with _alone():
+        """Append a batch of gaps in place, as `queue_push` does."""
+        with _locked():
             state = queue_push(QueueState(self.gaps, self.mask), gaps, mask)
-            # The mask last: what it says is right of the new gaps as well, if this ends in between.
+            # The mask last: the old mask is right for the new gaps too, if this ends in between.
             self.gaps.copy_(state.gaps)
             self.mask.copy_(state.mask)
 
     def context(self) -> QueueState:
         """Return copies of ``(gaps, mask)``: a loss's `context` and `context_mask`."""
-        with _alone():
+        with _locked():
             return QueueState(self.gaps.clone(), self.mask.clone())
 
     def sample(self, k: int, *, generator: torch.Generator | None = None) -> QueueState:
@@ -130,9 +120,9 @@ class GapQueue(torch.nn.Module):
         k = _checks.whole_number("k", k, least=1)
         if k > self.capacity:
             raise ValueError(f"k must be at most the capacity, {self.capacity}, got {k}")
-        lots = torch.rand(self.capacity, device=self.gaps.device, generator=generator)
-        drawn = torch.topk(torch.where(self.mask, lots, -1.0), k).indices
-        return QueueState(self.gaps[drawn], self.mask[drawn])
+        keys = torch.rand(self.capacity, device=self.gaps.device, generator=generator)
+        idx = torch.topk(torch.where(self.mask, keys, -1.0), k).indices
+        return QueueState(self.gaps[idx], self.mask[idx])
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"capacity={self.capacity}"
@@ -144,16 +134,7 @@ class GapQueue(torch.nn.Module):
             self.gaps = before.to(self.gaps.device)
         return self
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         names = prefix + "gaps", prefix + "mask"
         saved, mask = map(state_dict.get, names)
         if saved is not None and mask is not None:
@@ -161,19 +142,12 @@ class GapQueue(torch.nn.Module):
                 empty = queue_init(saved.new_empty(0, dtype=self.gaps.dtype), self.capacity)
                 state_dict |= zip(names, queue_push(empty, saved, mask), strict=True)
             except (TypeError, ValueError) as error:
+                *_, error_msgs = rest
                 error_msgs.append(f"{prefix or 'the queue: '}{error}")
                 return
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def _alone() -> contextlib.AbstractContextManager[Any]:
-    """Keep other threads out, but in a graph, where there are none."""
+def _locked() -> contextlib.AbstractContextManager[Any]:
+    """Keep other threads out; in a graph there are none."""
     return contextlib.nullcontext() if torch.compiler.is_compiling() else _lock
