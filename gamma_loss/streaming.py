@@ -1,8 +1,8 @@
 """The margin problem of more gaps than memory holds, read in chunks, several times.
 
 At a given λ each pair's root depends on its own gap alone (`gamma_loss._solver`). So one reading of
-the gaps gives mean x at this λ from a few sums, and no pair's root is kept. A pair starts on the
-straight lines between the roots of evenly spaced gaps.
+the gaps gives mean x at this λ from a few sums, and no root is kept. A pair starts on the straight
+lines between the roots of evenly spaced gaps.
 """
 
 from __future__ import annotations
@@ -57,27 +57,14 @@ class MarginRule(NamedTuple):
     log_mean: float
 
     def margins(self, reward_gaps: npt.ArrayLike) -> Floats:
-        """Return the margins of gaps, of the pool or others, in reward units.
+        """Return the margins of gaps, of the pool or others: float64 of shape (pairs,).
 
-        Parameters
-        ----------
-        reward_gaps : array_like, shape (pairs,)
-            Gaps in reward units.
-
-        Returns
-        -------
-        NumPy array of float64
-            NaN where the gap is not finite.
-
-        Raises
-        ------
-        TypeError, ValueError
-            For gaps that are not real numbers, or not 1-D.
+        Both are in reward units. A gap that is not finite has the margin NaN. Gaps that are not
+        real numbers are a TypeError, and gaps that are not 1-D a ValueError.
         """
         gaps = _checks.to_numpy("reward_gaps", reward_gaps).astype(np.float64)
         valid = np.isfinite(gaps)
-        result = np.where(valid, 0.0, np.nan)
-        finite = gaps[valid]
+        result, finite = np.where(valid, 0.0, np.nan), gaps[valid]
         if self.gamma0 and finite.size:
             pool = finite.size, float(finite.min()), float(finite.max())
             solve = _root_finder(self.gamma0, self.gamma0 / self.tau, self.lam, *pool)
@@ -93,9 +80,9 @@ def solve_margins_streaming(
 ) -> MarginRule:
     """Return the solution of `solve_margins` for a pool that is read in chunks.
 
-    NumPy computes it in float64, in the memory of one chunk. The chunks are read once for a start,
-    and then once for each step of λ: some 4 times in mild settings, and at most 15 times in the
-    hard pools that were tried.
+    NumPy computes it in float64, in the memory of one chunk. The chunks are read once for a start
+    and once for each step of λ: some 4 times in mild settings, at most 15 times in the hard pools
+    that were tried.
 
     Parameters
     ----------
@@ -104,7 +91,7 @@ def solve_margins_streaming(
         same gaps: pass a list or an object with ``__iter__``, not a generator.
     {parameters}
     group : torch.distributed.ProcessGroup, optional
-        The ranks that share the pool. Each rank has chunks of its own, or none. A reading is one
+        The ranks that share the pool, each with chunks of its own, or none. A reading is one
         collective of six numbers, which also tells whether a rank has failed.
 
     Returns
@@ -150,14 +137,12 @@ def solve_margins_streaming(
         return _merge(ranks.exchange(*local)) if ranks else local
 
     a, xp = gamma0 / tau, get_backend(np.zeros(0))
-    pool, count, p, q, low, high = read(
-        lambda gaps: _solver.equal_margin_sums(xp, gaps, None, gamma0, a)
-    )
+    start = functools.partial(_solver.equal_margin_sums, xp, weights=None, gamma0=gamma0, a=a)
+    pool, count, p, q, low, high = read(start)
     if not count:
         raise ValueError("chunks must hold at least one finite gap, got none")
-    rule = MarginRule(gamma0, tau, 0.0, 0.0, int(count), 0.0, 0.0)
     if gamma0 == 0:
-        return rule
+        return MarginRule(gamma0, tau, 0.0, 0.0, int(count), 0.0, 0.0)
     dual, *_ = _solver.first_dual(PYTHON_MATH, gamma0, a, count, p, q, -low, high, count)
     before = math.inf
     for _ in range(_MAX_READINGS):
