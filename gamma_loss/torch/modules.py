@@ -8,17 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from gamma_loss import _checks
 from gamma_loss._comm import broadcast_error
 from gamma_loss._ranks import ProcessGroupComm
 from gamma_loss._settings import documented, loss_settings
-from gamma_loss.losses import (
-    GammaLossAux,
-    gamma_dpo_loss,
-    gamma_preference_loss,
-    gamma_simpo_loss,
-)
+from gamma_loss.losses import GammaLossAux, gamma_dpo_loss, gamma_preference_loss, gamma_simpo_loss
 from gamma_loss.matching import choose_settings
 from gamma_loss.metrics import metrics
 from gamma_loss.queue import QueueState
@@ -26,36 +22,30 @@ from gamma_loss.torch.queue import GapQueue
 
 _WARMUP = 100  # training forwards, after which a loss tells whether it has any effect
 _MIN_KL = 1e-4  # nats: below this KL, margins are within about 1.4 % of gamma0
-
-
 _SHARED = ("gamma0", "tau", "centered", "label_smoothing", "robust", "reduction", "impl", "group")
 
 
 class _Group:
     """The ranks of a module: deepcopy shares the group; only WORLD can be pickled."""
 
-    def __init__(self, ranks: Any) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: Any = None) -> None:
+        if ranks is None and not dist.is_initialized():  # a module is unpickled
+            raise RuntimeError(
+                "this module shares its pool with all ranks: call "
+                "torch.distributed.init_process_group before it is unpickled, or load a state_dict"
+            )
+        self.ranks = dist.group.WORLD if ranks is None else ranks
 
     def __deepcopy__(self, _: dict[int, Any]) -> _Group:
         return self
 
-    def __reduce__(self) -> tuple[Callable[..., _Group], tuple[()]]:
+    def __reduce__(self) -> tuple[type[_Group], tuple[()]]:
         if self.ranks is not dist.group.WORLD:
             raise TypeError(
                 "a module can be pickled with group=torch.distributed.group.WORLD or none, "
                 "got another group: save its state_dict"
             )
-        return _all_ranks, ()
-
-
-def _all_ranks() -> _Group:
-    if not dist.is_initialized():
-        raise RuntimeError(
-            "this module shares its pool with all ranks: call "
-            "torch.distributed.init_process_group before it is unpickled, or load a state_dict"
-        )
-    return _Group(dist.group.WORLD)
+        return _Group, ()
 
 
 class _QueuedLoss(torch.nn.Module):
@@ -65,9 +55,9 @@ class _QueuedLoss(torch.nn.Module):
 
     def __init__(
         self,
-        function: Callable[..., tuple[torch.Tensor, GammaLossAux]],
+        function: Callable[..., tuple[Tensor, GammaLossAux]],
         queue_size: int,
-        group: Any,
+        group: Any = None,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -96,11 +86,11 @@ class _QueuedLoss(torch.nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 
     def _loss(
-        self, optional: dict[str, torch.Tensor | None], **arguments: torch.Tensor
-    ) -> tuple[torch.Tensor, GammaLossAux]:
+        self, mask: Tensor | None, weights: Tensor | None, **arrays: Any
+    ) -> tuple[Tensor, GammaLossAux]:
         ranks = self._ranks()
         try:
-            self._check(**arguments)
+            self._check(**arrays)
         except Exception as error:
             broadcast_error(ranks, error)
             raise
@@ -109,15 +99,17 @@ class _QueuedLoss(torch.nn.Module):
         if self.queue is not None:
             context = self._context if again and self._context is not None else self.queue.context()
             gaps, filled = context if ranks is None else map(ranks.chunk, context)
-            optional = optional | {"context": gaps, "context_mask": filled}
-        loss, aux = self._function(**arguments, **optional, group=ranks, **self.settings)
+            arrays |= {"context": gaps, "context_mask": filled}
+        loss, aux = self._function(
+            **arrays, mask=mask, weights=weights, group=ranks, **self.settings
+        )
         if self.training and not again:
             self._remember(aux, context, ranks)
         return loss, aux
 
-    def _check(self, **arguments: torch.Tensor) -> None:
-        _checks.tensors(**arguments)
-        name, first = next(iter(arguments.items()))
+    def _check(self, **arrays: Tensor) -> None:
+        _checks.tensors(**arrays)
+        name, first = next(iter(arrays.items()))
         if self.queue is not None and first.device != self.queue.gaps.device:
             raise ValueError(
                 f"{name} must be on the device of the module, {self.queue.gaps.device}, which "
@@ -164,7 +156,7 @@ class _QueuedLoss(torch.nn.Module):
             self._warn_if_idle(gaps if self.queue is None else self.queue.gaps[self.queue.mask])
 
     @property
-    def units(self) -> torch.Tensor:
+    def units(self) -> Tensor:
         """The settings in whose units the queue's gaps are; tools look up each key of a state."""
         return torch.tensor(list(self._units.values()), dtype=torch.float64)
 
@@ -180,13 +172,9 @@ class _QueuedLoss(torch.nn.Module):
         if self.queue is None:
             for name in (prefix + "queue.gaps", mask):
                 state_dict.pop(name, None)
-        elif saved is not None and saved.tolist() != list(self._units.values()):
-            then, now = (
-                ", ".join(
-                    f"{name} = {value:g}" for name, value in zip(self._units, each, strict=False)
-                )
-                for each in (saved.tolist(), self._units.values())
-            )
+        elif saved is not None and saved.tolist() != self.units.tolist():
+            rows = saved.tolist(), self.units.tolist()
+            then, now = (", ".join(map("{} = {:g}".format, self._units, row)) for row in rows)
             warnings.warn(
                 f"the saved queue was filled with {then}, this loss has {now}: the saved gaps are "
                 "in other units, so the queue starts empty",
@@ -196,14 +184,13 @@ class _QueuedLoss(torch.nn.Module):
                 state_dict[mask] = torch.zeros_like(state_dict[mask])
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def _warn_if_idle(self, pool: torch.Tensor) -> None:
+    def _warn_if_idle(self, pool: Tensor) -> None:
         gaps = pool[pool.isfinite()].double().cpu().numpy()
         gamma0, tau = self.settings["gamma0"], self.settings["tau"]
         if not gaps.size:
             return
         _, aux = gamma_preference_loss(gaps, gamma0=gamma0, tau=tau)
-        kl = float(metrics(aux)["gamma/kl"])
-        if kl >= _MIN_KL:
+        if (kl := float(metrics(aux)["gamma/kl"])) >= _MIN_KL:
             return
         try:
             better = choose_settings(gaps, gamma0=gamma0, margin_std=gamma0 / 10)["tau"]
@@ -221,10 +208,7 @@ class _QueuedLoss(torch.nn.Module):
 
 
 def _is_recomputation() -> bool:
-    """Whether a backward pass is running, so that a forward is activation checkpointing's second.
-
-    Inside torch.compile checkpointing is the compiler's and runs no Python twice.
-    """
+    """Whether a backward pass is running; a compiler's checkpointing runs no Python twice."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -233,8 +217,8 @@ class GammaDPOLoss(_QueuedLoss):
     """`gamma_dpo_loss` with a queue of recent gaps, as a module.
 
     In training mode, solves over the queue and the batch, then pushes the batch's gaps. In
-    evaluation mode, reads the queue and leaves it as it is. It has no parameters; the queue is its
-    state, so save its ``state_dict`` with the model's.
+    evaluation mode, reads the queue and leaves it as it is. The queue is its only state: save its
+    ``state_dict`` with the model's.
 
     Parameters
     ----------
@@ -252,33 +236,25 @@ class GammaDPOLoss(_QueuedLoss):
     Raises
     ------
     TypeError, ValueError
-        As `gamma_dpo_loss` does, for settings as soon as it is made; for a queue_size that is no
-        integer >= 0. With a group the other ranks are told.
+        As `gamma_dpo_loss` does, for settings when the module is made; for a queue_size that is no
+        integer >= 0. With a group all ranks raise.
 
     Notes
     -----
-    *Gradient accumulation:* each micro-batch's forward pushes once, and later micro-batches of the
-    same step see it.
-
-    *Activation checkpointing:* a forward inside a backward pass is a recomputation. It solves over
-    what the last forward solved over and pushes nothing. With several forwards before the first
-    backward (pipeline schedules) it still pushes nothing, but may see a later queue than at first.
-
-    *A retried step:* take ``saved = copy.deepcopy(loss.state_dict())`` before the step, as for the
-    optimizer, and ``loss.load_state_dict(saved)`` before running it again.
-
-    *A run in which γ-PO does nothing:* after a hundred forwards in training (in TRL's trainers,
-    after a hundred steps) the pool's ``gamma/kl`` is looked at once, on the host. Below 1e-4 a
-    UserWarning names a tau that would change it. If no pair of the first batch takes part, a
-    UserWarning says so. If the queue is still empty after the hundred forwards, a RuntimeError
-    ends the run. A compiled module does not look.
-
-    *Loading:* of a queue of another size the newest gaps that fit are kept. ``beta`` and ``gamma0``
-    are saved with the queue. A loss that was made with other values starts with an empty queue,
-    and a UserWarning names both.
-
-    *A step that a loss scaler skips:* its gaps stay in the queue. Scaling touches gradients only,
-    so they are right, and those that are not finite were never stored.
+    - Gradient accumulation: each micro-batch's forward pushes once, and later micro-batches of the
+      same step see it.
+    - Activation checkpointing: a forward inside a backward pass is a recomputation. It pushes
+      nothing, and solves over what the last forward solved over; with several forwards before the
+      first backward (pipeline schedules) that may be a later queue than at first.
+    - A retried step: take ``saved = copy.deepcopy(loss.state_dict())`` before the step, as for the
+      optimizer, and ``loss.load_state_dict(saved)`` before running it again.
+    - A step that a loss scaler skips: its finite gaps stay in the queue, and are right.
+    - A run in which γ-PO does nothing: after a hundred training forwards (in TRL's trainers, steps)
+      the host reads the pool's ``gamma/kl`` once. Below 1e-4 a UserWarning names a tau that would
+      change it. If no pair of the first batch takes part, a UserWarning says so; if the queue is
+      empty after the hundred, a RuntimeError ends the run. A compiled module does not look.
+    - Loading: from a queue of another size the newest gaps that fit are kept. ``beta`` and
+      ``gamma0`` are saved too; a loss of other values starts empty, and a UserWarning names both.
 
     Examples
     --------
@@ -290,29 +266,24 @@ class GammaDPOLoss(_QueuedLoss):
     """
 
     def __init__(
-        self,
-        *,
-        beta: float,
-        centered: bool = True,
-        queue_size: int = 2048,
-        group: Any = None,
-        **options: Any,
+        self, *, beta: float, centered: bool = True, queue_size: int = 2048, **options: Any
     ) -> None:
-        super().__init__(gamma_dpo_loss, queue_size, group, beta=beta, centered=centered, **options)
+        super().__init__(gamma_dpo_loss, queue_size, beta=beta, centered=centered, **options)
 
     def forward(
         self,
-        policy_chosen_logps: torch.Tensor,
-        policy_rejected_logps: torch.Tensor,
-        reference_chosen_logps: torch.Tensor,
-        reference_rejected_logps: torch.Tensor,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
         *,
-        mask: torch.Tensor | None = None,
-        weights: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, GammaLossAux]:
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> tuple[Tensor, GammaLossAux]:
         """Return the ``(loss, aux)`` of `gamma_dpo_loss`."""
         return self._loss(
-            {"mask": mask, "weights": weights},
+            mask,
+            weights,
             policy_chosen_logps=policy_chosen_logps,
             policy_rejected_logps=policy_rejected_logps,
             reference_chosen_logps=reference_chosen_logps,
@@ -328,8 +299,7 @@ class GammaSimPOLoss(_QueuedLoss):
     ----------
     {parameters}
     queue_size : int
-        How many gaps the queue holds; 0 for none. With a group every rank pushes the gaps of all
-        ranks, and so holds the same queue.
+        How many gaps the queue holds; 0 for none.
 
     Examples
     --------
@@ -341,29 +311,22 @@ class GammaSimPOLoss(_QueuedLoss):
     """
 
     def __init__(
-        self,
-        *,
-        beta: float,
-        centered: bool = False,
-        queue_size: int = 2048,
-        group: Any = None,
-        **options: Any,
+        self, *, beta: float, centered: bool = False, queue_size: int = 2048, **options: Any
     ) -> None:
-        super().__init__(
-            gamma_simpo_loss, queue_size, group, beta=beta, centered=centered, **options
-        )
+        super().__init__(gamma_simpo_loss, queue_size, beta=beta, centered=centered, **options)
 
     def forward(
         self,
-        policy_chosen_logps: torch.Tensor,
-        policy_rejected_logps: torch.Tensor,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
         *,
-        mask: torch.Tensor | None = None,
-        weights: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, GammaLossAux]:
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> tuple[Tensor, GammaLossAux]:
         """Return the ``(loss, aux)`` of `gamma_simpo_loss`."""
         return self._loss(
-            {"mask": mask, "weights": weights},
+            mask,
+            weights,
             policy_chosen_logps=policy_chosen_logps,
             policy_rejected_logps=policy_rejected_logps,
         )
@@ -377,8 +340,7 @@ class GammaPreferenceLoss(_QueuedLoss):
     ----------
     {parameters}
     queue_size : int
-        How many gaps the queue holds; 0 for none. With a group every rank pushes the gaps of all
-        ranks, and so holds the same queue.
+        How many gaps the queue holds; 0 for none.
 
     Examples
     --------
@@ -388,22 +350,11 @@ class GammaPreferenceLoss(_QueuedLoss):
     1.0936
     """
 
-    def __init__(
-        self,
-        *,
-        centered: bool = False,
-        queue_size: int = 2048,
-        group: Any = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(gamma_preference_loss, queue_size, group, centered=centered, **options)
+    def __init__(self, *, centered: bool = False, queue_size: int = 2048, **options: Any) -> None:
+        super().__init__(gamma_preference_loss, queue_size, centered=centered, **options)
 
     def forward(
-        self,
-        reward_gaps: torch.Tensor,
-        *,
-        mask: torch.Tensor | None = None,
-        weights: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, GammaLossAux]:
+        self, reward_gaps: Tensor, *, mask: Tensor | None = None, weights: Tensor | None = None
+    ) -> tuple[Tensor, GammaLossAux]:
         """Return the ``(loss, aux)`` of `gamma_preference_loss`."""
-        return self._loss({"mask": mask, "weights": weights}, reward_gaps=reward_gaps)
+        return self._loss(mask, weights, reward_gaps=reward_gaps)
