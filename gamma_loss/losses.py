@@ -169,7 +169,7 @@ def preference_loss(
 ) -> Array:
     """Return the logistic loss of each pair, with a margin and label smoothing.
 
-        ℓ(g - margin)    with ℓ(s) = -log σ(s)
+        ℓ(g - margin),    ℓ(s) = -log σ(s)
 
     ``preference_loss(gaps)`` is DPO's sigmoid loss, a positive constant margin SimPO's.
 

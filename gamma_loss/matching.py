@@ -175,10 +175,10 @@ def choose_settings(
         wanted = -_checks.number(name, beta_factor, above=0.0, below=1.0)
 
     def measure(gamma0: float, kappa: float) -> float:
-        settings = {"gamma0": gamma0, "tau": gamma0**2 / kappa}
+        tau = gamma0**2 / kappa
         if beta_factor is None:
-            return float(solve_margins(gaps, **settings).margins.std())
-        return -match_logistic(gaps, centered=centered, **settings).beta_factor
+            return float(solve_margins(gaps, gamma0=gamma0, tau=tau).margins.std())
+        return -match_logistic(gaps, gamma0=gamma0, tau=tau, centered=centered).beta_factor
 
     low, high, reached = _scan(measure, wanted, gamma0)
     if reached < wanted:
@@ -238,7 +238,7 @@ def _fit(z: Vector, logits: Vector) -> tuple[float, float, float, float]:
             "match_logistic and choose_settings(beta_factor=) need SciPy: "
             'pip install "gamma-loss[matching]"'
         ) from None
-    log_weights = log_expit(logits)
+    log_weights: Vector = log_expit(logits)
     largest = float(log_weights.max())
     target = np.exp(log_weights - largest)
 

@@ -13,9 +13,8 @@ from gamma_loss.losses import GammaLossAux
 
 try:
     from matplotlib.axes import Axes
-except ImportError as error:
-    message = "gamma_loss.plots needs matplotlib: pip install 'gamma-loss[plots]'"
-    raise ImportError(message) from error
+except ImportError as e:
+    raise ImportError("gamma_loss.plots needs matplotlib: pip install 'gamma-loss[plots]'") from e
 
 __all__ = ["plot_margin_history", "plot_margins", "plot_reward_gaps", "plot_smoothing_history"]
 
@@ -85,7 +84,7 @@ def plot_margins(
 def plot_reward_gaps(
     pairs: GammaLossAux | Array, *, bins: Any = 50, ax: Axes | None = None, **style: Any
 ) -> Axes:
-    """Draw the distribution of reward gaps: Figure 2 of the paper, which says reward margins.
+    """Draw the distribution of reward gaps: Figure 2 of the paper (arXiv:2506.03690).
 
     Parameters
     ----------

@@ -84,7 +84,7 @@ class GapQueue(torch.nn.Module):
         return self.gaps.shape[0]
 
     def push(self, gaps: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-        """Append a batch of gaps in place, as `queue_push` does."""
+        """Append a batch in place; `gaps` and `mask` are as for `queue_push`."""
         with _locked():
             state = queue_push(QueueState(self.gaps, self.mask), gaps, mask)
             # The mask last: the old mask is right for the new gaps too, if this ends in between.
