@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from math import inf
 from numbers import Real
 from typing import Any
 
@@ -12,12 +12,7 @@ MAX_A = 1e9  # γ0 / τ of a margin problem
 
 
 def number(
-    name: str,
-    value: Any,
-    *,
-    above: float = -math.inf,
-    least: float = -math.inf,
-    below: float = math.inf,
+    name: str, value: Any, *, above: float = -inf, least: float = -inf, below: float = inf
 ) -> float:
     """Return a finite hyperparameter as a Python float."""
     if not isinstance(value, Real) or isinstance(value, bool):
@@ -25,10 +20,10 @@ def number(
     try:
         number = float(value)
     except OverflowError:
-        number, value = math.inf, f"{type(value).__name__} beyond floats"
-    if not (-math.inf < number < math.inf and above < number < below and number >= least):
-        bounds = [f"> {above:g}"] * (above > -math.inf) + [f">= {least:g}"] * (least > -math.inf)
-        bounds += [f"< {below:g}"] * (below < math.inf)
+        number, value = inf, f"{type(value).__name__} beyond floats"
+    if not (-inf < number < inf and above < number < below and number >= least):
+        bounds = [f"> {above:g}"] * (above > -inf) + [f">= {least:g}"] * (least > -inf)
+        bounds += [f"< {below:g}"] * (below < inf)
         wanted = " and ".join(["finite", *bounds])
         raise ValueError(f"{name} must be {wanted}, got {value}")
     return number
@@ -79,12 +74,10 @@ def floats(**arrays: Array) -> tuple[Any, list[Array]]:
     They have to be of one library and on one device.
     """
     (first_name, first), *_ = arrays.items()
-    xp = backend(first_name, first)
-    device, found = xp.device(first), []
+    xp, found = backend(first_name, first), []
     for name, array in arrays.items():
         if array is not first:
-            _same_library(name, array, first_name, first, xp)
-            _same_device(name, xp.device(array), first_name, device)
+            same_home(name, array, first_name, first, xp)
         found.append(xp.as_floats(name, array))
     return xp, found
 
@@ -93,17 +86,19 @@ def pairs(may_be_empty: bool = False, /, **arrays: Array) -> None:
     """Check that the arrays are 1-D, of one shape, and not empty unless they may be."""
     (first_name, first), *_ = arrays.items()
     for name, array in arrays.items():
-        if array.ndim != 1:
-            raise ValueError(f"{name} must be 1-D, one entry a pair, got shape {_shape(array)}")
+        shape = tuple(array.shape)
+        if len(shape) != 1:
+            raise ValueError(f"{name} must be 1-D, one entry a pair, got shape {shape}")
         if array.shape != first.shape:
             same_shape(name, array, first_name, first)
-        if not may_be_empty and array.shape[0] == 0:
-            raise ValueError(f"{name} must hold at least one pair, got shape {_shape(array)}")
+        if not may_be_empty and shape[0] == 0:
+            raise ValueError(f"{name} must hold at least one pair, got shape {shape}")
 
 
 def mask(name: str, mask: Array, of_name: str, of: Array, xp: Any) -> None:
     """Check a boolean mask against the array it belongs to."""
-    same_kind(name, mask, of_name, of, xp)
+    same_home(name, mask, of_name, of, xp)
+    plain(name, mask, xp)
     if mask.dtype != xp.bool:
         raise TypeError(f"{name} must have a boolean dtype, got {mask.dtype}")
     same_shape(name, mask, of_name, of)
@@ -111,17 +106,17 @@ def mask(name: str, mask: Array, of_name: str, of: Array, xp: Any) -> None:
 
 def weights(weights: Array, of_name: str, of: Array, xp: Any) -> Array:
     """Return weights in the dtype of their gaps; values are checked where reading is free."""
-    same_kind("weights", weights, of_name, of, xp)
+    same_home("weights", weights, of_name, of, xp)
     weights = xp.as_floats("weights", weights)
     same_shape("weights", weights, of_name, of)
     weights = xp.astype(xp.detach(weights), of.dtype)
     if xp.is_host:
         right = (weights >= 0) & xp.isfinite(weights)
         if not xp.all(right):
-            wrong = weights[~right]
+            wrong = float(weights[~right][0])
             raise ValueError(
-                f"weights must be finite and >= 0, got {float(wrong[0])}: give a pair that is to "
-                "take no part the weight 0"
+                f"weights must be finite and >= 0, got {wrong}: give a pair that is to take no "
+                "part the weight 0"
             )
         return weights
     return weights + 0 * xp.sqrt(weights)  # NaN for what is refused above
@@ -148,11 +143,12 @@ def backend(name: str, array: Any) -> Any:
 
 def tensors(**arrays: Any) -> None:
     """Check that the arrays are torch's."""
+    import torch
+
     for name, array in arrays.items():
-        xp = None if isinstance(array, (int, float, str, list)) else backend(name, array)
-        if xp is None or xp.library != "torch":
+        if not isinstance(array, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(array).__name__}")
-        plain(name, array, xp)
+        plain(name, array, get_backend(array))
 
 
 def to_numpy(name: str, values: Any) -> Any:
@@ -181,37 +177,26 @@ def to_numpy(name: str, values: Any) -> Any:
 def same_shape(name: str, array: Array, of_name: str, of: Array) -> None:
     """Check that two arrays have one shape."""
     if array.shape != of.shape:
-        raise ValueError(
-            f"{name} must have the shape of {of_name}, {_shape(of)}, got {_shape(array)}"
-        )
+        shapes = f"{tuple(of.shape)}, got {tuple(array.shape)}"
+        raise ValueError(f"{name} must have the shape of {of_name}, {shapes}")
 
 
-def _same_library(name: str, array: Any, of_name: str, of: Array, xp: Any) -> None:
+def same_home(name: str, array: Any, of_name: str, of: Array, xp: Any) -> None:
+    """Check that two arrays are of one library and on one device."""
     if type(array) is not type(of) and backend(name, array).xp is not xp.xp:
         raise TypeError(
             f"{name} must be an array of the same library as {of_name}, "
             f"{type(of).__module__}.{type(of).__name__}, "
             f"got {type(array).__module__}.{type(array).__name__}"
         )
-
-
-def _same_device(name: str, device: Any, of_name: str, of: Any) -> None:
-    if device != of:
-        raise ValueError(f"{name} must be on the device of {of_name}, {of}, got {device}")
-
-
-def same_kind(name: str, array: Any, of_name: str, of: Array, xp: Any) -> None:
-    """Check that two arrays are plain, of one library and on one device."""
-    _same_library(name, array, of_name, of, xp)
-    plain(name, array, xp)
-    _same_device(name, xp.device(array), of_name, xp.device(of))
+    device = xp.device(array)
+    if device != xp.device(of):
+        raise ValueError(
+            f"{name} must be on the device of {of_name}, {xp.device(of)}, got {device}"
+        )
 
 
 def plain(name: str, array: Any, xp: Any) -> None:
     """Refuse an array that is masked, nested or sparse."""
     if kind := xp.unsupported_kind(array):
         raise TypeError(f"{name} must be a plain array, got {kind}")
-
-
-def _shape(array: Array) -> tuple[int, ...]:
-    return tuple(array.shape)
