@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gamma_loss import _checks
+from gamma_loss._backend import get_backend
 
 # How many logits are in memory a second time at once: on a CPU as its caches hold, elsewhere enough
 # to keep the device busy.
@@ -22,37 +23,35 @@ def sequence_logps(
     shift: bool = True,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Log-probability of each response, from the logits of a causal language model.
+    """Return the log-probability of each response, from a causal language model's logits.
 
         log π(y) = Σ_t log softmax(logits_{t-1})[y_t]    over the labels y_t that count
 
-    Sums for γ-DPO and, with ``average=True``, means over tokens for γ-SimPO. The softmax is formed
-    for a few tokens at a time, in float32: beside the logits it needs no second copy of them, and
-    its gradient no memory but the gradient itself.
+    Sums for γ-DPO and, with ``average=True``, means over tokens for γ-SimPO. The softmax of a few
+    tokens at a time is in memory, in float32; the gradient takes its own memory and no more.
 
     Parameters
     ----------
     logits : Tensor, shape (responses, length, vocabulary)
-        Of any floating dtype and any strides. May be -inf for tokens that are ruled out.
+        Of any floating dtype and any strides; -inf rules a token out.
     labels : integer Tensor, shape (responses, length)
         Token ids, usually the model's ``input_ids``.
     mask : boolean Tensor, shape (responses, length), optional
-        Which labels count, as in ``labels``' positions: True for the tokens of the response, False
-        for its prompt and for padding. All by default.
+        True for the labels that count, the tokens of the response, and False for its prompt and
+        for padding. All by default.
     average : bool
         Whether to divide by the number of labels that count.
     shift : bool
-        Whether position t of the logits predicts label t + 1, as models return them; the first
-        label and the last logits are not used then. With False it predicts label t.
+        Whether position t of the logits predicts label t + 1, as models return them, so that the
+        first label and the last logits are not used. With False it predicts label t.
     ignore_index : int
         A label that does not count.
 
     Returns
     -------
     Tensor, shape (responses,)
-        In nats; float32 or, for float64 logits, float64. A response without any label that counts
-        has 0, with a zero gradient. What does not count leaves no trace, not even logits that are
-        NaN.
+        In nats; float32 or, for float64 logits, float64. A response without a label that counts
+        has 0, with a zero gradient. Logits of labels that do not count may even be NaN.
 
     Raises
     ------
@@ -66,8 +65,8 @@ def sequence_logps(
 
     Notes
     -----
-    torch.compile and torch.export leave the work in one operator each way, so that it takes no more
-    memory in a graph. torch.vmap refuses it, and so does torch.func inside torch.compile.
+    In a graph of torch.compile or torch.export it is one operator each way, which takes no more
+    memory. torch.vmap refuses it, and so does torch.func inside torch.compile.
 
     On a CPU, torch's float32 softmax leaves an error of some 1e-5 nats a token where the vocabulary
     has 128,256 entries.
@@ -92,55 +91,15 @@ def sequence_logps(
     if shift:
         labels, unused = labels[:, 1:], unused[:, 1:]
     # A graph gets the operator with a gradient of its own, which torch.func does not take.
-    compiling = torch.compiler.is_compiling()
-    apply: Any = _operator if compiling else _TokenLogps.apply
+    apply: Any = _operator if torch.compiler.is_compiling() else _TokenLogps.apply
     each = apply(logits, labels.masked_fill(unused, 0)).masked_fill(unused, 0)
     total: Tensor = each.sum(1)
     return total / (~unused).sum(1).clamp(min=1) if average else total
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-class _TokenLogps(torch.autograd.Function):
-    """`_token_logps` with its gradient."""
-
-    setup_context = staticmethod(_keep)
-
-    @staticmethod
-    def forward(logits: Tensor, targets: Tensor) -> Any:
-        return _token_logps(logits, targets)
-
-    @staticmethod
-    def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None]:
-        gradient = _Gradient.apply(slopes, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
-        return gradient, None
-
-
-class _Gradient(torch.autograd.Function):
-    """`_token_logps_gradient`, of which a derivative is refused instead of taken as 0."""
-
-    @staticmethod
-    def forward(slopes: Tensor, logits: Tensor, targets: Tensor) -> Any:
-        return _token_logps_gradient(slopes, logits, targets)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> None:
-        raise RuntimeError("sequence_logps has no second derivative")
-
-
-def _backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None]:
-    return _gradient_operator(slopes, *ctx.saved_tensors), None
-
-
 def _token_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of each target from the logits at its position; more logits are not used."""
-    if targets.device.type == "cpu":  # where looking makes nothing wait
+    """Return each target's log-probability by the logits at its position; more are not used."""
+    if targets.device.type == "cpu":  # where a value is free to read
         wrong = targets[(targets < 0) | (targets >= logits.shape[2])]
         if wrong.numel():
             raise IndexError(
@@ -154,7 +113,7 @@ def _token_logps(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _token_logps_gradient(slopes: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """Gradient of Σ slopes · `token_logps` with respect to the logits, in their dtype."""
+    """Return the gradient of Σ slopes · `_token_logps` in the logits, in their dtype."""
     gradient = torch.empty_like(logits)
     gradient[:, targets.shape[1] :] = 0
     for chunk in _chunks(logits, targets):
@@ -166,7 +125,7 @@ def _token_logps_gradient(slopes: Tensor, logits: Tensor, targets: Tensor) -> Te
 
 
 def _chunks(logits: Tensor, targets: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slice responses and positions into chunks of so many logits at most, or of one token."""
+    """Yield slices of responses and positions, with a limited number of logits or one token."""
     responses, length = targets.shape
     limit = CPU_CHUNK if logits.device.type == "cpu" else DEVICE_CHUNK
     tokens = max(limit // logits.shape[2], 1)
@@ -192,22 +151,45 @@ def _check(logits: Tensor, labels: Tensor, mask: Tensor | None) -> None:
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels must have an integer dtype, got {labels.dtype}")
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(
+            "labels must have the shape of logits without the vocabulary, "
+            f"{tuple(logits.shape[:2])}, got {tuple(labels.shape)}"
+        )
+    _checks.same_home("labels", labels, "logits", logits, get_backend(logits))
     if mask is not None:
         _checks.tensors(mask=mask)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must have a boolean dtype, got {mask.dtype}")
-    for name, array in (("labels", labels), ("mask", mask)):
-        if array is None:
-            continue
-        if array.shape != logits.shape[:2]:
-            raise ValueError(
-                f"{name} must have the shape of logits without the vocabulary, "
-                f"{tuple(logits.shape[:2])}, got {tuple(array.shape)}"
-            )
-        if array.device != logits.device:
-            raise ValueError(
-                f"{name} must be on the device of logits, {logits.device}, got {array.device}"
-            )
+        _checks.mask("mask", mask, "labels", labels, get_backend(labels))
+
+
+class _Gradient(torch.autograd.Function):
+    """`_token_logps_gradient`, of which a derivative is refused instead of taken as 0."""
+
+    forward = staticmethod(_token_logps_gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError("sequence_logps has no second derivative")
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+class _TokenLogps(torch.autograd.Function):
+    """`_token_logps` with its gradient."""
+
+    forward = staticmethod(_token_logps)
+    setup_context = staticmethod(_keep)
+
+    @staticmethod
+    def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None]:
+        gradient = _Gradient.apply(slopes, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        return gradient, None
 
 
 # A graph takes each of the two as one operator, so that it needs no more memory there.
@@ -225,6 +207,10 @@ def _(logits: Tensor, targets: Tensor) -> Tensor:
 @_gradient_operator.register_fake
 def _(slopes: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
     return torch.empty_like(logits)
+
+
+def _backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None]:
+    return _gradient_operator(slopes, *ctx.saved_tensors), None
 
 
 _operator.register_autograd(_backward, setup_context=_keep)
