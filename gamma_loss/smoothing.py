@@ -1,26 +1,10 @@
 """Theorem 3.1: a per-pair margin is a per-pair label smoothing, and the other way round.
 
-Write m for a reward gap, δ for a margin shift (γ - γ0), ℓ(s) = -log σ(s) and p = σ(-m). Because
-ℓ(-m) = ℓ(m) + m, label smoothing only tilts the loss:
-
-    conservative (cDPO):  (1 - ε) ℓ(m) + ε ℓ(-m)              = ℓ(m) + ε m
-    robust (rDPO):        ((1 - ε) ℓ(m) - ε ℓ(-m)) / (1 - 2ε) = ℓ(m) - k m,    k = ε / (1 - 2ε)
-
-so matching it with the shifted loss ℓ(m - δ), in value or in slope (the derivative with respect to
-m), is linear in ε or in k. With ``n = ℓ(m) - ℓ(m - δ) = -log(1 + p (e^δ - 1))`` and the difference
-of the slopes ``q = σ(δ - m) - σ(-m)``:
-
-                    value             slope
-    conservative    ε = -n / m        ε = -q
-    robust          k =  n / m        k =  q        ε = k / (1 + 2k)
-
-To first order in δ, n ≈ -δ p and q ≈ δ p (1 - p), and ε ≈ k for the robust kind. Bounds for the
-value match: ``|k + δ p / m| <= δ² / (8 |m|)`` because |ℓ''| <= 1/4, and where |δ| <= |m| / 4 also
-``|ε + δ p / m| <= δ² / (8 |m|) + 4 (δ / m)²`` because |k| <= |δ / m| and ε = k - 2k² / (1 + 2k).
-
-The paper's statement (Sun et al., arXiv:2506.03690, Theorem 3.1) equates rDPO and γ-PO in value
-for |δ| << |m|, which is the robust value match to first order; the exact forms, the slope match,
-the conservative kind and the bounds are derived here.
+Write m for a reward gap, δ for a margin shift γ - γ0, ℓ(s) = -log σ(s) and p = σ(-m). As
+ℓ(-m) = ℓ(m) + m, label smoothing only tilts the loss: cDPO's is ``ℓ(m) + ε m``, rDPO's
+``ℓ(m) - k m`` with ``k = ε / (1 - 2ε)``. So a match with ℓ(m - δ), in value or in slope, is linear
+in ε or in k. The paper's statement (Sun et al., arXiv:2506.03690) is the robust value match to
+first order; docs/theory.md derives the other forms, and bounds on the first order.
 """
 
 from __future__ import annotations
@@ -44,7 +28,10 @@ def label_smoothing_from_shift(
     match: str = "value",
     order: str = "exact",
 ) -> Array:
-    """Label smoothing ε that acts on a pair as a margin shift does.
+    """Return the label smoothing ε that acts on a pair as a margin shift δ does: Theorem 3.1.
+
+    The robust ε is ``k / (1 + 2k)``, where k is ``(ℓ(m) - ℓ(m - δ)) / m`` for a match in value and
+    ``σ(δ - m) - σ(-m)`` in slope. The conservative ε is -k. Here ℓ(s) = -log σ(s).
 
     Parameters
     ----------
@@ -62,9 +49,9 @@ def label_smoothing_from_shift(
     Returns
     -------
     array
-        ε for each pair (dimensionless). Positive where the pair is smoothed, negative where it is
-        sharpened. Not confined to [0, 0.5): a large shift may need more than any flip rate. NaN
-        where the gap or the shift is not finite.
+        ε for each pair (dimensionless): positive where the pair is smoothed, negative where it is
+        sharpened, and beyond [0, 0.5) for some large shifts. NaN where the gap or the shift is not
+        finite.
 
     Raises
     ------
@@ -74,9 +61,9 @@ def label_smoothing_from_shift(
     Notes
     -----
     As m → 0 the robust value match tends to 1/2, and is 0 at δ = 0. The conservative value match
-    and the first-order value match grow like 1/m: at m = 0 no smoothing changes the value, and the
-    result is NaN unless δ = 0. A robust match has no finite ε where k = -1/2 exactly: NaN too, as
-    is an ε beyond the dtype's range. The conservative slope match is finite everywhere.
+    and the first-order value match grow like 1/m. At m = 0 no smoothing changes the value: the
+    result is NaN unless δ = 0. It is NaN too where ε is beyond the dtype's range, as in a robust
+    match with k = -1/2. The conservative slope match is finite everywhere.
 
     Examples
     --------
@@ -111,7 +98,7 @@ def shift_from_label_smoothing(
     kind: str = "robust",
     match: str = "value",
 ) -> Array:
-    """Margin shift δ that acts on a pair as label smoothing ε does.
+    """Return the margin shift δ that acts on a pair as label smoothing ε does.
 
     The inverse of `label_smoothing_from_shift` (exact) in δ.
 
@@ -127,9 +114,8 @@ def shift_from_label_smoothing(
     Returns
     -------
     array
-        δ in reward units. NaN where there is none: the value match asks for a loss ℓ(m - δ) <= 0,
-        or the slope match for a slope outside (-1, 0), or ε is 1/2 and the kind robust; and where
-        the gap or ε is not finite.
+        δ in reward units. NaN where the gap or ε is not finite, and where there is no shift: for a
+        value ℓ(m - δ) <= 0, a slope outside (-1, 0), or ε = 1/2 of the robust kind.
 
     Raises
     ------
@@ -139,8 +125,7 @@ def shift_from_label_smoothing(
     Notes
     -----
     Exact to the rounding of m and k: in value from ``e^δ = e^t (1 + e^m (1 - e^-t))`` with
-    ``t = -k m``, in slope from ``δ = log(1 + k / p) - log(1 - k / (1 - p))``. In both, the two
-    logarithms add up without cancelling.
+    ``t = -k m``, in slope from ``δ = log(1 + k / p) - log(1 - k / (1 - p))``.
 
     Examples
     --------
@@ -160,12 +145,12 @@ def shift_from_label_smoothing(
             finite = finite & (epsilon != 0.5)
             k = xp.where(finite, k, xp.zeros_like(k))
         if match == "slope":
-            # logit(p + k) - logit(p), in two terms of one sign; there is none beyond |k| = 1.
+            # logit(p + k) - logit(p), in two terms of one sign; undefined beyond |k| = 1.
             k = xp.minimum(xp.maximum(k, xp.full_like(k, -2.0)), xp.full_like(k, 2.0))
             shift = _log1p_exp(xp, k, -xp.log_sigmoid(-m)) - _log1p_exp(xp, -k, -xp.log_sigmoid(m))
             return _nan_unless(xp, finite, shift)
-        # ℓ(m - δ) = ℓ(m) + t says e^δ = 1 + (e^t - 1) / p, where digits are lost for small e^δ. As
-        # e^t (1 + e^m (1 - e^-t)) it has none to lose: both logarithms have the sign of t.
+        # ℓ(m - δ) = ℓ(m) + t is e^δ = 1 + (e^t - 1) / p, which cancels for small e^δ. Written as
+        # e^t (1 + e^m (1 - e^-t)) it does not: both logarithms have the sign of t.
         t = -k * m
         share = xp.sign(t) * -xp.expm1(-xp.abs(t))
         shift = t + _log1p_exp(xp, share, m - xp.minimum(t, xp.zeros_like(t)))
@@ -175,7 +160,7 @@ def shift_from_label_smoothing(
 def _arguments(
     reward_gaps: Array, other: Array | float, name: str, kind: str, match: str
 ) -> tuple[Array, Array, Array, Any]:
-    """Return both in one dtype, with 0 for what is not finite, and where both are finite."""
+    """Return both in one dtype, 0 where one is not finite, and where both are finite."""
     _checks.choice("kind", kind, KINDS)
     _checks.choice("match", match, MATCHES)
     xp, (m,) = _checks.floats(reward_gaps=reward_gaps)
