@@ -32,10 +32,8 @@ class GapQueue(torch.nn.Module):
 
     Attributes
     ----------
-    gaps : Tensor, shape (capacity,)
-        In reward units, the oldest first and the newest last; empty slots come first.
-    mask : boolean Tensor, shape (capacity,)
-        True for the filled slots.
+    gaps, mask : Tensor, shape (capacity,)
+        As in `QueueState`.
 
     Raises
     ------
