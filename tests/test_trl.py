@@ -743,13 +743,13 @@ def test_gamma_metrics_are_those_of_the_loss(make):
     trainer = make(GammaDPOTrainer, GammaDPOConfig, beta=0.5, gamma0=2.0, tau=0.5, queue_size=0)
     calls = []
     trainer.gamma_loss.register_forward_hook(
-        lambda module, logps, kwargs, result: calls.append((logps, kwargs["mask"])),
+        lambda module, logps, kwargs, result: calls.append((logps, kwargs["weights"])),
         with_kwargs=True,
     )
     trainer.train()
-    for (logps, mask), row in zip(calls, trainer.state.log_history, strict=False):
+    for (logps, given), row in zip(calls, trainer.state.log_history, strict=False):
         loss, aux = gamma_dpo_loss(
-            *(x.detach().double() for x in logps), beta=0.5, gamma0=2.0, tau=0.5, mask=mask
+            *(x.detach().double() for x in logps), beta=0.5, gamma0=2.0, tau=0.5, weights=given
         )
         assert row["loss"] == pytest.approx(float(loss), rel=1e-5)
         assert row["gamma/max"] == pytest.approx(float(aux.margins.max()), rel=1e-5)

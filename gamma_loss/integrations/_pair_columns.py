@@ -49,8 +49,7 @@ def check(data: Any, name: str) -> Any:
         keywords = {"columns": columns, "name": name}
         return as_stream(data.map(_check_row, with_indices=True, fn_kwargs=keywords))
     for column in columns:
-        values = data.select_columns(column).with_format(None)[:][column]
-        for index, value in enumerate(values):
+        for index, value in enumerate(data.with_format(None)[column]):
             _number(column, value, index, name)
     return data
 
@@ -83,16 +82,16 @@ class Collator:
 
     collate: Any
 
-    def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        """Return the batch, with a tensor for each column that an example has."""
-        tensors = {
-            column: torch.tensor(
-                [_number(column, row.get(column), i, "a batch") for i, row in enumerate(examples)]
-            )
-            for column in COLUMNS
-            if any(column in row for row in examples)
-        }
-        batch = self.collate(examples)
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        """Return the batch, with a tensor for each column that a row has."""
+        tensors = {}
+        for column in COLUMNS:
+            if any(column in row for row in rows):
+                found = (
+                    _number(column, row.get(column), i, "a batch") for i, row in enumerate(rows)
+                )
+                tensors[column] = torch.tensor([*found])
+        batch = self.collate(rows)
         batch.update(tensors)
         return batch
 

@@ -11,12 +11,12 @@ import inspect
 import os
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 
-from gamma_loss import _checks
+from gamma_loss._settings import documented, loss_settings
 from gamma_loss.metrics import metrics
 from gamma_loss.torch import GammaDPOLoss, GammaSimPOLoss, sequence_logps
 
@@ -38,18 +38,6 @@ __all__ = ["GammaDPOConfig", "GammaDPOTrainer", "GammaSimPOConfig", "GammaSimPOT
 
 _QUEUE_FILE = "gamma_loss.pt"
 _TAKES_MODEL = "model" in inspect.signature(DPOTrainer.compute_ref_log_probs).parameters  # TRL 1.10
-_PAPER = {
-    "title": "Robust Preference Optimization via Dynamic Target Margins",
-    "id": "2506.03690",
-    "citation": """\
-@inproceedings{sun2025robust,
-    title     = {Robust Preference Optimization via Dynamic Target Margins},
-    author    = {Sun, Jie and Wu, Junkang and Wu, Jiancan and Zhu, Zhibo and Lu, Xingyu and
-                 Zhou, Jun and Ma, Lintao and Wang, Xiang},
-    booktitle = {Findings of the Association for Computational Linguistics: ACL 2025},
-    year      = 2025,
-}""",
-}
 _LABELS = ("chosen_labels", "rejected_labels")
 
 
@@ -81,30 +69,25 @@ class _GammaOptions:
                     f"gamma_beta_ratio is given, got {self.gamma0}"
                 )
             self.gamma0 = gamma0
-        _checks.number("beta", self.beta, above=0)
-        _checks.problem(self.gamma0, self.tau)
-        _checks.flag("centered", self.centered)
+        names = "beta", "gamma0", "tau", "centered"
+        loss_settings(**{name: getattr(self, name) for name in names})  # a bad one is refused now
 
 
+@documented("gamma0", "tau", "centered")
 @dataclass
 class GammaDPOConfig(_GammaOptions, DPOConfig):
     """TRL's `DPOConfig` with the hyperparameters of γ-PO.
 
     Parameters
     ----------
-    gamma0 : float, default 4
-        Mean target margin in reward units, see `solve_margins`.
+    {parameters}
     gamma_beta_ratio : float, optional
         Another way to give gamma0, as ``beta * gamma_beta_ratio``.
-    tau : float, default 10
-        Weight of the margins' KL term in nats, see `solve_margins`.
-    centered : bool, default True
-        Whether the loss subtracts γ_i - γ0 or γ_i, see `gamma_dpo_loss`.
-    queue_size : int, default 2048
+    queue_size : int
         Number of recent gaps that join the margin problem, see `GammaDPOLoss`.
-    length_normalize : bool, default False
-        Whether log-probabilities, the reference's too, are averaged over the tokens of a response
-        and not summed. The published code averages. ``loss_type="sigmoid_norm"`` does the same.
+    length_normalize : bool
+        True averages log-probabilities, the reference's too, over the tokens of a response, as the
+        published code does; False sums them. ``loss_type="sigmoid_norm"`` averages too.
 
     Raises
     ------
@@ -134,15 +117,13 @@ class GammaSimPOConfig(_GammaOptions, CPOConfig):
 
     Parameters
     ----------
-    beta : float, default 10
+    beta : float
         Reward units per nat of mean log-probability.
-    gamma0, gamma_beta_ratio, tau, queue_size
-        See `GammaDPOConfig`. gamma0 is TRL's ``simpo_gamma``, which is set to it.
-    centered : bool, default False
-        Whether the loss subtracts γ_i - γ0 or γ_i, see `gamma_simpo_loss`.
-    loss_type : str, default "simpo"
-        No other is allowed.
-    cpo_alpha : float, default 0
+    gamma0, gamma_beta_ratio, tau, queue_size, centered
+        As for `GammaDPOConfig`. TRL's ``simpo_gamma`` is set to gamma0.
+    loss_type : str
+        "simpo", and no other.
+    cpo_alpha : float
         Weight of an added SFT term on the chosen responses, as TRL has it for CPO.
 
     Examples
@@ -161,9 +142,10 @@ class GammaSimPOConfig(_GammaOptions, CPOConfig):
         self.simpo_gamma = self.gamma0
 
 
-def _must_be(only: Any, args: Any, name: str, method: str) -> None:
-    if getattr(args, name) != only:
-        raise ValueError(f"{name} must be {only!r} for {method}, got {getattr(args, name)!r}")
+def _must_be(method: str, args: Any, **only: Any) -> None:
+    for name, value in only.items():
+        if getattr(args, name) != value:
+            raise ValueError(f"{name} must be {value!r} for {method}, got {getattr(args, name)!r}")
 
 
 def _has_tokens(row: dict[str, Any], first: int) -> bool:
@@ -171,10 +153,22 @@ def _has_tokens(row: dict[str, Any], first: int) -> bool:
 
 
 class _GammaTrainer:
-    """The part that both trainers add to TRL's: columns of the data, metrics and the queue."""
+    """The addition of both trainers to TRL's: columns of the data, metrics and the queue."""
 
     gamma_loss: GammaDPOLoss | GammaSimPOLoss
     _step_weight: torch.Tensor | None = None
+    _paper: ClassVar = {
+        "title": "Robust Preference Optimization via Dynamic Target Margins",
+        "id": "2506.03690",
+        "citation": """\
+@inproceedings{sun2025robust,
+    title     = {Robust Preference Optimization via Dynamic Target Margins},
+    author    = {Sun, Jie and Wu, Junkang and Wu, Jiancan and Zhu, Zhibo and Lu, Xingyu and
+                 Zhou, Jun and Ma, Lintao and Wang, Xiang},
+    booktitle = {Findings of the Association for Computational Linguistics: ACL 2025},
+    year      = 2025,
+}""",
+    }
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._sizes = {}
@@ -188,8 +182,8 @@ class _GammaTrainer:
         self: Any, loss: Any, defaults: Any, model: Any, units: Any = None, **settings: Any
     ) -> None:
         """Make the loss from the arguments. A config of TRL's own gets our defaults."""
-        for name in ("tau", "centered", "queue_size"):
-            settings[name] = getattr(self.args, name, getattr(defaults, name))
+        for name in ("gamma0", "tau", "centered", "queue_size"):
+            settings.setdefault(name, getattr(self.args, name, getattr(defaults, name)))
         self.gamma_loss = loss(
             beta=self.args.beta,
             label_smoothing=self.args.label_smoothing,
@@ -237,22 +231,17 @@ class _GammaTrainer:
         """Return the loss of a micro-batch, and the ``gamma/*`` over all ranks."""
         training, weights = self.model.training, self._weights(batch)
         chosen = chosen - batch.get("margin", 0.0) / self.beta  # a gap smaller by the margin
-        loss, aux = self.gamma_loss.train(training)(
-            chosen, *logps, mask=weights > 0, weights=batch.get("weight")
-        )
-        columns = [aux.margins, aux.shifts, aux.reward_gaps, aux.pair_weights, aux.mask, weights]
-        rows = torch.stack([column.to(aux.margins.dtype) for column in columns], 1)
-        margins, shifts, gaps, slopes, mask, weights = self.accelerator.gather(rows).unbind(1)
+        loss, aux = self.gamma_loss.train(training)(chosen, *logps, weights=weights)
+        local = {name: values for name, values in aux._asdict().items() if values.ndim}
+        rows = [values.to(aux.margins.dtype) for values in (*local.values(), weights)]
+        *columns, weights = self.accelerator.gather(torch.stack(rows, 1)).unbind(1)
         if training and self._step_weight is not None:
-            # The mean over the whole step: TRL divides by the number of micro-batches, of which
-            # one may hold fewer pairs.
+            # The mean over the step's pairs: micro-batches, which TRL averages, may differ in size.
             tiny = torch.finfo(weights.dtype).tiny
             loss = loss * (weights.sum() / self._step_weight.clamp(min=tiny))
-        whole = aux._replace(
-            margins=margins, shifts=shifts, reward_gaps=gaps, pair_weights=slopes, mask=mask > 0,
-            chosen_rewards=gaps, rejected_rewards=gaps,  # TRL reports the rewards
-        )  # fmt: skip
-        logs = {name: value for name, value in metrics(whole).items() if name.startswith("gamma/")}
+        gathered = dict(zip(local, columns, strict=True))
+        summary = metrics(aux._replace(**gathered | {"mask": gathered["mask"] > 0}))
+        logs = {name: value for name, value in summary.items() if name.startswith("gamma/")}
         return loss, dict(zip(logs, torch.stack(list(logs.values())).tolist(), strict=True))
 
     def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -284,19 +273,19 @@ class _GammaTrainer:
 class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
     """TRL's `DPOTrainer`, training with γ-DPO.
 
-    The margins are solved over the queue and the batch of all ranks. Besides TRL's metrics it logs
-    the ``gamma/*`` of `metrics`, over the pairs of all ranks and averaged over micro-batches as TRL
-    averages its own. The loss of a step is the mean over all its pairs, however they are split into
-    micro-batches. A pair with a response truncated to nothing takes no part.
+    The margins are solved over the queue and the batch of all ranks. The loss of a step is the mean
+    over all its pairs, however they are split into micro-batches; a pair with a response truncated
+    to nothing takes no part. Beside TRL's metrics it logs the ``gamma/*`` of `metrics`, over all
+    ranks, averaged over micro-batches as TRL's are.
 
     Evaluation reads the queue and never writes it. The queue is saved with the model: a resumed run
     and ``load_best_model_at_end`` go on with it, and so does a new trainer of a saved model that
     gets a ``ref_model``. Without one the reference is another, and the queue starts empty.
 
-    A column ``margin`` of the data gives each pair a target m_i of its own, in reward units. Then
-    γ-PO works on ``g_i - m_i``: the loss is ``-log σ(g_i - m_i - (γ_i - γ0))``. The pool and the
-    queue hold ``g - m``. TRL's ``rewards/*`` stay those of g. A column ``weight`` gives each pair
-    its weight in the pool and in the mean over the step's pairs.
+    A column ``margin`` of the data gives each pair a target m_i in reward units: the loss is
+    ``-log σ(g_i - m_i - (γ_i - γ0))``, and the pool and the queue hold ``g - m``. TRL's
+    ``rewards/*`` stay those of g. A column ``weight`` gives each pair its weight in the pool and in
+    the mean.
 
     Parameters
     ----------
@@ -331,7 +320,6 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
     precompute_ref_logps: bool
     _tag_names = ("trl", "dpo", "gamma-po")
     _name = "γ-DPO"
-    _paper = _PAPER
 
     def __init__(
         self, model: Any, ref_model: Any = None, args: DPOConfig | None = None, **kwargs: Any
@@ -345,10 +333,9 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
             )
         super().__init__(model, ref_model, args, **kwargs)
         args = self.args
-        for name, only in (
-            ("f_divergence_type", "reverse_kl"), ("ld_alpha", None), ("use_weighting", False),
-        ):  # fmt: skip
-            _must_be(only, args, name, self._name)
+        _must_be(
+            self._name, args, f_divergence_type="reverse_kl", ld_alpha=None, use_weighting=False
+        )
         own = ("sigmoid", "sigmoid_norm", "robust")
         places = [i for i, name in enumerate(args.loss_type) if name in own]
         if len(places) != 1:
@@ -356,17 +343,14 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
                 f"loss_type must hold exactly one of {own}, whose place γ-DPO takes, "
                 f"got {args.loss_type!r}"
             )
-        # TRL goes on to compute the losses beside it.
+        # TRL computes the other losses of the list.
         self.loss_types, self.loss_weights = list(self.loss_types), list(self.loss_weights)
-        place = self.loss_types.pop(places[0])
-        robust = place == "robust"
-        self._normalize = place == "sigmoid_norm" or getattr(args, "length_normalize", False)
+        replaced = self.loss_types.pop(places[0])
         self._gamma_weight = self.loss_weights.pop(places[0])
-        self._make_loss(
-            GammaDPOLoss, GammaDPOConfig, None if ref_model is None else model,
-            units={"length_normalize": float(self._normalize)},
-            gamma0=getattr(args, "gamma0", GammaDPOConfig.gamma0), robust=robust,
-        )  # fmt: skip
+        self._normalize = replaced == "sigmoid_norm" or getattr(args, "length_normalize", False)
+        units = {"length_normalize": float(self._normalize)}
+        saved = None if ref_model is None else model
+        self._make_loss(GammaDPOLoss, GammaDPOConfig, saved, units, robust=replaced == "robust")
 
     def compute_ref_log_probs(self, *arguments: Any) -> Any:
         """Return TRL's, as constants, of a batch that may have margins and weights."""
@@ -384,13 +368,11 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
         """Return TRL's loss with γ-DPO in the place of DPO, and log the metrics of both."""
         batch, inputs = inputs, _pair_columns.without(inputs)
         if not self.precompute_ref_logps:
-            # A compiled module has no truth value.
             reference = self.model if self.ref_model is None else self.ref_model
-            # As when TRL computes a loss: under FSDP2 autocast would round the reference otherwise
-            # than the policy.
+            arguments = (reference, inputs) if _TAKES_MODEL else (inputs,)
+            # As in TRL's loss: under FSDP2 autocast would round only the reference.
             self.accelerator.autocast = contextlib.nullcontext
             try:
-                arguments = (reference, inputs) if _TAKES_MODEL else (inputs,)
                 chosen, rejected = self.compute_ref_log_probs(*arguments)
             finally:
                 del self.accelerator.autocast
@@ -422,17 +404,16 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
         loss, logs = self._gamma_loss(batch, *logps)
         for name, value in logs.items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
-        if return_outputs:
-            return result[0] + self._gamma_weight * loss, result[1]
-        return result + self._gamma_weight * loss
+        loss = self._gamma_weight * loss
+        return (result[0] + loss, result[1]) if return_outputs else result + loss
 
 
 class GammaSimPOTrainer(_GammaTrainer, CPOTrainer):
     """TRL's `CPOTrainer`, training with γ-SimPO.
 
-    As `GammaDPOTrainer`, with the columns ``margin`` and ``weight``, without a reference model and
-    with log-probabilities averaged over tokens. Pairs with a response truncated to nothing are left
-    out of the data, and a warning gives their number. Unlike `CPOTrainer` it takes streams.
+    As `GammaDPOTrainer`, the columns ``margin`` and ``weight`` included, without a reference model
+    and with log-probabilities averaged over tokens. Pairs with a response truncated to nothing are
+    left out of the data, and a warning gives their number. Unlike `CPOTrainer` it takes streams.
 
     Parameters
     ----------
@@ -464,11 +445,9 @@ class GammaSimPOTrainer(_GammaTrainer, CPOTrainer):
 
     _tag_names = ("trl", "simpo", "gamma-po")
     _name = "γ-SimPO"
-    _paper = _PAPER
 
     def __init__(self, model: Any, args: CPOConfig, **kwargs: Any) -> None:
-        for name, only in (("loss_type", "simpo"), ("alpha", 0.0)):
-            _must_be(only, args, name, self._name)
+        _must_be(self._name, args, loss_type="simpo", alpha=0.0)
         if isinstance(kwargs.get("train_dataset"), IterableDataset):  # as DPOTrainer does
             args.accelerator_config.dispatch_batches = False
         super().__init__(model, args, **kwargs)
