@@ -644,10 +644,15 @@ def test_data_of_which_truncation_leaves_nothing(make, data, family):
     trainer, config, settings = family
     if family is DPO and Version(TRL_VERSION) < Version("1.9"):
         pytest.skip("TRL 1.8 keeps long prompts in DPO's data")
-    for name in ("train_dataset", "eval_dataset"):
-        words = f"48 of the 48 pairs of {name} are left out: .*_length = 60 .* Increase max_length"
-        with pytest.raises(ValueError, match=words):
-            make(trainer, config, **settings, **{name: long_prompts(data, 48)}, max_length=60)
+    options = {**settings, "max_length": 60}
+    words = "48 of the 48 pairs of {} are left out: .*_length = 60 .* Increase max_length"
+    with pytest.raises(ValueError, match=words.format("train_dataset")):
+        make(trainer, config, **options, train_dataset=long_prompts(data, 48))
+    with pytest.warns(UserWarning, match=words.format("eval_dataset") + ".* reports no loss"):
+        trained = make(trainer, config, **options, eval_dataset=long_prompts(data, 48),
+                       eval_strategy="steps", eval_steps=6)  # fmt: skip
+    trained.train()
+    assert not [name for row in trained.state.log_history for name in row if "eval_loss" in name]
 
 
 @FAMILIES

@@ -200,7 +200,10 @@ class _GammaTrainer:
                     f"max_length = {self.args.max_length} leaves no token of a response"
                 )
                 if not left:
-                    raise ValueError(f"{words}. Increase max_length")
+                    words += ". Increase max_length"
+                    if name == "train_dataset":
+                        raise ValueError(words)
+                    words += ": as it is, evaluation reports no loss"
                 warnings.warn(words, stacklevel=3)
         folder = model if isinstance(model, str) else getattr(model, "name_or_path", "")
         if folder and os.path.isfile(os.path.join(folder, _QUEUE_FILE)):
@@ -303,7 +306,8 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
     ValueError
         For options that would change what the γ-loss means: f_divergence_type, ld_alpha,
         use_weighting, and a loss_type that does not hold one of "sigmoid", "sigmoid_norm" and
-        "robust". For a margin or weight that is no such number, and for data without a pair left.
+        "robust". For a margin or weight that is no such number, and for training data without a
+        pair left.
 
     Examples
     --------
@@ -430,7 +434,7 @@ class GammaSimPOTrainer(_GammaTrainer, CPOTrainer):
     ------
     ValueError
         For a loss_type that is not "simpo", for alpha (AlphaPO's transformed rewards), for a margin
-        or weight that is no such number, and for data without a pair left.
+        or weight that is no such number, and for training data without a pair left.
 
     Examples
     --------
