@@ -337,7 +337,10 @@ def _add(kind: type, array: Any) -> None:
     else:
         import array_api_compat
 
-        _instances[kind] = Backend(array_api_compat.array_namespace(array))
+        xp = array_api_compat.array_namespace(array)
+        if not hasattr(xp, "bool"):  # MLX has most of the standard's names
+            raise TypeError(f"{kind.__module__} does not follow the array API standard")
+        _instances[kind] = Backend(xp)
 
 
 def in_dynamo() -> bool:

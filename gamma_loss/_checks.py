@@ -136,8 +136,10 @@ def backend(name: str, array: Any) -> Any:
     try:
         return get_backend(array)
     except TypeError:
+        kind = type(array)
+        home = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
         raise TypeError(
-            f"{name} must be an array (torch, NumPy, JAX, ...), got {type(array).__name__}"
+            f"{name} must be an array (torch, NumPy, JAX, ...), got {home}{kind.__name__}"
         ) from None
 
 

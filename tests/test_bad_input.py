@@ -5,6 +5,7 @@ import inspect
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import oracles
@@ -166,6 +167,14 @@ def test_what_is_no_array_of_real_numbers(library):
             xp = _checks.backend("a", good)
             text = complaint(TypeError, _checks.mask, "it", value, "a", good, xp)
             assert text.startswith("it must "), (kind, text)
+
+
+def test_a_library_that_follows_only_most_of_the_standard():
+    """As MLX does, which has no `bool`."""
+    most = SimpleNamespace(__name__="mlx.core", float32=None, float64=None)
+    names = {"__array_namespace__": lambda self, **_: most, "__module__": "mlx.core"}
+    text = complaint(TypeError, _checks.floats, it=type("array", (), names)())
+    assert text == "it must be an array (torch, NumPy, JAX, ...), got mlx.core.array"
 
 
 def test_libraries_that_are_mixed(library):
