@@ -38,6 +38,7 @@ def refused(tmp_path, monkeypatch):
     ("line", "words"),
     [
         ("{", "Expecting property name"),
+        ('{"prompt": ', "Expecting value: column 11"),
         ("[1]", "got list: each line must be a JSON object"),
         ("[" * 100_000, "maximum recursion depth exceeded"),
         ('{"prompt": ' + "9" * 5000 + "}", "a number of 5000 digits is too large"),

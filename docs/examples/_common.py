@@ -125,7 +125,7 @@ def json_lines(file: Path) -> Iterator[tuple[str, Row]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode(), parse_int=whole_number)
+                row = json.loads(line.rstrip().decode(), parse_int=whole_number)
                 if not isinstance(row, dict):
                     raise ValueError(f"got {type(row).__name__}")
             except (ValueError, RecursionError) as error:
