@@ -685,6 +685,21 @@ def test_config_says_gamma0_either_way(tmp_path):
     assert (config.gamma0, config.tau, config.queue_size) == (3.0, 3.0, 2048)
 
 
+@FAMILIES
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"gamma_beta_ratio": "0.5"}, TypeError, "gamma_beta_ratio must be a Python number"),
+        ({"gamma_beta_ratio": -1.0}, ValueError, "gamma_beta_ratio must be finite and >= 0"),
+        ({"gamma_beta_ratio": 1.0, "beta": "1"}, TypeError, "beta must be a Python number"),
+        ({"queue_size": -1}, ValueError, "queue_size must be >= 0, got -1"),
+    ],
+)  # fmt: skip
+def test_a_config_checks_its_numbers(tmp_path, family, options, error, words):
+    with pytest.raises(error, match=words):
+        family[1](str(tmp_path), use_cpu=True, **options)
+
+
 def test_trl_s_own_configs_do(make):
     settings = make(GammaDPOTrainer, DPOConfig, beta=0.3).gamma_loss.settings
     assert (settings["beta"], settings["gamma0"], settings["tau"]) == (0.3, 4.0, 10.0)

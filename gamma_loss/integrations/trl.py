@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
+from gamma_loss import _checks
 from gamma_loss._settings import documented, loss_settings
 from gamma_loss.metrics import metrics
 from gamma_loss.torch import GammaDPOLoss, GammaSimPOLoss, sequence_logps
@@ -61,8 +62,9 @@ class _GammaOptions:
 
     def __post_init__(self: Any) -> None:
         super().__post_init__()  # type: ignore[misc]
+        beta = _checks.number("beta", self.beta, above=0)
         if self.gamma_beta_ratio is not None:
-            gamma0 = self.beta * self.gamma_beta_ratio
+            gamma0 = beta * _checks.number("gamma_beta_ratio", self.gamma_beta_ratio, least=0)
             if self.gamma0 not in (type(self).gamma0, gamma0):
                 raise ValueError(
                     f"gamma0 must be beta * gamma_beta_ratio = {gamma0} or left out where "
@@ -71,6 +73,7 @@ class _GammaOptions:
             self.gamma0 = gamma0
         names = "beta", "gamma0", "tau", "centered"
         loss_settings(**{name: getattr(self, name) for name in names})  # a bad one is refused now
+        _checks.whole_number("queue_size", self.queue_size, least=0)
 
 
 @documented("gamma0", "tau", "centered")
