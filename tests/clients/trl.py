@@ -29,7 +29,7 @@ REFUSED = {  # a part of a test's name, and with what our trainers refuse what i
     "test_cpo_trainer": "loss_type must be 'simpo'",
     "test_alphapo_trainer": "alpha must be 0.0",
 }
-TAKEN = ("[sigmoid]", "[sigmoid_norm]", "[robust]", "simpo")  # the losses among them that are ours
+TAKEN = ("[sigmoid]", "[sigmoid_norm]", "[robust]", "[reverse_kl]", "simpo")  # which are ours
 MODELS = {
     "Qwen2ForCausalLM-2.5": "qwen2", "Qwen3MoeForCausalLM": "qwen3_moe",
     "GptOssForCausalLM": "gpt_oss", "Cohere2ForCausalLM": "cohere2", "Olmo3ForCausalLM": "olmo3",
