@@ -26,7 +26,7 @@ REFUSED = {  # a part of a test's name, and with what our trainers refuse what i
     "test_train_with_f_divergence": "f_divergence_type must be 'reverse_kl'",
     "test_train_with_ld": "ld_alpha must be None",
     "test_train_with_wpo": "use_weighting must be False",
-    "test_cpo_trainer": "loss_type must be 'simpo'",
+    "test_cpo_trainer[": "loss_type must be 'simpo'",
     "test_alphapo_trainer": "alpha must be 0.0",
 }
 TAKEN = ("[sigmoid]", "[sigmoid_norm]", "[robust]", "[reverse_kl]", "simpo")  # which are ours
