@@ -218,7 +218,7 @@ def _explain(
         (_scan(measure, wanted, other)[2], verb, other)
         for verb, other in (("lower", gamma0 / 2), ("raise", 2 * gamma0))
     )
-    if value <= reached:
+    if value <= reached + 1e-6 * abs(wanted):  # more is not rounding alone
         return said + "half of it and twice its value do no better"
     return said + f"{verb} gamma0: gamma0 = {other:.3g} gives {abs(value):.3g}"
 

@@ -120,6 +120,8 @@ def test_settings_for_margins_need_no_scipy(monkeypatch):
          r"\(mean -29, standard deviation 2.88\) are far below gamma0; lower gamma0: gamma0 = 2"),
         (GAPS + 30, {"margin_std": 1.5, "gamma0": 0.5},
          r"\(mean 31, standard deviation 2.88\) are far above gamma0; raise gamma0: gamma0 = 1"),
+        (GAPS + 100, {"margin_std": 1.5, "gamma0": 4.0},
+         "are far above gamma0; half of it and twice its value do no better"),  # than rounding
         (np.ones(3), {"margin_std": 0.4, "gamma0": 4.0}, "are all equal, and so are their margins"),
     ],
 )  # fmt: skip
