@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic and their peer, without any timing."""
+"""The benchmarks' arithmetic and their peers, without any timing. CI runs each with --quick."""
 
 import itertools
 import json
@@ -34,173 +34,104 @@ HERE = Path(published.__file__).parent
 # --- the harness ---
 
 
-def test_quantiles_are_in_microseconds():
-    times = [i * 1e-6 for i in range(11)]  # 0, 1, ..., 10 microseconds
-    assert harness.quantiles(times) == pytest.approx([1.0, 5.0, 9.0])
-
-
-def test_speed_is_of_medians_and_above_one_for_the_faster():
-    rows = {"a": {"hot": [1.0, 2.0, 900.0]}, "b": {"hot": [0.0, 6.0, 7.0]}}
-    assert harness.speed(rows, "a", "b") == 3.0
-    assert harness.speed(rows, "a", "c") is None
-
-
 def test_calls_come_in_any_order_hot_after_the_same_and_cold_after_a_training_step(monkeypatch):
-    log = []
+    now, log = itertools.count(step=2.0).__next__, []  # each reading of the clock takes 2 s
     clock = SimpleNamespace(
-        process_time=lambda: log.append("clock") or 0.0, perf_counter=lambda: 0.0
+        process_time=lambda: log.append("clock") or now(), perf_counter=lambda: 0.0
     )
     monkeypatch.setattr(harness, "time", clock)
     monkeypatch.setattr(harness, "training_step", lambda device: lambda: log.append("step"))
-    calls = {name: lambda name=name: log.append(name) for name in "ab"}
+    calls = {name: lambda name=name: log.append(name) or (now() and now()) for name in "ab"}
     times = harness.in_turns(calls, seconds=0.0, device="cpu", least=40)
-    assert {(n, s): len(t) for n, each in times.items() for s, t in each.items()} == dict.fromkeys(
-        itertools.product("ab", harness.STATES), 40
-    )
+    # Two readings by each call, and not what the clock takes.
+    assert times == {name: dict.fromkeys(harness.STATES, [4.0] * 40) for name in "ab"}
     log = log[2000:]  # without what the clock itself takes
     timed = [tuple(log[i : i + 4]) for i in range(0, len(log), 4)]
-    kinds = [(before, name, "clock") for before, _, name, _ in timed]
+    kinds = [(before, name) for before, _, name, _ in timed]
     assert {each[1::2] for each in timed} == {("clock", "clock")}
-    assert {each[:2] for each in kinds} == {("a", "a"), ("b", "b"), ("step", "a"), ("step", "b")}
+    assert set(kinds) == {("a", "a"), ("b", "b"), ("step", "a"), ("step", "b")}
     turns = {tuple(kinds[i : i + 4]) for i in range(0, len(kinds), 4)}
     assert all(len(set(turn)) == 4 for turn in turns)
     assert len(turns) > 10  # of 24 orders
+    times = [i * 1e-6 for i in range(11)]  # 0, 1, ..., 10 microseconds
+    assert harness.quantiles(times) == pytest.approx([1.0, 5.0, 9.0])
+    rows = {"a": {"hot": [1.0, 2.0, 900.0]}, "b": {"hot": [0.0, 6.0, 7.0]}}
+    assert harness.speed(rows, "a", "b") == 3.0  # of medians, above 1 for the faster
+    assert harness.speed(rows, "a", "c") is None
 
 
-def test_times_are_without_what_the_clock_takes(monkeypatch):
-    now = itertools.count(step=2.0).__next__  # each reading of the clock takes 2 s
-    monkeypatch.setattr(
-        harness, "time", SimpleNamespace(process_time=now, perf_counter=lambda: 0.0)
-    )
-    times = harness.in_turns({"a": lambda: now() and now()}, 0.0, "cpu", least=3)
-    assert times["a"]["hot"] == [4.0] * 3
+def test_what_cannot_run_is_left_out_with_its_reason_and_the_rest_agrees(monkeypatch):
+    def solve(*arguments, impl="auto", **setting):
+        if impl == "compile":
+            raise RuntimeError("no compiler\nand more")
+        if impl == "triton":
+            warnings.warn("Triton can't be used on cpu", RuntimeWarning, stacklevel=1)
+        return solve_margins(*arguments, impl=impl, **setting)
 
-
-def test_budget_hands_on_what_an_item_leaves(monkeypatch):
-    now = 100.0
-    monkeypatch.setattr(harness.time, "perf_counter", lambda: now)
-    budget = harness.Budget(12.0, [2.0, 1.0, 1.0])
-    assert budget.share() == 6.0
-    now += 2.0
-    assert budget.share() == 5.0
-    now += 20.0
-    assert budget.share() == 0.0
-
-
-def test_a_call_that_fails_is_left_out_with_its_reason():
+    monkeypatch.setattr(harness, "solve_margins", solve)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    args = SimpleNamespace(device="cpu", left_out={})
+    ways = harness.ways(args, interpret=True)
+    assert {"eager", "auto", "numpy"} == set(ways) - {"jax"}
+    assert args.left_out["compile"] == "RuntimeError: no compiler"
+    assert "Triton can't be used" in args.left_out["triton"]
+    harness.ways(args)
+    assert "interpreter is not timed" in args.left_out["triton"]
+    gaps = harness.pool(harness.LLAMA, 32)
+    exact = oracles.margins(gaps, 4.0, 10.0)[0]
+    for array, way in ways.values():
+        margins = np.asarray(way(array(gaps), gamma0=4.0, tau=10.0)[0].tolist())
+        np.testing.assert_allclose(margins, exact.astype(float), rtol=1e-13)
     calls, skipped = {"one": lambda: 1, "fails": lambda: 1 / 0}, {}
     assert harness.warm_up(calls, "cpu", skipped) == {"one": 1}
     assert list(calls) == ["one"]
     assert skipped == {"fails": "ZeroDivisionError: division by zero"}
 
 
-def test_an_implementation_that_cannot_run_is_left_out(monkeypatch):
-    def solve(gaps, *, impl="auto", **_):
-        if impl == "compile":
-            raise RuntimeError("no compiler\nand more")
-        if impl == "triton":
-            warnings.warn("Triton can't be used on cpu", RuntimeWarning, stacklevel=1)
-
-    monkeypatch.setattr(harness, "solve_margins", solve)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    args = SimpleNamespace(device="cpu", left_out={})
-    assert {"eager", "auto", "numpy"} <= set(harness.ways(args, interpret=True)) - {"jax"}
-    assert args.left_out["compile"] == "RuntimeError: no compiler"
-    assert "Triton can't be used" in args.left_out["triton"]
-    harness.ways(args)
-    assert "interpreter is not timed" in args.left_out["triton"]
-
-
-def test_all_ways_solve_the_same_pool(monkeypatch):
-    def solve(*arguments, impl="auto", **setting):
-        assert impl != "compile", "which other tests do, and takes long"
-        return solve_margins(*arguments, impl=impl, **setting)
-
-    monkeypatch.setattr(harness, "solve_margins", solve)
-    gaps = harness.pool(harness.LLAMA, 32)
-    exact = oracles.margins(gaps, 4.0, 10.0)[0]
-    ways = harness.ways(SimpleNamespace(device="cpu", left_out={}))
-    assert {"auto", "eager", "numpy"} <= set(ways)
-    for array, way in ways.values():
-        margins = np.asarray(way(array(gaps), gamma0=4.0, tau=10.0)[0].tolist())
-        np.testing.assert_allclose(margins, exact.astype(float), rtol=1e-13)
-
-
 def test_counts_kernels_and_their_time_from_a_profile(monkeypatch):
-    def event(name, microseconds, device=torch.autograd.DeviceType.CUDA, annotation=False):
-        elapsed = SimpleNamespace(elapsed_us=lambda: microseconds)
-        return SimpleNamespace(
-            name=name, device_type=device, is_user_annotation=annotation, time_range=elapsed
-        )
-
     events = [
-        event("solve_kernel", 40.0),
-        event("solve_kernel", 44.0),
-        event("Memcpy DtoH (Device -> Pageable)", 6.0),
-        event("Torch-Compiled Region", 500.0, annotation=True),
-        event("cudaLaunchKernel", 300.0, device=torch.autograd.DeviceType.CPU),
-    ]
+        SimpleNamespace(
+            name=name, is_user_annotation=name == "Region",
+            device_type=torch.autograd.DeviceType.CPU if name == "launch" else "CUDA",
+            time_range=SimpleNamespace(elapsed_us=lambda time=time: time),
+        )
+        for name, time in [("a", 40), ("b", 44), ("Memcpy", 6), ("Region", 5), ("launch", 3)]
+    ]  # fmt: skip
     profiler = SimpleNamespace(events=lambda: events)
     monkeypatch.setattr(torch.profiler, "profile", lambda **_: nullcontext(profiler))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     counted = harness.launches(lambda: None, calls=2)
     assert counted == {"kernels": 1.0, "copies": 0.5, "device_microseconds": 45.0}
-    events.clear()
-    assert harness.launches(lambda: None) == {}
 
 
-def test_fresh_compile_takes_a_code_object_of_its_own_each_time(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    offset = 10
-
-    def add(x, y=2):
-        return x + y + offset
-
-    copies = [harness.fresh_compile(add) for _ in range(2)]
-    assert [copy(1) for copy in copies] == [13, 13]
-    assert len({id(function.__code__) for function in (add, *copies)}) == 3
-
-
-def test_results_are_json_even_if_not_finite(tmp_path):
+def test_results_are_json_with_a_line_each_and_five_digits(tmp_path):
     out = tmp_path / "result.json"
-    harness.write(out, {"γ": [1.0, float("nan")], "nested": {"x": float("inf")}, "n": 3})
-    assert json.loads(out.read_text("utf-8")) == {"γ": [1.0, None], "nested": {"x": None}, "n": 3}
-
-
-def test_results_have_a_line_each_and_five_digits(tmp_path):
-    out = tmp_path / "result.json"
-    harness.write(out, {"rows": [{"x": 1.23456789}, {"x": [2.0]}], "none": []})
+    harness.write(out, {"γ": float("nan"), "rows": [{"x": 1.23456789}, {"x": [2.0]}], "none": []})
     assert out.read_text("utf-8").splitlines() == [
-        "{", ' "rows": [', '  {"x": 1.2346},', '  {"x": [2.0]}', " ],", ' "none": []', "}"
+        "{", ' "γ": null,', ' "rows": [', '  {"x": 1.2346},', '  {"x": [2.0]}', " ],",
+        ' "none": []', "}",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_wrong_arguments_end_in_one_line_before_anything_runs(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.json").mkdir()
+    for arguments, message in [
         (["--out", "results.txt"], "--out must name a .json file, got results.txt"),
-        (["--out", "{tmp}"], "Is a directory"),
-        (["--out", "{tmp}/file/new.json"], "can't write results"),
+        (["--out", f"{tmp_path}/folder.json"], "Is a directory"),
+        (["--out", f"{tmp_path}/file/new.json"], "can't write results"),
         (["--seconds", "0"], "--seconds must be positive and finite, got 0"),
         (["--seconds", "nan"], "--seconds must be positive"),
-        (["--seconds", "soon"], "invalid float value: 'soon'"),
         (["--fast"], "unrecognized arguments: --fast"),
-    ],
-)
-def test_wrong_arguments_end_in_one_line_before_anything_runs(
-    monkeypatch, capsys, tmp_path, arguments, message
-):
-    (tmp_path / "file").touch()
-    if arguments[-1] == "{tmp}":
-        (tmp_path := tmp_path / "folder.json").mkdir()
-    arguments = [each.format(tmp=tmp_path) for each in arguments]
-    monkeypatch.setattr(sys, "argv", ["/x/benchmarks/solver.py", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        harness.run("Doc", 1.0, {"results": harness.Section(pytest.fail, pytest.fail, (), list)})
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("python -m benchmarks.solver: ")
-    assert message in line
+    ]:
+        monkeypatch.setattr(sys, "argv", ["/x/benchmarks/solver.py", *arguments])
+        section = harness.Section(pytest.fail, pytest.fail, (), list)
+        with pytest.raises(SystemExit) as stopped:
+            harness.run("Doc", 1.0, {"results": section})
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("python -m benchmarks.solver: ")
+        assert message in line
 
 
 def test_a_run_measures_every_case_writes_and_shows(monkeypatch, capsys, tmp_path):
@@ -215,8 +146,9 @@ def test_a_run_measures_every_case_writes_and_shows(monkeypatch, capsys, tmp_pat
 
     found = {}
     part = harness.Section(
-        lambda args: ["a", "b"], measure, ["case"], lambda rs: [[r["case"]] for r in rs], share=3.0
-    )
+        lambda args: ["a", "b"], measure, ["case", "µs"],
+        lambda rows: [[rows[0]["case"], 1234.4], ["longer", None], ["b", 0.1234]], share=3.0,
+    )  # fmt: skip
     none = harness.Section(lambda args: [], measure, ["case"], list)
     harness.run("Doc", 40.0, {"part": part, "none": none}, pi=3)
     record = json.loads(out.read_text("utf-8"))
@@ -226,49 +158,33 @@ def test_a_run_measures_every_case_writes_and_shows(monkeypatch, capsys, tmp_pat
     assert record["none"] == []
     assert record["pi"] == 3
     assert record["left_out"] == {"a": "why", "b": "why"}
+    assert record["command"] == f"python -m benchmarks.solver --out {out}"
+    assert record["versions"]["torch"] == torch.__version__
     printed = capsys.readouterr()
-    assert printed.out.splitlines()[-4:] == ["part", "case", "a", "b"]
+    assert printed.out.splitlines()[-5:] == [
+        "part", "case    µs", "a       1234", "longer  -", "b       0.123",
+    ]  # fmt: skip
     assert printed.err == ""  # no bar where there is no terminal
-
-
-def test_table_aligns_and_shows_what_is_missing(capsys):
-    harness.table(["name", "µs"], [["a", 1234.4], ["long name", None], ["b", 0.1234]])
-    assert capsys.readouterr().out.splitlines() == [
-        "name       µs",
-        "a          1234",
-        "long name  -",
-        "b          0.123",
-    ]
-
-
-def test_records_the_machine_and_the_command(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/x/benchmarks/accuracy.py", "--quick"])
-    machine = harness.machine("cpu")
-    assert machine["command"] == "python -m benchmarks.accuracy --quick"
-    assert machine["versions"]["torch"] == torch.__version__
 
 
 # --- the benchmarks ---
 
 
-@pytest.mark.parametrize("kappa", [1e-3, 1.0, 1e7])
-def test_accuracy_stays_in_the_domain_and_at_its_kappa(kappa):
-    chosen = accuracy.settings(kappa, 4)
-    assert len(set(chosen)) == len(chosen) == (1 if kappa == 1e7 else 4)
-    for gamma0, tau in chosen:
-        assert 1e-3 <= gamma0 <= 100
-        assert 1e-3 <= tau <= 1e3
-        assert gamma0**2 / tau == pytest.approx(kappa)
-
-
-def test_accuracy_finds_an_error_that_is_there(monkeypatch):
+def test_accuracy_stays_in_the_domain_at_its_kappa_and_finds_an_error(monkeypatch):
+    for kappa in (1e-3, 1.0, 1e7):
+        chosen = accuracy.settings(kappa, 4)
+        assert len(set(chosen)) == len(chosen) == (1 if kappa == 1e7 else 4)
+        for gamma0, tau in chosen:
+            assert 1e-3 <= gamma0 <= 100
+            assert 1e-3 <= tau <= 1e3
+            assert gamma0**2 / tau == pytest.approx(kappa)
     monkeypatch.setattr(accuracy, "PUBLISHED", {})
-    numpy = harness.Way(np.asarray, solve_margins)
-    wrong = harness.Way(np.asarray, lambda *a, **k: (1.5 * solve_margins(*a, **k).margins,))
-    lost = harness.Way(np.asarray, lambda *a, **k: (np.nan * solve_margins(*a, **k).margins,))
-    ways = {"numpy": numpy, "wrong": wrong, "lost": lost}
-    args = SimpleNamespace(left_out={})
-    (row,) = accuracy.measure(args, 1.0, 1.0, "float64", ways, 1)
+    factors = {"numpy": 1.0, "wrong": 1.5, "lost": np.nan}
+    ways = {
+        name: harness.Way(np.asarray, lambda *a, f=f, **k: (f * solve_margins(*a, **k).margins,))
+        for name, f in factors.items()
+    }
+    (row,) = accuracy.measure(SimpleNamespace(left_out={}), 1.0, 1.0, "float64", ways, 1)
     assert row["errors"]["numpy"][1] < 1e-13
     assert 0.2 < row["errors"]["wrong"][0] <= row["errors"]["wrong"][1] < 0.5
     assert row["errors"]["lost"] == [np.inf, np.inf]
@@ -298,7 +214,7 @@ def planted(solve):
     return wrong
 
 
-def test_worst_case_climbs_to_a_planted_error(by_numpy):
+def test_worst_case_climbs_to_a_planted_error_and_to_failures(by_numpy):
     solve = planted(by_numpy)
     worst, looked = worst_case.search(solve, by_numpy, "float64", 60, 64, [], seed=0)
     assert 50 < looked <= 60
@@ -309,32 +225,25 @@ def test_worst_case_climbs_to_a_planted_error(by_numpy):
         assert worst_case.reproduce("numpy", "float64", pool)[goal] <= least * 1e-3
     start = worst["error"][1]
     assert worst_case.search(solve, by_numpy, "float64", 0, 64, [start], 0)[1] == 1
-
-
-def test_worst_case_counts_a_failure_as_infinitely_wrong(by_numpy):
     pool = worst_case.Pool([1.0], [3], 4.0, 10.0)
     for fails in (lambda *_: 1 / 0, lambda gaps, *_: (gaps * np.nan, 0.0)):
         found = worst_case.figures(fails, by_numpy, "float32", pool)
         assert set(found.values()) == {np.inf}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_worst_case_stays_in_the_domain_and_at_the_edges_between_solvers(dtype):
+def test_worst_case_stays_in_the_domain_and_at_the_edges_between_solvers():
     rng, edges = np.random.default_rng(0), set()
-    pool = worst_case.drawn(rng, dtype, 500)
-    for _ in range(3000):
-        pool = worst_case.changed(rng, dtype, 500, pool)
+    pool = worst_case.drawn(rng, "float32", 500)
+    for _ in range(1000):
+        pool = worst_case.changed(rng, "float32", 500, pool)
         assert 1 <= len(pool.values) == len(pool.counts) <= worst_case.DISTINCT
-        assert 1 <= sum(pool.counts) <= 500
-        assert min(pool.counts) >= 1
+        assert min(pool.counts) >= 1 <= sum(pool.counts) <= 500
         assert np.abs(pool.values).max() <= 1e4
         assert 1e-3 <= pool.gamma0 <= 100
         assert 1e-3 <= pool.tau <= 1e3
-        assert pool.values == np.asarray(pool.values, dtype).tolist()
-        switched = worst_case.switched(rng, pool)
-        sides = [
-            _solver.mild_passes(pool.gamma0, switched.tau * (1 + t), True) for t in (-1e-6, 1e-6)
-        ]
+        assert pool.values == np.asarray(pool.values, "float32").tolist()
+        tau = worst_case.switched(rng, pool).tau
+        sides = (_solver.mild_passes(pool.gamma0, tau * (1 + t), True) for t in (-1e-6, 1e-6))
         edges.add(tuple(sides))
     assert {(0, 6), (6, 4)} <= edges
 
@@ -345,40 +254,28 @@ def test_worst_case_keeps_pools_and_goes_on_where_it_was(monkeypatch, capsys, tm
     monkeypatch.setattr(worst_case, "solvers", lambda args: ways)
 
     def run(seconds):
-        monkeypatch.setattr(
-            sys, "argv", ["x/worst_case.py", "--out", str(out), "--seconds", seconds]
-        )
+        argv = ["x/worst_case.py", "--out", str(out), "--seconds", seconds]
+        monkeypatch.setattr(sys, "argv", argv)
         worst_case.main()
         lines = out.with_suffix(".jsonl").read_text().splitlines()
         return json.loads(out.read_text("utf-8"))["results"], list(map(json.loads, lines))
 
     rows, kept = run("30")
-    assert [(row["solver"], row["dtype"]) for row in rows] == [
-        ("numpy", "float64"), ("numpy", "float32"), ("streaming", "float64"),
-    ]  # fmt: skip
+    assert [row["solver"] for row in rows] == ["numpy", "numpy", "streaming"]  # 64, 32, 64 bits
     assert rows[0]["error"] == pytest.approx(kept[0]["found"], rel=1e-4)
     assert "reproduce('numpy', 'float64', Pool(values=[" in capsys.readouterr().out
     out.write_text(json.dumps({"results": rows[:2]}))  # as if interrupted in the last one
-    again, more = run("30")
-    assert again[:2] == rows[:2]
+    longer, more = run("60")
     assert more[: len(kept)] == kept
-    assert {each["solver"] for each in more[len(kept) :]} <= {"streaming"}
-    longer, _ = run("90")
     assert longer[0]["error"] >= rows[0]["error"] * (1 - 1e-4)
     assert longer[0]["pools"] > rows[0]["pools"]
-    share = 90 / 2 / 2  # of an implementation, of a dtype
-    assert share <= longer[0]["seconds"] <= share + 5  # those that it had before count
+    assert 15 <= longer[0]["seconds"] <= 20  # a quarter of all, with those that it had before
 
 
-@pytest.mark.parametrize("name", harness.HARD)
-def test_hard_settings_are_hard_and_their_margins_differ(name):
-    setting = harness.HARD[name]
-    margins = solve_margins(harness.pool(name, 256), **setting).margins
-    assert margins.std() >= setting["gamma0"] / 10
-    assert _solver.mild_passes(*setting.values(), True) == 0
-
-
-def test_queue_and_deque_hold_the_same_after_a_step():
+def test_the_peers_compute_what_they_are_named_for(monkeypatch):
+    for name, setting in harness.HARD.items():  # their margins differ
+        margins = solve_margins(harness.pool(name, 256), **setting).margins
+        assert margins.std() >= setting["gamma0"] / 10
     batch = torch.randn(5)
     calls = distributed.queue_calls(batch)
     context = calls["GapQueue"]()
@@ -386,34 +283,20 @@ def test_queue_and_deque_hold_the_same_after_a_step():
     assert context.mask.all()
     assert torch.equal(context.gaps[-5:], batch)
     assert calls["deque, sample"]().shape == (published.POOL_SIZE,)
-
-
-def test_dpo_is_the_plain_loss():
-    logps = np.random.default_rng(0).normal(size=(4, 9)) * 15 - 100
-    chosen, rejected, ref_chosen, ref_rejected = logps
-    difference = (chosen - ref_chosen) - (rejected - ref_rejected)
-    expected = float(oracles.dpo(loss.BETA * difference).mean())
-    assert float(loss.dpo(*torch.tensor(logps))) == pytest.approx(expected, rel=1e-12)
-
-
-def test_counts_python_calls_of_the_package_alone():
-    gaps = np.array([-1.0, 2.0])
-    count = loss.python_calls(lambda: [solve_margins(gaps, gamma0=1.0, tau=1.0), json.dumps({})])
-    assert 5 < count < 90
-    assert loss.python_calls(lambda: json.dumps({})) == 0
-
-
-def test_all_ways_score_the_responses_alike():
+    four = np.random.default_rng(0).normal(size=(4, 9)) * 15 - 100
+    gaps = loss.BETA * ((four[0] - four[2]) - (four[1] - four[3]))
+    expected = float(oracles.dpo(gaps).mean())
+    assert float(loss.dpo(*torch.tensor(four))) == pytest.approx(expected, rel=1e-12)
     logits = torch.randn(3, 6, 11)
     labels, mask = torch.randint(11, (3, 6)), torch.arange(6).expand(3, 6) >= 3
     x = logits.double().numpy()
     x -= np.log(np.exp(x).sum(2, keepdims=True))
     expected = [sum(x[i, t - 1, labels[i, t]] for t in (3, 4, 5)) for i in range(3)]
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    copies = [harness.fresh_compile(planted) for _ in range(2)]  # with room for their own graphs
+    assert len({id(function.__code__) for function in (planted, *copies)}) == 3
     for score in logps.scores({}).values():
         assert score(logits, labels, mask).tolist() == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_step_in_chunks_is_the_same_step():
     found = []
     for chunk in (None, 4):
         torch.manual_seed(0)
@@ -424,7 +307,12 @@ def test_a_step_in_chunks_is_the_same_step():
         torch.testing.assert_close(chunked, whole)
 
 
-def test_peak_memory_is_of_what_is_held_at_once():
+def test_python_calls_are_those_of_the_package_and_memory_is_what_is_held_at_once():
+    gaps = np.array([-1.0, 2.0])
+    count = loss.python_calls(lambda: [solve_margins(gaps, gamma0=1.0, tau=1.0), json.dumps({})])
+    assert 5 < count < 90
+    assert loss.python_calls(lambda: json.dumps({})) == 0
+
     def call():
         for _ in range(3):
             torch.ones(10_000).neg().sum()  # two of 40 kB at once
@@ -434,30 +322,23 @@ def test_peak_memory_is_of_what_is_held_at_once():
     assert 80_000 <= peak < 90_000
 
 
-def test_gpu_run_says_so_where_there_is_no_gpu(monkeypatch, capsys, tmp_path):
+def test_a_gpu_run_needs_a_gpu_and_fails_if_a_step_fails(monkeypatch, capsys, tmp_path):
+    given, outcomes = [], {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(
+        gpu, "run", lambda name, _, seconds: given.append(seconds) or outcomes.get(name, "passed")
+    )
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out-dir", str(tmp_path / "none")])
     with pytest.raises(SystemExit):
         gpu.main()
     assert "no CUDA device" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
-
-
-def test_gpu_run_fails_if_a_step_fails_and_takes_at_most_eight_minutes(monkeypatch, tmp_path):
-    given, outcomes = [], {"accuracy": "exit status 1"}
-
-    def run(name, args, seconds):
-        given.append(seconds)
-        return outcomes.get(name, "passed")
-
-    monkeypatch.setattr(gpu, "run", run)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--out-dir", str(tmp_path)])
-    assert gpu.main() == 1
-    outcomes.clear()
     assert gpu.main() == 0
+    outcomes["accuracy"] = "exit status 1"
+    assert gpu.main() == 1
     assert len(given) == 2 * len(gpu.STEPS)
-    assert all(0 < seconds <= 480 for seconds in given)
-    assert set(gpu.STEPS) - {"gpu_tests"} <= {path.stem for path in HERE.glob("*.py")}
+    assert all(0 < seconds <= 480 for seconds in given)  # eight minutes in all
 
 
 def test_every_benchmark_is_listed_with_its_cost():
@@ -465,8 +346,6 @@ def test_every_benchmark_is_listed_with_its_cost():
     names = {path.stem for path in HERE.glob("*.py")} - {
         "__init__", "__main__", "_harness", "baselines", "published"
     }  # fmt: skip
-    assert {line.split()[2].removeprefix("benchmarks.") for line in lines} == {
-        *names,
-        "noise_study",
-    }
+    listed = {line.split()[2].removeprefix("benchmarks.") for line in lines}
+    assert listed == {*names, "noise_study"}
     assert all(" min " in line or " hours " in line for line in lines)

@@ -1,6 +1,5 @@
 """Labels by real annotators, on a package that is made up here, and a language model as policy."""
 
-import importlib.util
 import io
 import itertools
 import math
@@ -21,61 +20,34 @@ for needed in ("scipy", "sklearn", "tqdm"):
 
 from benchmarks.noise_study import plan, raters, tasks, train  # noqa: E402
 
-FILES = {
-    "movieReviewSnippets_GroundTruth.txt": "1\t2.0\tA fine film.\n2\t-1.5\tNo caf\xe9\tat all.\n",
-    "movieReviewSnippets_anonDataRatings.txt":
-        "1\t2.0\t0.8\t[1, 2, 3]\n2\t-1.5\t0.5\t[-1, -2, -1, -2]\n",
-    # As in the package, the first file starts with the mark of UTF-8 but is Latin-1.
-    "amazonReviewSnippets_GroundTruth.txt": "1_1\t0.5\tWorks.\n",
-    "amazonReviewSnippets_anonDataRatings.txt": "\xef\xbb\xbf1_1\t0.5\t0.5\t[0, 1]\n",
-}  # fmt: skip
 
-
-def tar(files):
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:gz") as archive:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
+def test_a_package_is_fetched_and_read(tmp_path, monkeypatch):
+    inside = io.BytesIO()
+    with tarfile.open(fileobj=inside, mode="w:gz") as archive:
+        for name, text in {
+            # As in the package, starts with the mark of UTF-8 but is Latin-1.
+            "GroundTruth": "\xef\xbb\xbf1\t2.0\tA fine film.\n2\t-1.5\tNo caf\xe9\tat all.\n",
+            "anonDataRatings": "1\t2.0\t0.8\t[1, 2, 3]\n2\t-1.5\t0.5\t[-1, -2, -1, -2]\n",
+        }.items():
+            info = tarfile.TarInfo(f"hutto_ICWSM_2014/movieReviewSnippets_{name}.txt")
+            info.size = len(data := text.encode("latin-1"))
             archive.addfile(info, io.BytesIO(data))
-    return out.getvalue()
-
-
-@pytest.mark.parametrize("ending", ["zip", "tar.gz"])
-def test_reading_and_fetching(ending, tmp_path, monkeypatch):
-    inner = tar({f"hutto_ICWSM_2014/{k}": text.encode("latin-1") for k, text in FILES.items()})
-    package, inside = tmp_path / f"vaderSentiment-0.5.{ending}", f"v-0.5/{raters.ARCHIVE}"
-    package.write_bytes(tar({inside: inner}))
-    if ending == "zip":
-        with zipfile.ZipFile(package, "w") as file:
-            file.writestr(inside, inner)
-    movies = raters.read(package, "movies")
-    assert movies.texts == ["A fine film.", "No café\tat all."]
-    assert movies.ratings == [[1, 2, 3], [-1, -2, -1, -2]]
-    assert raters.read(package, "products") == raters.Rated(["Works."], [[0, 1]])
-    monkeypatch.setattr(raters, "CACHE", tmp_path)
-    monkeypatch.setattr(subprocess, "run", None)  # nothing is fetched that is there
-    assert raters.fetch() == package
-    monkeypatch.setattr(raters, "CACHE", tmp_path / "new")
 
     def pip(command, **_):
         assert command[-1] == "vadersentiment==0.5"
-        package.rename(tmp_path / "new" / package.name)
-        return types.SimpleNamespace(returncode=0, stderr="")
+        with zipfile.ZipFile(tmp_path / "vaderSentiment-0.5.zip", "w") as file:
+            file.writestr(f"v-0.5/{raters.ARCHIVE}", inside.getvalue())
+        return types.SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(subprocess, "run", pip)
-    assert raters.fetch() == tmp_path / "new" / package.name
-
-
-def test_what_is_missing_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(raters, "CACHE", tmp_path)
     failed = types.SimpleNamespace(returncode=1, stderr="no route to host")
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: failed)
+    monkeypatch.setattr(raters, "CACHE", tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(RuntimeError, match=r"could not be fetched(.|\n)*no route to host"):
         raters.fetch()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install transformers"):
-        raters.language_model()
+    monkeypatch.setattr(subprocess, "run", pip)
+    movies = raters.read(raters.fetch(), "movies")
+    assert movies.texts == ["A fine film.", "No café\tat all."]
+    assert movies.ratings == [[1, 2, 3], [-1, -2, -1, -2]]
 
 
 RATINGS = [[3, 3, -2], [1, 2, 0, 1], [0, 0, -4], [2, 2]]
@@ -183,8 +155,7 @@ def test_what_a_policy_writes(model, monkeypatch):
     module = types.SimpleNamespace(SentimentIntensityAnalyzer=lambda: analyser)
     monkeypatch.setitem(sys.modules, "vaderSentiment", types.SimpleNamespace())
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", module)
-    layers = list(model[0].model.layers)
-    tail = reviews.reference(1)
+    layers, tail = list(model[0].model.layers), reviews.reference(1)
     assert reviews.sample(tail, count=20, longest=8) == {"sentiment": 0.25, "divergence": 0.0}
     for parameter in tail.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)

@@ -8,16 +8,17 @@ import functools
 import importlib
 import json
 import math
-import multiprocessing
+import os
 import pickle
 import re
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-import recipe_ranks
 import yaml
 from pages import PAGES, SETTING, code
 
@@ -85,52 +86,24 @@ def logps(pairs=6, seed=0, scale=10.0):
     return policy, torch.randn(2, pairs) * scale
 
 
-def test_every_page_has_a_test_and_is_in_the_index():
+def test_every_page_has_a_test_and_is_in_the_index_with_the_version_that_was_run():
+    index = (PAGES / "index.md").read_text()
     pages = {path.stem for path in PAGES.glob("*.md")} - ELSEWHERE
     assert pages == {name.removeprefix("test_") for name in globals() if name[5:] in pages}
-    linked = set(re.findall(r"\]\((\w+)\.md\)", (PAGES / "index.md").read_text()))
-    assert linked == pages | {"trl"}
-
-
-def test_the_versions_in_the_index_are_those_that_ci_installs():
-    index = (PAGES / "index.md").read_text()
+    assert set(re.findall(r"\]\((\w+)\.md\)", index)) == pages | {"trl"}
     pins = (PAGES.parents[1] / "constraints.txt").read_text()
     claims = re.findall(r"([A-Za-z_]+) (\d+\.\d+\.\d+)", index)
     assert {"torch", "JAX", "Accelerate"} <= {name for name, _ in claims}
     for name, version in claims:
         name = name.lower().replace("_", "-")
         assert f"\n{name}==" not in pins or f"\n{name}=={version}" in pins, name
-
-
-def test_the_clients_in_the_index_are_those_that_were_run():
     record = json.loads((PAGES.parents[1] / "benchmarks/results/clients.json").read_text())
-    rows = re.findall(r"\]\((\w+)\.md\) \| ([\d.]+) \|", (PAGES / "index.md").read_text())
+    rows = re.findall(r"\]\((\w+)\.md\) \| ([\d.]+) \|", index)
     found = {page: version for page, version in rows if page in record}
     assert found == {page: run["version"] for page, run in record.items() if page != "trl"}
 
 
 # --- frameworks that run ---
-
-
-RUN_HERE = {"accelerate", "jax", "liger", "lightning", "other_losses", "torch"}
-
-
-@pytest.mark.parametrize("page", sorted(RUN_HERE))
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's use of torch
-def test_every_block_runs_alone(page):
-    blocks = re.findall(r"```python\n(.*?)```", (PAGES / f"{page}.md").read_text(), re.DOTALL)
-    if len(blocks) == 1:
-        return  # which its own test runs
-    for library in {"jax": ["optax"], "liger": ["liger_kernel"]}.get(page, [page]):
-        pytest.importorskip(library, reason=f"{library} is not installed")
-    for block in blocks:
-        exec(compile(block, f"{page}.md", "exec"), {"__name__": page})
-
-
-def test_pages_of_frameworks_elsewhere_have_one_block():
-    for path in PAGES.glob("*.md"):
-        if path.stem not in RUN_HERE | ELSEWHERE:
-            assert path.read_text().count("```python\n") == 1, path
 
 
 def test_torch():
@@ -147,46 +120,34 @@ def test_torch():
         *four, beta=0.1, **SETTING, context=context[0], context_mask=context[1]
     )
     torch.testing.assert_close(loss.detach(), names["loss"], **CLOSE)
-    logits = names["policy"](names["chosen"]).detach().double().numpy()
-    tokens = names["chosen"].numpy()
-    expected = [
-        sum(
-            logits[i, t - 1, tokens[i, t]] - np.log(np.exp(logits[i, t - 1]).sum())
-            for t in range(4, 12)
-        )
-        for i in range(3)
-    ]
-    np.testing.assert_allclose(four[0].detach()[:3], expected, rtol=1e-5)
+    logps = names["policy"](names["chosen"])[:, 3:-1].double().log_softmax(-1)
+    expected = logps.gather(2, names["chosen"][:, 4:, None]).sum((1, 2))
+    torch.testing.assert_close(four[0].double(), expected, rtol=1e-5, atol=0)
 
 
-def trained_by(ranks, folder):
-    """The checkpoint of the DDP page, run by this many processes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "torch.distributed", "gamma_loss.torch"])
-    folder.mkdir()
-    pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
+def test_ddp(monkeypatch):
+    ports = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    given = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     processes = [
-        context.Process(
-            target=recipe_ranks.run, args=(rank, ranks, code("ddp"), str(folder), ours), daemon=True
+        subprocess.Popen(
+            [sys.executable, "-c", code("ddp")], stderr=subprocess.PIPE, text=True,
+            env=os.environ | given | {"RANK": str(rank), "WORLD_SIZE": "2"}
+            | {"MASTER_PORT": str(ports[0]), "PYTHONPATH": os.pathsep.join(sys.path)},
         )
-        for rank, (_, ours) in enumerate(pipes)
-    ]
-    try:
-        for process in processes:
-            process.start()
-        for rank, (pipe, _) in enumerate(pipes):
-            assert pipe.poll(100), f"rank {rank} does not answer"
-            error = pipe.recv()
-            assert error is None, f"rank {rank}:\n{error}"
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
-def test_ddp(tmp_path):
-    of_one, of_two = (trained_by(ranks, tmp_path / f"{ranks}") for ranks in (1, 2))
+        for rank in (0, 1)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    of_two = torch.load("checkpoint.pt", weights_only=True)
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": str(ports[1])}
+    for name, value in (given | alone).items():
+        monkeypatch.setenv(name, value)
+    run("ddp")
+    of_one = torch.load("checkpoint.pt", weights_only=True)
     # Eight steps of sums of 32 numbers of size 1, rounded to float32.
     close = {"rtol": 0, "atol": 8 * 32 * 6e-8}
     for name, weight in of_one["model"].items():
@@ -214,6 +175,11 @@ def test_jax():
     np.testing.assert_allclose(aux.margins, solve_margins(pool, **SETTING).margins[:16], rtol=1e-5)
 
 
+def loss_of(model, data):
+    x, reference = data.dataset.tensors
+    return gamma_dpo_loss(*model(x).T, *reference.T, beta=1.0, **SETTING)[0].item()
+
+
 def test_accelerate():
     state = pytest.importorskip("accelerate.state", reason="accelerate is not installed")
     try:
@@ -223,43 +189,27 @@ def test_accelerate():
         names["loss_fn"].queue.push(torch.ones(5))
         names["accelerator"].load_state("checkpoint")
         assert torch.equal(names["loss_fn"].queue.gaps, kept)
-        x, reference = names["data"].dataset.tensors
         torch.manual_seed(0)
         start = torch.nn.Linear(8, 2)  # as it was before training
-        losses = [
-            gamma_dpo_loss(*model(x).T, *reference.T, beta=1.0, **SETTING)[0].item()
-            for model in (start, names["model"])
-        ]
-        assert losses[1] < losses[0]
+        assert loss_of(names["model"], names["data"]) < loss_of(start, names["data"])
     finally:
         state.AcceleratorState._reset_state(reset_partial_state=True)
         state.GradientState._reset_state()
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's use of torch
-def test_lightning():
+def test_lightning(tmp_path):
     pytest.importorskip("lightning", reason="lightning is not installed")
     names = run("lightning")
     loss_fn = names["model"].loss_fn
     assert len(stored(loss_fn)) == 3 * 64  # none from the validation after each epoch
     assert torch.equal(names["resumed"].loss_fn.queue.gaps, loss_fn.queue.gaps)
     assert names["trainer"].callback_metrics["rewards/accuracies"] > 0.5
-    x, reference = names["data"].dataset.tensors
     torch.manual_seed(0)
     torch.randn(64, 8)  # drawn for the data, before the model
-    start = names["PreferenceModel"]()
-    losses = [
-        gamma_dpo_loss(*model.policy(x).T, *reference.T, beta=1.0, **SETTING)[0].item()
-        for model in (start, names["resumed"])
-    ]
-    assert losses[1] < losses[0]
-
-
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
-def test_lightning_gives_its_group_to_the_loss(tmp_path):
-    pytest.importorskip("lightning", reason="lightning is not installed")
-    model = run("lightning")["model"]
-    kept = model.loss_fn.queue.gaps.clone()
+    start, data = names["PreferenceModel"](), names["data"]
+    assert loss_of(names["resumed"].policy, data) < loss_of(start.policy, data)
+    model, kept = names["model"], loss_fn.queue.gaps.clone()  # with a group, it goes to the loss
     dist = torch.distributed
     store = f"file://{tmp_path}/store"
     dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
@@ -273,7 +223,10 @@ def test_lightning_gives_its_group_to_the_loss(tmp_path):
 
 def test_liger():
     pytest.importorskip("liger_kernel", reason="liger_kernel is not installed")
-    names = run("liger")
+    names, text = {}, (PAGES / "liger.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):  # each runs alone
+        exec(compile(block, "liger.md", "exec"), alone := {"__name__": "liger"})
+        names |= alone
     hidden, weight, labels = (names[name] for name in ("hidden", "weight", "labels"))
     # Log-probabilities of size 20 in float32, rounded some ten times; gradients of size 0.1.
     logits_close = {"rtol": 1e-5, "atol": 10 * 20 * 6e-8}
@@ -283,18 +236,11 @@ def test_liger():
         return logits.gather(-1, labels[:, 4:, None]).squeeze(-1).mean(-1).view(2, -1)
 
     def same(loss, expected):
-        loss.backward()
-        leaves = [
-            hidden.detach().clone().requires_grad_(),
-            weight.detach().clone().requires_grad_(),
-        ]
-        value = expected(*averaged_logps(*leaves))
-        value.backward()
+        value = expected(*averaged_logps(hidden, weight))
         torch.testing.assert_close(loss.detach(), value.detach(), **logits_close)
-        for ours, theirs in zip((hidden, weight), leaves, strict=True):
-            torch.testing.assert_close(ours.grad, theirs.grad, **logits_close)
+        ours, theirs = (torch.autograd.grad(each, (hidden, weight)) for each in (loss, value))
+        torch.testing.assert_close(ours, theirs, **logits_close)
 
-    hidden.grad = weight.grad = None
     again = names["averaged_logps"](hidden, weight, labels, chunk=64).view(2, -1)
 
     def exact(*logps):
@@ -316,11 +262,10 @@ def test_liger():
         ]
         return torch.stack(losses).mean()
 
-    hidden.grad = weight.grad = None
     fused = names["FusedGammaSimPO"].apply(hidden, weight, labels, *names["options"])[0]
     same(fused, one_by_one)
 
-    rows = re.findall(r"^\| ([\d,]+) \|(.*)\|$", (PAGES / "liger.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| ([\d,]+) \|(.*)\|$", text, re.MULTILINE)
     assert len(rows) == 4
     for size, cells in rows:
         found = [
@@ -400,153 +345,80 @@ def assert_is_gamma_dpo(call, *, loss_fn, evaluate, queue_of):
 
 def test_openrlhf(stand_in):
     module = stand_in("openrlhf.trainer.dpo_trainer")
-
-    class DPOTrainer:
-        """How openrlhf/trainer/dpo_trainer.py of 0.11.0 makes and calls its loss."""
-
-        def __init__(self, beta, label_smoothing, ipo_enable):
-            self.loss_fn = module.DPOLoss(beta, label_smoothing, ipo_enable)
-
-        def fit(self, chosen, rejected, reference_chosen, reference_rejected):
-            loss, chosen_reward, reject_reward = self.loss_fn(
-                chosen, rejected, reference_chosen, reference_rejected
-            )
-            (chosen_reward > reject_reward).float().mean().item(), loss.item()
-            return loss, chosen_reward, reject_reward
-
-        def evaluate(self, *batch):
-            with torch.no_grad():
-                return self.fit(*batch)
-
-    names = run("openrlhf")
-    assert module.DPOLoss is names["DPOLoss"]
-    trainer = DPOTrainer(0.1, 0.2, False)
+    run("openrlhf")
+    loss_fn = module.DPOLoss(0.1, 0.2, False)  # beta, label smoothing, IPO, as 0.11.0 calls it
     assert_is_gamma_dpo(
-        trainer.fit,
-        loss_fn=lambda *four, **context: gamma_dpo_loss(
-            *four, beta=0.1, label_smoothing=0.2, **SETTING, **context
-        ),
-        evaluate=trainer.evaluate,
-        queue_of=lambda: stored(trainer.loss_fn.gamma_dpo),
+        loss_fn,
+        loss_fn=functools.partial(gamma_dpo_loss, beta=0.1, label_smoothing=0.2, **SETTING),
+        evaluate=torch.no_grad()(loss_fn),
+        queue_of=lambda: stored(loss_fn.gamma_dpo),
     )
     with pytest.raises(ValueError, match="another loss"):
-        DPOTrainer(0.1, 0.0, True)
+        module.DPOLoss(0.1, 0.0, True)
+
+
+class Trainer:
+    """What the pages use of the trainers of LLaMA-Factory 0.9.5 and ms-swift 4.6.0."""
+
+    def __init__(self, loss_type):
+        self.beta, self.label_smoothing, self.simpo_gamma = 0.1, 0.2, 4.0
+        self.loss_type = loss_type
+        self.model = torch.nn.Identity()
+        self.accelerator = SimpleNamespace(device=torch.device("cpu"))
+
+    def get_batch_loss_metrics(self, *logps):
+        if hasattr(self, "compute_preference_loss"):  # of LLaMA-Factory
+            losses, *rewards = self.compute_preference_loss(*logps)
+        elif len(logps) == 2:
+            losses, *rewards = self.cpo_loss(*logps)
+        else:
+            losses, *rewards = self.dpo_loss(*logps, self.loss_type, {})
+        assert losses.shape == logps[0].shape  # others are added to them
+        return losses.mean(), *rewards
+
+    def evaluate(self, *logps):
+        self.model.eval()
+        with torch.no_grad():
+            result = self.get_batch_loss_metrics(*logps)
+        self.model.train()
+        return result
+
+
+def assert_are_gamma_dpo_and_simpo(dpo, simpo, *nothing):
+    setting = {"beta": 0.1, "label_smoothing": 0.2, **SETTING}
+    assert_is_gamma_dpo(
+        dpo.get_batch_loss_metrics, loss_fn=functools.partial(gamma_dpo_loss, **setting),
+        evaluate=dpo.evaluate, queue_of=lambda: stored(dpo.gamma_loss),
+    )  # fmt: skip
+    policy, _ = logps()
+    loss, chosen, _ = simpo.get_batch_loss_metrics(*policy, *nothing)
+    expected, aux = gamma_simpo_loss(*policy, **setting)
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    torch.testing.assert_close(chosen, aux.chosen_rewards, **CLOSE)
 
 
 def test_llama_factory(stand_in):
-    class CustomDPOTrainer:
-        """What src/llamafactory/train/dpo/trainer.py of 0.9.5 does around the overridden method."""
-
-        def __init__(self, model, ref_model, finetuning_args, processor, disable_dropout=True, **_):
-            self.model, self.finetuning_args = model, finetuning_args
-            self.beta = finetuning_args.pref_beta
-            self.loss_type = finetuning_args.pref_loss
-            self.simpo_gamma = finetuning_args.simpo_gamma
-            self.ftx_gamma = finetuning_args.pref_ftx
-            self.label_smoothing = finetuning_args.dpo_label_smoothing
-            self.accelerator = SimpleNamespace(device=torch.device("cpu"))
-
-        def get_batch_loss_metrics(self, *four):
-            losses, chosen_rewards, rejected_rewards = self.compute_preference_loss(*four)
-            if self.ftx_gamma > 1e-6:
-                losses += self.ftx_gamma * -(four[0] / 7)
-            return losses.mean(), chosen_rewards, rejected_rewards
-
-    trainer_module = stand_in("llamafactory.train.dpo.trainer", CustomDPOTrainer=CustomDPOTrainer)
+    module = stand_in("llamafactory.train.dpo.trainer", CustomDPOTrainer=Trainer)
     stand_in("llamafactory.train.tuner", run_exp=None)
     run("llama_factory")
-
-    def trained_with(pref_loss, ftx=0.0):
-        return trainer_module.CustomDPOTrainer(
-            model=torch.nn.Identity(),
-            ref_model=None,
-            processor=None,
-            args=None,
-            finetuning_args=SimpleNamespace(
-                pref_beta=0.1, pref_ftx=ftx, dpo_label_smoothing=0.0, pref_loss=pref_loss,
-                simpo_gamma=4.0,
-            ),
-        )  # fmt: skip
-
-    for ftx in (0.0, 0.5):
-        trainer = trained_with("sigmoid", ftx)
-
-        def evaluate(*four, trainer=trainer):
-            trainer.model.eval()  # as Trainer.evaluation_loop does
-            with torch.no_grad():
-                result = trainer.get_batch_loss_metrics(*four)
-            trainer.model.train()
-            return result
-
-        def expected(*four, ftx=ftx, **context):
-            loss, aux = gamma_dpo_loss(*four, beta=0.1, **SETTING, **context)
-            return loss - ftx * (four[0] / 7).mean(), aux
-
-        assert_is_gamma_dpo(
-            trainer.get_batch_loss_metrics,
-            loss_fn=expected,
-            evaluate=evaluate,
-            queue_of=lambda trainer=trainer: stored(trainer.gamma_loss),
-        )
-
-    policy, _ = logps()
-    loss, chosen, _ = trained_with("simpo").get_batch_loss_metrics(*policy, None, None)
-    expected, aux = gamma_simpo_loss(*policy, beta=0.1, **SETTING)
-    torch.testing.assert_close(loss, expected, **CLOSE)
-    torch.testing.assert_close(chosen, aux.chosen_rewards, **CLOSE)
+    made = module.CustomDPOTrainer
+    assert_are_gamma_dpo_and_simpo(made("sigmoid"), made("simpo"), None, None)
     with pytest.raises(ValueError, match="pref_loss must be sigmoid or simpo, got orpo"):
-        trained_with("orpo")
+        made("orpo")
 
 
 def test_ms_swift(stand_in, saved_page):
-    class Trainer:
-        """What the page uses of swift/rlhf_trainers of 4.6.0."""
-
-        def __init__(self, loss_type):
-            self.beta, self.label_smoothing, self.simpo_gamma = 0.1, 0.2, 4.0
-            self.loss_type = loss_type
-            self.model = torch.nn.Identity()
-            self.accelerator = SimpleNamespace(device=torch.device("cpu"))
-
-        def get_batch_loss_metrics(self, *logps):
-            if len(logps) == 2:
-                losses, *rewards = self.cpo_loss(*logps)
-            else:
-                losses, *rewards = self.dpo_loss(*logps, self.loss_type, {})
-            return losses.mean(), *rewards
-
-        def evaluate(self, *logps):
-            self.model.eval()
-            with torch.no_grad():
-                result = self.get_batch_loss_metrics(*logps)
-            self.model.train()
-            return result
-
     table = {}
     stand_in("swift.rlhf_trainers", DPOTrainer=Trainer, CPOTrainer=Trainer)
     stand_in("swift.trainers", TrainerFactory=SimpleNamespace(TRAINER_MAPPING=table))
     saved_page("ms_swift", "gamma_swift")
     page = importlib.import_module("gamma_swift")  # as --external_plugins does
-    made = {
-        name: getattr(page, dotted.removeprefix("gamma_swift.")) for name, dotted in table.items()
-    }
-    setting = {"beta": 0.1, "label_smoothing": 0.2, **SETTING}
-
-    trainer = made["dpo"]("sigmoid")
-    assert_is_gamma_dpo(
-        trainer.get_batch_loss_metrics,
-        loss_fn=lambda *four, **context: gamma_dpo_loss(*four, **setting, **context),
-        evaluate=trainer.evaluate,
-        queue_of=lambda: stored(trainer.gamma_loss),
-    )
+    dpo, simpo = (getattr(page, table[key].removeprefix("gamma_swift.")) for key in ("dpo", "cpo"))
+    assert_are_gamma_dpo_and_simpo(dpo("sigmoid"), simpo("simpo"))
     with pytest.raises(ValueError, match="loss_type must be sigmoid"):
-        made["dpo"]("ipo").get_batch_loss_metrics(*logps()[0], *logps()[1])
-
-    policy, _ = logps()
-    loss, *_ = made["cpo"]("simpo").get_batch_loss_metrics(*policy)
-    torch.testing.assert_close(loss, gamma_simpo_loss(*policy, **setting)[0], **CLOSE)
+        dpo("ipo").get_batch_loss_metrics(*logps()[0], *logps()[1])
     with pytest.raises(ValueError, match="loss_type simpo"):
-        made["cpo"]("sigmoid")
+        simpo("sigmoid")
 
 
 def test_nemo_rl(stand_in, saved_page):
@@ -621,14 +493,7 @@ def test_torchtune(saved_page):
 def test_axolotl(stand_in, saved_page):
     class DPOTrainer:
         def __init__(self, model, ref_model=None, args=None, **kwargs):
-            self.models, self.args, self.kwargs = (model, ref_model), args, kwargs
-
-    class GammaDPOTrainer(DPOTrainer):  # TRL's tests are elsewhere
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.setting = {
-                name: getattr(self.args, name) for name in ("gamma0", "tau", "centered")
-            }
+            self.models, self.args, self.kwargs = (model, ref_model), vars(args).copy(), kwargs
 
     class AxolotlDPOTrainer(DPOTrainer):
         """The constructor of src/axolotl/core/trainers/dpo/trainer.py of 0.18.0."""
@@ -637,28 +502,23 @@ def test_axolotl(stand_in, saved_page):
             super().__init__(*args, **kwargs)
             self.dataset_tags = dataset_tags
 
+    class GammaDPOTrainer(DPOTrainer):  # TRL's tests are elsewhere
+        pass
+
+    simpo = type("GammaSimPOTrainer", (), {})
     stand_in("axolotl.core.trainers", AxolotlCPOTrainer=type("AxolotlCPOTrainer", (), {}))
     stand_in("axolotl.core.trainers.dpo.trainer", AxolotlDPOTrainer=AxolotlDPOTrainer)
-    simpo = type("GammaSimPOTrainer", (), {})
-    stand_in(
-        "gamma_loss.integrations.trl", GammaDPOTrainer=GammaDPOTrainer, GammaSimPOTrainer=simpo
-    )
+    stand_in("gamma_loss.integrations.trl", GammaDPOTrainer=GammaDPOTrainer,
+             GammaSimPOTrainer=simpo)  # fmt: skip
     saved_page("axolotl", "gamma_trainer")
 
     # src/axolotl/utils/import_helper.py and HFRLTrainerBuilder.build in core/builders/rl.py
     dotted = re.search(r"trainer_cls: (\S+)", code("axolotl", "yaml"))[1]
     module, name = dotted.rsplit(".", 1)
     trainer_cls = getattr(importlib.import_module(module), name)
-    trainer = trainer_cls(
-        "model",
-        "reference",
-        args=SimpleNamespace(beta=0.1),
-        train_dataset="pairs",
-        callbacks=[],
-        processing_class="tokenizer",
-    )
+    args = SimpleNamespace(beta=0.1)
+    trainer = trainer_cls("model", "reference", args=args, train_dataset="pairs", callbacks=[])
     assert trainer.models == ("model", "reference")
-    assert trainer.setting == {**SETTING, "centered": True}
-    assert trainer.args.beta == 0.1
+    assert trainer.args == {"beta": 0.1, **SETTING, "centered": True, "queue_size": 2048}
     assert trainer.kwargs["train_dataset"] == "pairs"
     assert trainer_cls.__mro__.index(AxolotlDPOTrainer) < trainer_cls.__mro__.index(GammaDPOTrainer)

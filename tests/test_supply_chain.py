@@ -13,93 +13,65 @@ yaml = pytest.importorskip("yaml")
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
-FOLDERS = ("gamma_loss", "benchmarks", "docs", "tests")
 FENCE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
-
-
-def calls(code):
-    """Every call in a text of Python: the name it has there, and its keywords that are literals."""
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Call):
-            keywords = {k.arg: k.value.value for k in node.keywords
-                        if isinstance(k.value, ast.Constant)}  # fmt: skip
-            yield ast.unparse(node.func), keywords
 
 
 def unsafe(code):
     """The calls that would run what is in a file."""
-    return [
-        name
-        for name, keywords in calls(code)
-        if (name.endswith("torch.load") and keywords.get("weights_only") is not True)
-        or keywords.get("allow_pickle") is True
-        or keywords.get("trust_remote_code") is True
-        or re.search(r"\b(c?[pP]ickle|dill|joblib|shelve)\.loads?$", name)
-    ]
-
-
-def sources():
-    for folder in FOLDERS:
-        for file in sorted((ROOT / folder).rglob("*.py")):
-            yield file, file.read_text("utf-8")
-    for file in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
-        for block in FENCE.findall(file.read_text("utf-8")):
-            yield file, block
+    for node in ast.walk(ast.parse(code)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        given = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+        if (
+            (name.endswith("torch.load") and given.get("weights_only") is not True)
+            or given.get("allow_pickle") is True
+            or given.get("trust_remote_code") is True
+            or re.search(r"\b(c?[pP]ickle|dill|joblib|shelve)\.loads?$", name)
+        ):
+            yield name
 
 
 def test_files_are_loaded_as_data():
-    found = {(file.name, name) for file, code in sources() for name in unsafe(code)}
+    for code in (
+        "torch.load(f)", "torch.load(f, weights_only=False)", "torch.load(f, weights_only=maybe)",
+        "np.load(f, allow_pickle=True)", "pickle.load(f)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+    ):  # fmt: skip
+        assert list(unsafe(code)), code
+    assert not list(unsafe("torch.load(f, weights_only=True), np.load(f), json.load(f)"))
+    folders = ("gamma_loss", "benchmarks", "docs", "tests")
+    sources = [(file, file.read_text("utf-8"))
+               for folder in folders for file in (ROOT / folder).rglob("*.py")]  # fmt: skip
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    sources += [(file, block) for file in pages for block in FENCE.findall(file.read_text("utf-8"))]
+    found = {(file.name, name) for file, code in sources for name in unsafe(code)}
     own = {(f"test_{name}.py", "pickle.loads") for name in ("modules", "recipes")}
     assert found == own  # of bytes that they made themselves
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "torch.load(f)",
-        "torch.load(f, weights_only=False)",
-        "torch.load(f, weights_only=maybe)",
-        "np.load(f, allow_pickle=True)",
-        "pickle.load(f)",
-        "AutoModel.from_pretrained(name, trust_remote_code=True)",
-    ],
-)
-def test_what_is_not_data_is_seen(code):
-    assert unsafe(code)
-    assert not unsafe("torch.load(f, weights_only=True), np.load(f), json.load(f)")
-
-
-def test_workflows_are_found():
+def test_workflows_have_pinned_actions_and_the_least_permissions():
     assert WORKFLOWS or not (ROOT / ".github").exists()
+    for file in WORKFLOWS:
+        text = file.read_text("utf-8")
+        uses = re.findall(r"^\s*(?:- )?uses: *(.*)$", text, re.MULTILINE)
+        assert uses
+        for action in uses:  # by commit, with the version beside it
+            assert re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", action), action
+        workflow = yaml.safe_load(text)
+        assert workflow["permissions"] == {"contents": "read"}
+        assert "pull_request_target" not in text
+        for job in workflow["jobs"].values():
+            assert "permissions" not in job
+            for step in job["steps"]:
+                if step.get("uses", "").startswith("actions/checkout@"):
+                    assert step["with"]["persist-credentials"] is False
+                # what others write (titles, branch names) would be part of the shell's text
+                assert "${{" not in step.get("run", "")
 
 
-@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.name)
-def test_actions_are_pinned_by_commit_and_say_their_version(file):
-    uses = re.findall(r"^\s*(?:- )?uses: *(.*)$", file.read_text("utf-8"), re.MULTILINE)
-    assert uses
-    for action in uses:
-        assert re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", action), action
-
-
-@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.name)
-def test_workflows_have_the_least_permissions(file):
-    text = file.read_text("utf-8")
-    workflow = yaml.safe_load(text)
-    assert workflow["permissions"] == {"contents": "read"}
-    assert "pull_request_target" not in text
-    for job in workflow["jobs"].values():
-        assert "permissions" not in job
-        for step in job["steps"]:
-            if step.get("uses", "").startswith("actions/checkout@"):
-                assert step["with"]["persist-credentials"] is False
-            # what others write (titles, branch names) would be part of the shell's text
-            assert "${{" not in step.get("run", "")
-
-
-@pytest.mark.parametrize(
-    "file", sorted((ROOT / "tests" / "clients").glob("*.txt")), ids=lambda f: f.stem
-)
-def test_a_clients_pins_name_one_version_each(file):
-    pins = file.read_text("utf-8").splitlines()
-    assert len(pins) > 10
-    assert [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.+!]+", pin)] == []
+def test_a_clients_pins_name_one_version_each():
+    for file in (ROOT / "tests" / "clients").glob("*.txt"):
+        pins = file.read_text("utf-8").splitlines()
+        assert len(pins) > 10
+        assert [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.+!]+", pin)] == []

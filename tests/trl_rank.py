@@ -1,4 +1,4 @@
-"""One of several processes that train together with a trainer for TRL; run by test_trl.py."""
+"""One of two processes that train together with trainers for TRL; run by test_trl.py."""
 
 import json
 import os
@@ -34,32 +34,37 @@ def shard():
     os.environ["ACCELERATE_USE_FSDP"] = "true"
 
 
-def main():
-    work = json.loads(os.environ["WORK"])
-    torch.set_num_threads(1)
-    if work["fsdp2"]:
+def train(model, job):
+    AcceleratorState._reset_state()  # of the job before
+    if job["fsdp2"] and "ACCELERATE_USE_FSDP" not in os.environ:
         shard()
-    trainer = getattr(trl, work["family"])
-    config = getattr(trl, work["family"].replace("Trainer", "Config"))
+    trainer = getattr(trl, job["family"])
+    config = getattr(trl, job["family"].replace("Trainer", "Config"))
     trainer = trainer(
-        work["model"],
+        model,
         args=config(
-            work["out"], use_cpu=True, gradient_checkpointing=False, max_steps=6,
+            job["out"], use_cpu=True, gradient_checkpointing=False,
             per_device_train_batch_size=2, learning_rate=0.02, optim="sgd",
             lr_scheduler_type="constant", logging_steps=1, report_to=[], disable_tqdm=True,
-            **{"bf16": False, "save_strategy": "no", **work["options"]},
+            **{"bf16": False, "save_strategy": "no", "max_steps": 6, **job["options"]},
         ),
         train_dataset=datasets.Dataset.from_list(tiny_lm.pairs(48)),
-        processing_class=transformers.AutoTokenizer.from_pretrained(work["model"]),
+        processing_class=transformers.AutoTokenizer.from_pretrained(model),
     )  # fmt: skip
     assert trainer.accelerator.num_processes == 2
-    trainer.train(resume_from_checkpoint=work["resume"])
+    trainer.train(resume_from_checkpoint=job["resume"])
     sharded = [isinstance(p, DTensor) for p in trainer.model_wrapped.parameters()]
-    assert all(sharded) is any(sharded) is work["fsdp2"]
+    assert all(sharded) is any(sharded) is job["fsdp2"]
     gaps, mask = trainer.gamma_loss.queue.context()
-    result = {"history": trainer.state.log_history, "queue": gaps[mask].tolist()}
+    return {"history": trainer.state.log_history, "queue": gaps[mask].tolist()}
+
+
+def main():
+    torch.set_num_threads(1)
+    work = json.loads(os.environ["WORK"])
+    result = {job["name"]: train(work["model"], job) for job in work["jobs"]}
     Path(work["out"], f"rank{os.environ['RANK']}.json").write_text(json.dumps(result))
-    trainer.accelerator.end_training()
+    torch.distributed.destroy_process_group()
     # Gloo's threads live on where something still refers to their group, and one that is at work
     # while the interpreter shuts down may abort the process: leave without that.
     sys.stdout.flush()
