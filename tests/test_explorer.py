@@ -1,0 +1,207 @@
+"""The interactive figure: its solver against the library's in Node, itself in a browser."""
+
+import functools
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import numpy as np
+import oracles
+import pytest
+from strategies import CORNERS, HARD, MILD
+
+from gamma_loss import PUBLISHED_SETTINGS, match_logistic, solve_margins
+
+ASSETS = Path(__file__).parents[1] / "docs" / "assets"
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>γ</title>
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
+<link rel="stylesheet" href="explorer.css"><div id="explorer"></div>
+<script src="solve.js"></script><script src="explorer.js"></script></html>"""
+
+
+def in_node(code, *arguments):
+    """Run code that sees solve.js as ``js`` and the arguments as ``data``; return its value."""
+    node = shutil.which("node")
+    if not node:
+        pytest.skip("needs node")
+    names = json.dumps([str(ASSETS / "solve.js"), json.dumps(arguments)])
+    program = f"const [file, text] = {names}; const js = require(file), data = JSON.parse(text);"
+    done = subprocess.run(
+        [node, "-e", f"{program} console.log(JSON.stringify((() => {{ {code} }})()))"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return json.loads(done.stdout)
+
+
+def settings():
+    published = [{"gamma0": s["gamma0"], "tau": s["tau"]} for s in PUBLISHED_SETTINGS.values()]
+    return [MILD, HARD, *published, {"gamma0": 2.0, "tau": 0.5}, {"gamma0": 8.0, "tau": 0.05}]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 3.0, 300.0])
+def test_margins_in_node_are_the_library_s(scale):
+    rng = np.random.default_rng(0)
+    pools = [(rng.normal(s["gamma0"] / 2, scale, 60).tolist(), s) for s in settings()]
+    solve = "return data[0].map(([g, s]) => js.solveMargins(g, s.gamma0, s.tau));"
+    for (gaps, setting), found in zip(pools, in_node(solve, pools), strict=True):
+        expected = solve_margins(np.array(gaps), **setting)
+        np.testing.assert_allclose(found["margins"], expected.margins, rtol=0, atol=1e-9)
+        assert found["multiplier"] == pytest.approx(float(expected.multiplier), abs=1e-9)
+
+
+@pytest.mark.parametrize(("gaps", "gamma0", "tau"), CORNERS)
+def test_margins_in_node_at_the_corners_of_the_domain(gaps, gamma0, tau):
+    found = in_node("return js.solveMargins(...data);", gaps, gamma0, tau)["margins"]
+    expected = np.asarray(oracles.margins(gaps, gamma0, tau)[0], float)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9 * gamma0)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("setting", settings()[2:-1], ids=str)
+def test_the_matched_loss_in_node_is_the_library_s(setting, centered):
+    pytest.importorskip("scipy")
+    gaps = np.random.default_rng(1).normal(1.0, 3.0, 200)
+    shift = setting["gamma0"] * centered
+    weights = 1 / (1 + np.exp(gaps + shift - solve_margins(gaps, **setting).margins))
+    found = in_node(
+        "return js.matchLogistic(...data);", gaps.tolist(), weights.tolist(),
+        setting["gamma0"] - shift,
+    )  # fmt: skip
+    expected = match_logistic(gaps, **setting, centered=centered)
+    names = {"scale": "scale", "margin": "margin", "betaFactor": "beta_factor"}
+    for name, other in names.items():
+        assert found[name] == pytest.approx(getattr(expected, other), rel=1e-4, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if not program:
+        pytest.skip("needs chromium")
+    with playwright.sync_playwright() as running:
+        options = ["--no-sandbox", "--disable-gpu"]
+        browser = running.chromium.launch(executable_path=program, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "index.html").write_text(PAGE, "utf-8")
+    for file in ("solve.js", "explorer.js", "explorer.css"):
+        shutil.copy(ASSETS / file, folder)
+    handler = functools.partial(Quiet, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture
+def page(browser, address, request):
+    """The figure in a window of the asked width; nothing may be said, nor asked of others."""
+    width = getattr(request, "param", 1400)
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    said = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda asked: asked.url.startswith((address, "data:")) or said.append(asked))
+    page.goto(address)
+    page.wait_for_selector("svg")
+    yield page
+    page.close()
+    assert not said
+
+
+def readouts(page):
+    page.wait_for_timeout(400)  # a frame, and the delay of the address
+    texts = page.locator("#explorer dd").all_inner_texts()
+    return [[float(n) for n in re.findall(r"-?\d+\.?\d*", text)] for text in texts]
+
+
+def expected(gamma0, tau, mean, deviation, flips, centered):
+    """The readouts by the library: κ, margins' extremes and deviation, beta factor, ratios."""
+    from scipy.stats import norm
+
+    flipped = round(200 * flips)
+    parts = [norm.ppf((np.arange(n) + 0.5) / n) for n in (200 - flipped, flipped)]
+    gaps = np.concatenate([mean + deviation * parts[0], deviation * parts[1] - mean])
+    margins = solve_margins(gaps, gamma0=gamma0, tau=tau).margins
+    shift = gamma0 * centered
+    match = match_logistic(gaps, gamma0=gamma0, tau=tau, centered=centered)
+    matched = match.scale / (1 + np.exp(match.beta_factor * gaps - match.margin))
+    weights = 1 / (1 + np.exp(gaps + shift - margins)), 1 / (1 + np.exp(gaps + shift - gamma0))
+    ratios = [w[200 - flipped :].mean() / w[: 200 - flipped].mean() for w in (*weights, matched)]
+    return gamma0**2 / tau, margins.min(), margins.max(), margins.std(), match.beta_factor, *ratios
+
+
+def close(page, *setting):
+    (kappa,), margins, factor, ratios = readouts(page)
+    shown = kappa, *margins, factor[0], ratios[0], *ratios[-2:]
+    np.testing.assert_allclose(shown, expected(*setting), rtol=6e-3)  # of three digits
+
+
+def test_the_figure_shows_the_library_s_numbers_and_its_address_makes_it_again(page, address):
+    pytest.importorskip("scipy")
+    close(page, 2, 1, 1, 3, 0.2, True)
+    page.get_by_role("button", name="Qwen").click()
+    close(page, 3, 3, 1, 3, 0.2, False)
+    page.get_by_label("Share of flipped pairs").press("ArrowRight")
+    page.get_by_label("Mean of clean gaps").press("ArrowRight")
+    page.get_by_label("Loss").select_option("dpo")
+    close(page, 3, 3, 1.25, 3, 0.25, True)
+    link = page.get_by_role("link", name="Link to this picture").get_attribute("href")
+    assert page.url == address + link
+    curves = page.locator("svg path").evaluate_all("all => all.map(each => each.outerHTML)")
+    page.goto("about:blank")
+    page.goto(address + link)
+    close(page, 3, 3, 1.25, 3, 0.25, True)
+    assert page.locator("svg path").evaluate_all("all => all.map(e => e.outerHTML)") == curves
+    page.get_by_role("button", name="Reset").click()
+    close(page, 2, 1, 1, 3, 0.2, True)
+
+
+def test_an_address_with_wrong_values_is_read_as_far_as_it_makes_sense(page, address):
+    pytest.importorskip("scipy")
+    page.goto(address + "#explorer?gamma0=4&tau=-3&flips=much&loss=ppo&x=1&constructor=1")
+    close(page, 4, 1, 1, 3, 0.2, True)
+
+
+def test_without_flips_there_is_no_ratio(page, address):
+    page.goto(address + "#explorer?flips=0&deviation=0.25")
+    page.wait_for_timeout(400)
+    assert page.locator("#explorer dd").last.inner_text().strip() == "no flips"
+    assert "NaN" not in page.locator("#explorer").inner_html()
+
+
+@pytest.mark.parametrize("page", [1400, 390], indirect=True)
+def test_the_figure_can_be_read_at_any_width_and_by_a_screen_reader(page):
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.locator("svg text").evaluate_all(
+        "all => all.every(each => parseFloat(getComputedStyle(each).fontSize) >= 9)"
+    )
+    for figure in page.get_by_role("img").all():
+        assert "γ-DPO: " in figure.get_attribute("aria-label")
+    assert page.get_by_role("img").count() == 2
+    for slider in page.get_by_role("slider").all():
+        assert re.search(
+            r"\d (reward units|nats|of 200 pairs)$", slider.get_attribute("aria-valuetext")
+        )
+    assert page.get_by_role("slider").count() == 5
+
+
+def test_the_scripts_stay_small():
+    lines = {name: len((ASSETS / name).read_text("utf-8").splitlines())
+             for name in ("solve.js", "explorer.js")}  # fmt: skip
+    assert lines["solve.js"] <= 60
+    assert lines["explorer.js"] <= 250
