@@ -3,9 +3,43 @@
 An independent implementation of Sun et al., *Robust Preference Optimization via Dynamic Target
 Margins*, Findings of ACL 2025, arXiv:2506.03690. Importing it imports no array library. Each one is
 imported when its arrays arrive, and torch also when a module or `sequence_logps` is asked for.
+``python -m gamma_loss`` tells what is installed, and tests one solve.
+
+Losses, on any array library:
+    gamma_dpo_loss              Loss of γ-DPO and diagnostics, from log-probabilities.
+    gamma_simpo_loss            Loss of γ-SimPO and diagnostics, from log-probabilities.
+    gamma_preference_loss       The same from reward gaps.
+    preference_loss             Logistic loss of each pair, with a given margin.
+    GammaLossAux                The diagnostics of a loss.
+    metrics                     Scalars for a training log, from the diagnostics.
+
+Modules for torch:
+    GammaDPOLoss                gamma_dpo_loss with a queue of recent gaps.
+    GammaSimPOLoss              gamma_simpo_loss with a queue of recent gaps.
+    GammaPreferenceLoss         gamma_preference_loss with a queue of recent gaps.
+    GapQueue                    The queue of recent gaps.
+    sequence_logps              Log-probability of each response, from logits.
+
+Margins:
+    solve_margins               Margins of a pool of gaps, with a proven error bound.
+    MarginSolution              The result of solve_margins.
+    solve_margins_streaming     The same for gaps that are read in chunks.
+    MarginRule                  The result of solve_margins_streaming.
+    queue_init                  An empty queue of gaps, for JAX and functional torch.
+    queue_push                  The queue with a batch of gaps added.
+    QueueState                  The queue of queue_init.
+
+Settings and their meaning:
+    PUBLISHED_SETTINGS          The settings of the four published γ-SimPO runs.
+    choose_settings             gamma0 and tau for wanted margins, from gaps.
+    match_logistic              The plain logistic loss closest to γ-PO on a pool.
+    MatchedLoss                 The result of match_logistic.
+    label_smoothing_from_shift  Label smoothing that acts as a margin shift does.
+    shift_from_label_smoothing  Margin shift that acts as label smoothing does.
 """
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
 from gamma_loss.losses import (
@@ -60,11 +94,12 @@ __all__ = [
     "solve_margins",
     "solve_margins_streaming",
 ]
+_TORCH = {"GammaDPOLoss", "GammaPreferenceLoss", "GammaSimPOLoss", "GapQueue", "sequence_logps"}
 
 
 def __getattr__(name: str) -> object:
     if name in __all__:
-        for home in ("matching", "streaming", "torch"):  # torch last: the others do not import it
+        for home in ("torch",) if name in _TORCH else ("matching", "streaming"):
             module = importlib.import_module(f"gamma_loss.{home}")
             if hasattr(module, name):
                 return getattr(module, name)
@@ -72,4 +107,7 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    names = {*globals(), *__all__}
+    if importlib.util.find_spec("torch") is None:  # help() looks up every name
+        names -= _TORCH
+    return sorted(names)
