@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 for needed in ("scipy", "sklearn", "tqdm"):
     pytest.importorskip(needed)
 
-from benchmarks.noise_study import plan, raters, tasks, train  # noqa: E402
+from benchmarks.noise_study import plan, raters, suspects, tasks, train  # noqa: E402
 
 
 def test_a_package_is_fetched_and_read(tmp_path, monkeypatch):
@@ -161,3 +161,36 @@ def test_what_a_policy_writes(model, monkeypatch):
         parameter.data += 0.3 * torch.randn_like(parameter)
     assert reviews.sample(tail, count=20, longest=8)["divergence"] > 0.1
     assert list(model[0].model.layers) == layers  # the model is the reference again
+
+
+def test_gaps_that_find_wrong_labels_and_gaps_that_do_not(made_up):
+    rng = np.random.default_rng(0)
+    wrong = rng.random(400) < 0.3
+    found = suspects.judge(np.where(wrong, -1.0, 1.0) + rng.normal(size=400), wrong)
+    assert found["auc"] == pytest.approx(0.92, abs=0.03)  # Φ(√2)
+    assert found["interval"][0] < found["auc"] < found["interval"][1]
+    assert found["wrong_in_100"] > 70  # 29 by chance
+    low, high = suspects.judge(rng.normal(size=400), wrong)["interval"]
+    assert low < 0.5 < high
+    features = raters.load("movies")[1].numpy()
+    pairs = rng.integers(200, size=(400, 2))
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    better = features[pairs[:, 0], 0] > features[pairs[:, 1], 0]
+    wrong = rng.random(len(pairs)) < 0.2
+    labelled = np.where((better ^ wrong)[:, None], pairs, pairs[:, ::-1])
+    found = suspects.judge(suspects.reward_gaps(features, labelled), wrong)
+    assert found["auc"] > 0.9
+    assert found["ranked_right_by_others"] > 0.9
+
+
+def test_dpo_raises_the_gaps_of_the_pairs_that_it_sees(model, monkeypatch):
+    for name, value in {"LAYERS": 1, "STEPS": 30, "RATE": 1e-2, "BATCH": 2}.items():
+        monkeypatch.setattr(suspects, name, value)
+    reviews = raters.prepare(TEXTS, 1, "cpu", half=False, load=lambda: model)
+    pairs = torch.tensor([[0, 1], [2, 3], [1, 3]])
+    with torch.no_grad():
+        reference = reviews.logps(reviews.reference(1), pairs)
+    gaps = suspects.dpo_gaps(reviews, pairs, reference, torch.tensor([0, 1]))
+    assert (gaps[:2] > 0.3).all()
+    assert gaps.shape == (3,)
+    assert not gaps.requires_grad

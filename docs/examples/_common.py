@@ -174,12 +174,46 @@ def load(name: str) -> dict[str, Any]:
 def read(file: Path) -> Iterable[Row]:
     """Return the pairs of a file or folder, checked. JSON lines need no `datasets`."""
     if file.is_file() and file.suffix not in READERS:
-        return checked(json_lines(file), str(file))
+        return (row for _, row in checked(json_lines(file), str(file)))
     return itertools.chain.from_iterable(load(str(file)).values())
 
 
-def checked(rows: Iterable[tuple[str, Row]], source: str) -> Iterator[Row]:
-    """Yield preference pairs; refuse the first that is none, or of another form than the first."""
+def reader(name: str) -> Callable[[], Iterator[tuple[str, Row]]]:
+    """Return a function that yields the checked pairs of a file, folder or hub name, and places."""
+    path = Path(name)
+    if path.is_file() and path.suffix not in READERS:
+        return lambda: checked(json_lines(path), name)
+    data = load(name)
+    if len(data) > 1 and "train" not in data:
+        raise WrongInput(f"{name}: needs a split 'train', has {', '.join(data)}")
+    split = "train" if "train" in data else next(iter(data))
+    return lambda: (
+        (f"{name}, split {split}, row {i}", row) for i, row in enumerate(data[split], 1)
+    )
+
+
+def load_tokenizer(model: str) -> Any:
+    """Load the tokenizer of a model, before anything that takes long."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        AutoConfig.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise WrongInput(f"{model}: cannot be loaded as a model: {error}") from None
+
+
+def check_template(model: str, tokenizer: Any, row: Row) -> None:
+    """Refuse messages for a model without a chat template."""
+    if kind_of(row["chosen"]) == "messages" and not tokenizer.chat_template:
+        raise WrongInput(
+            f"{model} has no chat template, which messages need: give prompt, chosen and rejected "
+            "as text, or take a model with a chat template"
+        )
+
+
+def checked(rows: Iterable[tuple[str, Row]], source: str) -> Iterator[tuple[str, Row]]:
+    """Yield pairs and their places; refuse a row that is no pair, or of another form."""
     first: dict[str, str] = {}
     for place, row in rows:
         if problem := wrong(row):
@@ -192,7 +226,7 @@ def checked(rows: Iterable[tuple[str, Row]], source: str) -> Iterator[Row]:
                     f"{place}: {name!r} is {form[name]}, and {first[name]} in the first row: "
                     "all rows need one form"
                 )
-        yield row
+        yield place, row
     if not first:
         raise WrongInput(f"{source}: holds no pairs: it needs one row for each pair")
 
@@ -238,17 +272,23 @@ def prompt_inside(row: Row) -> bool:
     return type(row.get("prompt")) is not type(row["chosen"])
 
 
-def texts(row: Row) -> tuple[str, str, str]:
-    """Return prompt, chosen and rejected as text. Of messages only the contents remain."""
+def parts(row: Row) -> tuple[Any, Any, Any]:
+    """Return prompt, chosen and rejected in the form of the row, without a shared start."""
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if prompt_inside(row):
         same = [a == b for a, b in zip(chosen, rejected, strict=False)]
         shared = same.index(False) if False in same else len(same)
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    return prompt, chosen, rejected
+
+
+def texts(row: Row) -> tuple[str, str, str]:
+    """Return prompt, chosen and rejected as text. Of messages only the contents remain."""
 
     def text(value: Any) -> str:
         if isinstance(value, str):
             return value
         return "\n".join(str(message["content"]) for message in value)
 
-    return text(prompt), text(chosen), text(rejected)
+    prompt, chosen, rejected = map(text, parts(row))
+    return prompt, chosen, rejected

@@ -1,22 +1,33 @@
-"""Score every pair of a preference dataset: its margin, pair weight and implied label smoothing.
+"""Score every pair of a preference dataset: its gap, margin, pair weight and rank.
 
-The margins are those of one problem over the whole dataset, so they tell how a pair stands among
-all others: ambiguous pairs, where the wrong labels hide, have small margins, large weights, and a
-positive label smoothing (Theorem 3.1 of the paper) where they are ranked right.
+Pairs with small gaps are suspect: their labels may be wrong. The margins are those of one problem
+over the whole dataset.
 
+    python score_dataset.py pairs.jsonl --model ./dpo --reference ./sft --out scored.jsonl
+    python score_dataset.py pairs.jsonl --model ./simpo --beta 2.5 --out scored.jsonl
+    python score_dataset.py rated.jsonl --out scored.jsonl     # it has chosen_score, rejected_score
     python score_dataset.py gaps.npy --gamma0 4 --tau 10 --out scores.npy
     python score_dataset.py logps.jsonl --beta 0.1 --gamma0 4 --tau 10 --out scores.parquet
     torchrun --nproc-per-node=8 score_dataset.py gaps.npy --gamma0 4 --tau 10 --out scores.npy
 
-INPUT is a 1-D .npy file of reward gaps, which is memory-mapped, or a .jsonl file with one object a
-line: policy_chosen_logps and policy_rejected_logps and, for γ-DPO, reference_chosen_logps and
-reference_rejected_logps, numbers in nats, on all lines or on none.
+INPUT is one of two kinds.
 
-A .npy output is one structured array with the float32 fields margin, pair_weight and
-label_smoothing in the order of the input, NaN where a gap is not finite. A .parquet output has them
-as columns, and under torchrun one file for each rank. All ranks need the same file system. Memory
-does not grow with the dataset. An output has its name only once it is whole: until then it is
-NAME.part, which a run that was killed leaves behind and the next one overwrites.
+Pairs: a .jsonl, .json, .csv or .parquet file, a folder of save_to_disk or a name on the hub, with
+prompt, chosen and rejected as text or messages. A model scores them, or chosen_score and
+rejected_score on each row do. Summed log-probabilities less those of the reference give the gaps
+of γ-DPO; without a reference averaged ones give those of γ-SimPO. The output, .jsonl or .parquet,
+has each pair with its line, log-probabilities, gap, target_margin, pair_weight and rank (1 is the
+smallest gap), and a picture beside it. A run that was stopped goes on where it was: it keeps
+NAME.progress until the output is whole.
+
+Numbers: a 1-D .npy file of gaps, which is memory-mapped, or a .jsonl file with policy_chosen_logps
+and policy_rejected_logps on each line and, for γ-DPO, reference_chosen_logps and
+reference_rejected_logps, in nats. A .npy output is one structured array with the float32 fields
+margin, pair_weight and label_smoothing in the order of the input, NaN where a gap is not finite. A
+.parquet output has them as columns, and under torchrun one file for each rank. All ranks need the
+same file system. Memory does not grow with the dataset.
+
+An output has its name only once it is whole: until then it is NAME.part.
 """
 
 from __future__ import annotations
@@ -33,7 +44,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import Parser, WrongInput, check_output, json_lines, number, part_of, run
+from _common import (
+    SUFFIXES,
+    Parser,
+    WrongInput,
+    check_output,
+    json_lines,
+    number,
+    part_of,
+    run,
+)  # fmt: skip
 from tqdm import tqdm
 
 from gamma_loss import label_smoothing_from_shift, solve_margins_streaming
@@ -211,33 +231,83 @@ def write_parquet(out: Path, rule: Any, gaps: Gaps, args: Namespace) -> None:
 def arguments() -> Namespace:
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("input", type=Path, metavar="INPUT", help=".npy of gaps or .jsonl of log-probabilities")
-    add("--out", type=Path, required=True, help=".npy or .parquet file to write")
-    add("--gamma0", type=number(float), required=True, help="mean margin, reward units")
-    add("--tau", type=number(float), required=True, help="weight of the KL term, nats")
-    add("--beta", type=number(float), help="reward units per nat, for a .jsonl file")
+    add("input", metavar="INPUT", help="pairs, or .npy of gaps or .jsonl of log-probabilities")
+    add("--out", type=Path, required=True, help=".npy, .parquet or .jsonl file to write")
+    add("--model", help="the language model that scores pairs: hub name or folder")
+    add("--reference", help="the model before DPO, for γ-DPO's gaps: hub name or folder")
+    add("--batch-size", type=number(int, 1, 1e6), default=8, help="texts a model reads at once")
+    add("--max-length", type=number(int, 8, 1e7), default=1024, help="tokens kept of a text")
+    add("--gamma0", type=number(float), help="mean margin, reward units; of pairs: their median")
+    add("--tau", type=number(float), help="weight of the KL term, nats; of pairs: chosen for them")
+    add("--beta", type=number(float),
+        help="reward units per nat, or per unit of a score; of pairs 0.1 with --reference, 2.5 "
+             "with --model alone, 1 for scores")  # fmt: skip
     add("--centered", action="store_true", help="weights of γ-DPO's loss instead of γ-SimPO's")
     add("--kind", choices=("robust", "conservative"), default="robust", help="of label smoothing")
     args = parser.parse_args()
-    suffix = args.input.suffix
-    if not args.input.is_file():
+    file = Path(args.input)
+    if file.suffix in (".npy", *SUFFIXES) and not file.is_file():
         parser.error(f"no such file: {args.input}")
-    if suffix not in (".npy", ".jsonl"):
-        parser.error(f"INPUT must be a .npy or .jsonl file, got {args.input}")
-    if suffix == ".jsonl" and args.beta is None:
-        parser.error("--beta is needed for a .jsonl file")
-    if suffix == ".npy" and args.beta is not None:
-        parser.error("--beta is for a .jsonl file: gaps in a .npy file are in reward units already")
-    args.out = check_output(args.out, (".npy", ".parquet"))
-    if args.out == args.input.resolve():
+    args.pairs = file.suffix != ".npy" and (args.model is not None or not has_logps(file))
+    if args.pairs:
+        check_pairs(args, parser)
+    else:
+        args.input = file
+        check_numbers(args, parser)
+    args.out = check_output(args.out, (".jsonl" if args.pairs else ".npy", ".parquet"))
+    if args.out == file.resolve():
         parser.error("--out must not be INPUT")
     if args.out.suffix == ".parquet" and not find_spec("pyarrow"):
-        parser.error("a .parquet output needs pyarrow: pip install pyarrow, or write .npy")
+        parser.error("a .parquet output needs pyarrow: pip install pyarrow, or write "
+                     f"{'.jsonl' if args.pairs else '.npy'}")  # fmt: skip
     return args
 
 
+def has_logps(file: Path) -> bool:
+    """Return whether a file is one of log-probabilities, by its first line."""
+    first = next(json_lines(file), ("", {}))[1] if file.suffix == ".jsonl" else {}
+    return "chosen_score" not in first and any(name in first for name in LOGPS + REFERENCE)
+
+
+def check_numbers(args: Namespace, parser: Parser) -> None:
+    """Refuse options that do not go with a file of numbers."""
+    for name in ("gamma0", "tau"):
+        if getattr(args, name) is None:
+            parser.error(f"--{name} is needed for {args.input}")
+    is_npy = args.input.suffix == ".npy"
+    if not is_npy and args.beta is None:
+        parser.error("--beta is needed for a .jsonl file of log-probabilities")
+    if is_npy and args.beta is not None:
+        parser.error("--beta is for a .jsonl file: gaps in a .npy file are in reward units already")
+    if args.model or args.reference:
+        parser.error("--model and --reference are for a dataset of pairs: a .npy file has gaps")
+
+
+def check_pairs(args: Namespace, parser: Parser) -> None:
+    """Refuse options that do not go with pairs, and choose beta."""
+    if args.reference and not args.model:
+        parser.error("--reference needs --model, the policy that was trained from it")
+    if args.model and args.model == args.reference:
+        parser.error("--model and --reference are the same: every gap would be 0")
+    if args.model and not (find_spec("transformers") and find_spec("torch")):
+        parser.error("--model needs torch and transformers: pip install torch transformers")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("pairs are scored by one process: run without torchrun")
+    if args.beta is None:
+        args.beta = (0.1 if args.reference else 2.5) if args.model else 1.0
+
+
 def main() -> None:
-    args, ranks = arguments(), Ranks()
+    args = arguments()
+    if args.pairs:
+        import _pairs
+
+        _pairs.main(args)
+    else:
+        score_numbers(args, Ranks())
+
+
+def score_numbers(args: Namespace, ranks: Ranks) -> None:
     file, out, npy = args.input, args.out, args.out.suffix == ".npy"
     if not npy and ranks.count > 1:
         out = out.with_name(f"{out.stem}-{ranks.rank:05d}-of-{ranks.count:05d}.parquet")

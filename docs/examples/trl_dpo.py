@@ -22,9 +22,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from _common import Parser, WrongInput, check_folder, kind_of, load, run, uninterrupted
+from _common import (
+    Parser,
+    WrongInput,
+    check_folder,
+    check_template,
+    load,
+    load_tokenizer,
+    run,
+    uninterrupted,
+)
 from datasets import Dataset, DatasetDict
-from transformers import AutoConfig, AutoTokenizer
 from trl import TrlParser
 from yaml import YAMLError
 
@@ -89,11 +97,7 @@ def prepare(
     if demo:
         setattr(options, model, local_model(demo, data["train"]["chosen"]))
     tokenizer = load_tokenizer(getattr(options, model))
-    if kind_of(data["train"][0]["chosen"]) == "messages" and not tokenizer.chat_template:
-        raise WrongInput(
-            f"{getattr(options, model)} has no chat template, which messages need: give prompt, "
-            "chosen and rejected as text, or take a model with a chat template"
-        )
+    check_template(getattr(options, model), tokenizer, data["train"][0])
     try:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -102,15 +106,6 @@ def prepare(
     if no_bf16:
         raise WrongInput(f"{no_bf16} With --bf16 false it trains in float32")
     return options, config, data, tokenizer
-
-
-def load_tokenizer(model: str) -> Any:
-    """Load the tokenizer of a model, before anything that takes long."""
-    try:
-        AutoConfig.from_pretrained(model)
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise WrongInput(f"{model}: cannot be loaded as a model: {error}") from None
 
 
 def load_pairs(name: str) -> DatasetDict:
