@@ -21,12 +21,15 @@ import numpy as np
 
 from gamma_loss import (
     PUBLISHED_SETTINGS,
+    __version__,
     match_logistic,
     solve_margins,
     solve_margins_streaming,
 )
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+DOCS = Path(__file__).parent
+RESULTS = DOCS.parent / "benchmarks" / "results"
+version = __version__
 POOL = np.array([-6.0, -4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 6.0, 10.0])  # reward gaps
 
 
@@ -44,8 +47,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [list(columns), marks, *lines])
 
 
+def percent(share: float) -> str:
+    """Return a share in percent, the smallest ones as a limit."""
+    return "< 0.01 %" if share < 1e-4 else f"{100 * share:.2g} %"
+
+
 def measured_on(name: str) -> str:
-    """Say where a results file comes from and how to make it anew."""
+    """Return device, versions and command of a results file."""
     record = results(name)
     versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
     return f"{record['device']}; {versions}. `{record['command']}`"
@@ -55,26 +63,26 @@ def measured_on(name: str) -> str:
 
 LOOP, COMPILED = "published loop", "published loop, compiled"
 COLOURS = {
-    "numpy": "#009e73", "auto": "#5c6bc0", "eager": "#9aa0e8", "compile": "#d81b60",
+    "numpy": "#009e73", "auto": "#12897c", "eager": "#7fb8b0", "compile": "#d81b60",
     "triton": "#8e24aa", "jax": "#827717", LOOP: "#bbbbbb", COMPILED: "#ef6c00",
     "published, 20 steps": "#bbbbbb", "published, 2000 steps": "#ef6c00",
 }  # fmt: skip
 
 
 def times(call: dict[str, Any] | None, peer: dict[str, Any] | None = None) -> str | None:
-    """Return a call's hot and cold median, and how many times as fast as its peer both are."""
+    """Return a call's hot and cold median, and their speed relative to the peer."""
     if call is None:
         return None
     hot, cold = call["hot"][1], call["cold"][1]
     digits = 1 if hot < 100 else 0
     text = f"{hot:,.{digits}f}, {cold:,.{digits}f}"
     if peer and peer is not call:
-        text += f" ({peer['hot'][1] / hot:.2g}, {peer['cold'][1] / cold:.2g})"
+        text += f"<br>({peer['hot'][1] / hot:.2g}, {peer['cold'][1] / cold:.2g})"
     return text
 
 
 def margin_solve(name: str, is_hard: bool) -> str:
-    """Times of a solve, and how many times as fast as its peer it is."""
+    """Return times of a solve, and the speed relative to its peer."""
     found = [row for row in results(name)["results"] if ("γ0" in row["setting"]) == is_hard]
     peer = "numpy" if is_hard else COMPILED
     shown = list(dict.fromkeys(solver for row in found for solver in row["solvers"]))
@@ -90,7 +98,7 @@ def margin_solve(name: str, is_hard: bool) -> str:
 
 
 def published_errors(name: str) -> str:
-    """From what to what the published algorithm errs in hard settings."""
+    """Return the range of the published algorithm's errors in hard settings."""
     found = [row for row in results(name)["results"] if "γ0" in row["setting"]]
     errors = [row["solvers"][LOOP]["error"] for row in found if LOOP in row["solvers"]]
     return f"{min(errors):.1g} to {max(errors):.1g}"
@@ -98,7 +106,7 @@ def published_errors(name: str) -> str:
 
 def solve_picture(name: str, setting: str) -> str:
     """Time of a solve over the size of the pool."""
-    figure, axis = _axes()
+    (axis,) = _axes()
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in results(name)["results"]:
         if (row["setting"], row["dtype"]) == (setting, "float32"):
@@ -107,8 +115,8 @@ def solve_picture(name: str, setting: str) -> str:
     for solver, points in lines.items():
         axis.plot(*zip(*points, strict=True), marker=".", label=solver, color=COLOURS.get(solver))
     axis.set(xscale="log", yscale="log", xlabel="gaps in the pool", ylabel="microseconds")
-    axis.legend(frameon=False, fontsize=9)
-    return _inline(figure, f"Time of a solve over the number of gaps, {setting}")
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _inline([axis], f"Time of a solve over the number of gaps, {setting}")
 
 
 def first_calls(name: str) -> str:
@@ -138,7 +146,7 @@ def loss(name: str) -> str:
 
 
 def readme_speed() -> str:
-    """What the README says of precision and speed; ``python docs/figures.py`` writes it there."""
+    """Return the README's lines on precision and speed; ``python docs/figures.py`` writes them."""
     solvers = next(r["solvers"] for r in results("solver_cpu")["results"] if r["gaps"] == 256)
     row = [each for each in results("loss_cpu")["results"] if each["pairs"] <= 256][-1]
     multiple = row["losses"]["γ-DPO, auto"]["hot"][1] / row["losses"]["DPO"]["hot"][1]
@@ -171,22 +179,22 @@ def accuracy(name: str) -> str:
 
 def accuracy_picture(name: str) -> str:
     """Error of the worst pool over κ, in float64."""
-    figure, axis = _axes()
+    (axis,) = _axes()
     found = [row for row in results(name)["results"] if row["dtype"] == "float64"]
     for solver in found[0]["errors"]:
         points = [(row["kappa"], row["errors"].get(solver, [0, 0])[1] or 1e3) for row in found]
         x, y = zip(*points, strict=True)
         axis.plot(x, y, marker=".", label=solver, color=COLOURS.get(solver))
     axis.set(xscale="log", yscale="log", xlabel="κ = γ0² / τ", ylabel="error of the worst pool")
-    axis.legend(frameon=False, fontsize=9)
-    return _inline(figure, "The error of the worst pool over kappa, float64")
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _inline([axis], "The error of the worst pool over kappa, float64")
 
 
 def worst_pools(name: str) -> str:
-    """Return the worst that a search found of each implementation, in how many pools."""
+    """Return the largest ratios that a search found for each implementation."""
     goals = ("error", "certificate", "disagreement")
     return table(
-        ["solver", "dtype", "minutes", "pools", *goals],
+        ["solver", "dtype", "minutes", "pools", "error / promise", "error / bound", "disagreement"],
         (
             [row["solver"], row["dtype"], f"{row['seconds'] / 60:.0f}", f"{row['pools']:,}"]
             + [f"{row[goal]:.2g}" for goal in goals]
@@ -196,7 +204,7 @@ def worst_pools(name: str) -> str:
 
 
 def many_ranks(name: str) -> str:
-    """A rank's processor time by gathering and by reducing, and what it sends."""
+    """Return a rank's times and traffic, by gathering and by reducing."""
     rows = []
     for row in results(name)["over_ranks"]:
         ways = [row["ways"][way] for way in ("gather", "reduce")]
@@ -222,7 +230,7 @@ def queue(name: str) -> str:
 
 
 def published_settings() -> str:
-    """What each published setting makes of `POOL`."""
+    """Return the margins of each published setting on `POOL`."""
     rows = []
     for name, setting in PUBLISHED_SETTINGS.items():
         gamma0, tau = setting["gamma0"], setting["tau"]
@@ -245,42 +253,44 @@ def published_settings() -> str:
 
 def margins_picture() -> str:
     """Margins over gaps for several τ: from one share for all to a steep rise."""
-    figure, axis = _axes()
+    (axis,) = _axes()
     gaps = np.sort(np.random.default_rng(0).normal(1.0, 3.0, 400))
     axis.axhline(4, color="gray", linestyle=":", label="τ → ∞: the same margin for every pair")
-    for tau, colour in ((100.0, "#9aa0e8"), (10.0, "#5c6bc0"), (3.0, "#ef6c00")):
+    for tau, colour in ((100.0, "#7fb8b0"), (10.0, "#12897c"), (3.0, "#ef6c00")):
         margins = solve_margins(gaps, gamma0=4.0, tau=tau).margins
         axis.plot(
             gaps, margins, color=colour, linewidth=2, label=f"τ = {tau:g}, κ = {16 / tau:.2g}"
         )
     axis.set(xlabel="reward gap of the pair (reward units)", ylabel="its target margin")
     axis.legend(frameon=False)
-    return _inline(figure, "Target margins rise with the reward gap, the more the smaller tau is")
+    return _inline([axis], "Target margins rise with the reward gap, the more the smaller tau is")
 
 
 def spread_picture() -> str:
     """Spread of the margins over κ, for pools of three scales, with the published settings."""
-    figure, axis = _axes()
+    (axis,) = _axes()
     kappas = np.geomspace(1e-2, 1e2, 40)
-    for scale, colour in ((0.5, "#9aa0e8"), (2.0, "#5c6bc0"), (8.0, "#ef6c00")):
+    for scale, colour in ((0.5, "#7fb8b0"), (2.0, "#12897c"), (8.0, "#ef6c00")):
         gaps = scale * np.random.default_rng(0).normal(size=200)
         spread = [solve_margins(gaps, gamma0=4.0, tau=16 / k).margins.std() / 4 for k in kappas]
-        label = f"gaps of scale {scale:g}"
+        label = f"gaps with deviation {scale:g}"
         axis.plot(kappas, spread, color=colour, linewidth=2, label=label)
     for name, setting in PUBLISHED_SETTINGS.items():
         kappa = setting["gamma0"] ** 2 / setting["tau"]
         axis.axvline(kappa, color="gray", linestyle=":")
+        side = "left" if name.startswith("llama") else "right"  # gemma's line is close
         axis.annotate(name, (kappa, 0.98), xycoords=("data", "axes fraction"), rotation=90,
-                      fontsize=9, ha="right", va="top")  # fmt: skip
+                      ha=side, va="top")  # fmt: skip
     axis.set(xscale="log", xlabel="κ = γ0² / τ, at γ0 = 4", ylabel="spread of the margins / γ0")
-    axis.legend(frameon=False, loc=(0.12, 0.6))
-    return _inline(figure, "The margins' standard deviation over gamma0 rises with kappa")
+    axis.legend(frameon=False, loc=(0.12, 0.2))
+    return _inline([axis], "The margins' standard deviation over gamma0 rises with kappa")
 
 
-def picture(name: str, description: str) -> str:
-    """Return an SVG of this folder or of the results, in the colours of the page that shows it."""
-    places = (folder / name for folder in (Path(__file__).parent, RESULTS))
-    return _element(next(p for p in places if p.is_file()).read_text("utf-8"), description)
+def picture(name: str, description: str, kind: str = "alone") -> str:
+    """Return an SVG of this folder or of the results, in the colours of the page."""
+    places = (folder / name for folder in (DOCS, RESULTS))
+    svg = next(p for p in places if p.is_file()).read_text("utf-8")
+    return f'<figure class="{kind}">{_svg(svg, description)}</figure>'
 
 
 # --- what loss it is ---
@@ -298,26 +308,26 @@ def sigmoid(x: Any) -> Any:
 
 def weights_picture() -> str:
     """Pair weights over the gap for several κ, each with the matched logistic weights."""
-    figure, axis = _axes()
+    (axis,) = _axes()
     gaps = normal_gaps()
     wide = np.linspace(-8, 10, 181)
-    colours = ("#777777", "#9aa0e8", "#5c6bc0", "#009e73", "#ef6c00")
+    colours = ("#777777", "#7fb8b0", "#12897c", "#3b6fb6", "#ef6c00")
     for kappa, colour in zip((0.01, 1.6, 10, 100, 1e4), colours, strict=True):
         setting = {"gamma0": 4.0, "tau": 16 / kappa}
         rule = solve_margins_streaming([gaps], **setting)
         match = match_logistic(gaps, **setting)
         plain = match.scale * sigmoid(match.margin - match.beta_factor * wide)
-        label = f"κ = {kappa:g}: {match.unexplained:.0e}"
+        label = f"κ = {kappa:g}: {percent(match.unexplained)}"
         weights = sigmoid(rule.margins(wide) - wide)
         axis.plot(wide, weights, color=colour, linewidth=2, label=label)
         axis.plot(wide, plain, color=colour, linewidth=1.6, linestyle=":")
     axis.set(xlabel="reward gap of the pair (reward units)", ylabel="pair weight", ylim=(0, 1.05))
     axis.legend(frameon=False, loc="lower left")
-    return _inline(figure, "Pair weights fall with the gap, the flatter the larger kappa is")
+    return _inline([axis], "Pair weights fall with the gap, the flatter the larger kappa is")
 
 
 def matched() -> str:
-    """Which plain logistic loss several settings amount to on normal gaps."""
+    """Return the matched logistic loss of several settings on normal gaps."""
     published = {f"`{n}`": (s["gamma0"], s["tau"]) for n, s in PUBLISHED_SETTINGS.items()}
     rows = [
         (name, *setting, False, 1.0, 3.0)
@@ -340,9 +350,9 @@ def matched() -> str:
             b,
             d,
             c,
-            f"{match.unexplained:.1e}".replace("-", "−"),
+            percent(match.unexplained),
             f"{gamma0:g}, {tau:g}",
-            f"{gamma0**2 / tau:.2g}",
+            f"{gamma0**2 / tau:.3g}",
             "yes" if centered else "no",
             f"N({mean:g}, {deviation:g}²)",
         ]
@@ -389,19 +399,8 @@ def suppression_of_flips() -> str:
     """How exact margins change the ratio of flipped to clean pairs' mean weights."""
     settings = ((4.0, 10.0, True), (2.0, 0.5, True), (4.0, 10.0, False), (2.0, 0.5, False))
     rows = []
-    gaps = (
-        (0.3, 0.5),
-        (0.5, 3),
-        (1, 1),
-        (1, 3),
-        (3, 2),
-        (5, 0.5),
-        (5, 1),
-        (5, 2),
-        (8, 0.5),
-        (8, 1),
-    )
-    for mean, deviation in gaps:
+    wide = (*((5, s) for s in (0.5, 1, 2)), (8, 0.5), (8, 1))
+    for mean, deviation in ((0.3, 0.5), (0.5, 3), (1, 1), (1, 3), (3, 2), *wide):
         clean = normal_gaps(mean, deviation, 4000)
         flipped = -normal_gaps(mean, deviation, 1000)
         pool = np.concatenate([clean, flipped])
@@ -420,12 +419,21 @@ def suppression_of_flips() -> str:
 
 # --- the study ---
 
-COLOURS = {"digits": "#0072b2", "diabetes": "#d55e00", "bytes": "#009e73"}
+
+def verdict(compared: str, where: str) -> str:
+    """Return a difference in the verdict's table."""
+    page = (DOCS / "reproduction.md").read_text("utf-8")
+    row = re.search(rf"^\| {compared} \| {where}[^|]*\| (\S+) \|", page, re.MULTILINE)
+    assert row, (compared, where)
+    return row[1]
+
+
+TASKS = {"digits": "#0072b2", "diabetes": "#d55e00", "bytes": "#009e73"}
 
 
 def study(name: str) -> list[dict[str, str]]:
     """Read a CSV file of the study."""
-    path = Path(__file__).parent / "study" / f"{name}.csv"
+    path = DOCS / "study" / f"{name}.csv"
     with path.open(encoding="utf-8", newline="") as file:
         return [row for row in csv.DictReader(file) if row.get("study", "tasks") == "tasks"]
 
@@ -440,9 +448,9 @@ def traces() -> list[dict[str, Any]]:
 
 def study_verdict() -> str:
     """Gain of γ-PO over κ, one point for each configuration and task."""
-    figure, axes = _axes(1, 2, sharey=True)
-    for axis, method in zip(axes.flat, ("γ-DPO", "γ-SimPO"), strict=True):
-        for k, (task, colour) in enumerate(COLOURS.items()):
+    axes = _axes(2)
+    for axis, method in zip(axes, ("γ-DPO", "γ-SimPO"), strict=True):
+        for k, (task, colour) in enumerate(TASKS.items()):
             rows = [
                 r for r in study("configurations") if (r["task"], r["method"]) == (task, method)
             ]
@@ -454,16 +462,16 @@ def study_verdict() -> str:
                               label=f"{task}, less {peer}")  # fmt: skip
         axis.axhspan(-1, 1, color="gray", alpha=0.15, lw=0)
         axis.axhline(0, color="gray", lw=0.8)
-        axis.set(xscale="log", xlabel="κ = γ0² / τ", title=method, ylim=(-6, 4))
-    axes[0, 0].set_ylabel("gain, percentage points")
-    return _inline(figure, "Gains at equal settings over kappa lie around zero", legend=axes)
+        axis.set(xscale="log", xlabel="κ = γ0² / τ", title=method, ylim=(-6, 4),
+                 ylabel="gain, percentage points")  # fmt: skip
+    return _inline(axes, "Gains at equal settings over kappa lie around zero")
 
 
 def study_accuracy() -> str:
     """Accuracy against flip rate, as the paper's Figure 4."""
-    figure, axes = _axes(1, 3)
+    axes = _axes(3)
     rows = [row for row in study("accuracy") if row["chosen"] == "shared"]
-    for axis, task in zip(axes.flat, COLOURS, strict=True):
+    for axis, task in zip(axes, TASKS, strict=True):
         for k, method in enumerate(
             ("DPO", "γ-DPO", "matched DPO", "SimPO", "γ-SimPO", "matched SimPO")
         ):
@@ -472,24 +480,16 @@ def study_accuracy() -> str:
             y = {flips[r["labels"]]: float(r["accuracy"]) for r in own if r["labels"] in flips}
             axis.plot(*zip(*sorted(y.items()), strict=True), ("-", "--", ":")[k % 3], label=method,
                       color=("#0072b2", "#d55e00")[k // 3], lw=2.4 - 0.7 * (k % 3))  # fmt: skip
-        axis.set(title=task, xlabel="labels flipped, %")
-    axes[0, 0].set_ylabel("test accuracy, %")
-    return _inline(
-        figure, "Accuracy falls with the share of flips, alike for γ-PO and its bases", legend=axes
-    )
+        axis.set(title=task, xlabel="labels flipped, %", ylabel="test accuracy, %")
+    return _inline(axes, "Accuracy falls with the share of flips, alike for γ-PO and its bases")
 
 
 def study_rewards() -> str:
     """Distribution of reward gaps on clean test pairs, as the paper's Figure 2."""
-    figure, axes = _axes(1, 3)
-    for axis, task in zip(axes.flat, COLOURS, strict=True):
+    axes = _axes(3)
+    for axis, task in zip(axes, TASKS, strict=True):
         for run in traces():
-            if run["task"] == task and run["method"] in (
-                "dpo",
-                "gamma-dpo",
-                "simpo",
-                "gamma-simpo",
-            ):
+            if run["task"] == task and run["method"].removeprefix("gamma-") in ("dpo", "simpo"):
                 gaps = np.array(run["result"]["test_gaps"])
                 ours, free = "gamma" in run["method"], "simpo" in run["method"]
                 axis.hist(gaps / np.abs(gaps).mean(), np.linspace(-3, 4, 36), histtype="step",
@@ -497,16 +497,14 @@ def study_rewards() -> str:
                           label="γ-" * ours + ("DPO", "SimPO")[free])  # fmt: skip
         axis.axvline(0, color="gray", lw=0.8)
         axis.set(title=task, yticks=[], xlabel="reward gap / its mean size")
-    return _inline(
-        figure, "Reward gaps of test pairs, 40 % of training labels flipped", legend=axes
-    )
+    return _inline(axes, "Reward gaps of test pairs, 40 % of training labels flipped")
 
 
 def study_margins() -> str:
     """Margins against gaps over training, as the paper's Figure 5."""
     runs = [r for r in traces() if r["method"] in ("gamma-dpo", "gamma-simpo")]
-    figure, axes = _axes(2, 3)
-    for axis, run in zip(axes.flat, sorted(runs, key=lambda r: r["method"]), strict=True):
+    axes = _axes(6)
+    for axis, run in zip(axes, sorted(runs, key=lambda r: r["method"]), strict=True):
         for (gaps, flipped, margins, _), fade in zip(
             run["result"]["pairs"], (0.25, 0.5, 1), strict=True
         ):
@@ -516,14 +514,14 @@ def study_margins() -> str:
                              alpha=fade, label=label * (fade == 1), rasterized=True)  # fmt: skip
         axis.set(title=f"{'γ-DPO' if 'dpo' in run['method'] else 'γ-SimPO'}, {run['task']}",
                  xlabel="reward gap", ylabel="margin")  # fmt: skip
-    return _inline(figure, "Margins against gaps at the start, the middle and the end", legend=axes)
+    return _inline(axes, "Margins against gaps at the start, the middle and the end")
 
 
 # --- trainers ---
 
 
 def run_with(name: str) -> str:
-    """Which version of a trainer ran the page's code, with what and when, and how exactly."""
+    """Return the version of a trainer that ran the page's code, with date, peers and errors."""
     record = results("clients").get(name)
     if record is None:
         return f"Not yet run in the trainer itself; `python -m tests.clients {name}` does that."
@@ -541,43 +539,50 @@ def run_with(name: str) -> str:
     )
 
 
-def _axes(rows: int = 0, columns: int = 0, **options: Any) -> Any:
-    """Return a figure with one axis, or with a grid of them."""
+def _axes(count: int = 1) -> list[Any]:
+    """Return axes, each of a figure of its own: panels of a page can wrap."""
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "γ", "font.size": 12})
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "γ", "font.size": 11})
     import matplotlib.pyplot as plt
 
-    size = (9, 0.6 + 2.8 * rows) if rows else (8, 3.6)
-    figure, axes = plt.subplots(
-        rows or 1, columns or 1, figsize=size, layout="constrained", squeeze=False, **options
-    )
-    for axis in axes.flat:
+    size = (3.6, 2.8) if count > 1 else (6, 3.4)
+    axes = [plt.subplots(figsize=size, layout="constrained")[1] for _ in range(count)]
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes if rows else axes[0, 0]
+    return axes
 
 
-def _inline(figure: Any, description: str, legend: Any = None) -> str:
-    """Return the figure as an SVG element in the page's own text colour."""
+def _inline(axes: list[Any], description: str) -> str:
+    """Return the axes as SVG elements in the page's own text colour, a legend of many first."""
     import matplotlib.pyplot as plt
 
-    if legend is not None:  # one for all axes, above them
-        handles = dict(zip(*reversed(legend.flat[0].get_legend_handles_labels()), strict=True))
-        figure.legend(handles.values(), handles, loc="outside upper center", frameon=False,
-                      ncols=3, fontsize=10)  # fmt: skip
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return _element(out.getvalue(), description)
+    figures = [axis.figure for axis in axes]
+    if len(axes) > 1:
+        lines, names = axes[0].get_legend_handles_labels()
+        legend = dict(zip(names, lines, strict=True))
+        figures.insert(0, plt.figure(figsize=(4.9, 0.1 + 0.24 * -(-len(legend) // 2))))
+        figures[0].legend(legend.values(), legend, loc="center", frameon=False, ncols=2)
+    svg = ""
+    for axis in axes:
+        for scale in (axis.xaxis, axis.yaxis):
+            if scale.get_scale() == "log":  # exponents would be too small to read
+                scale.set_major_formatter("{x:g}")
+    for figure in figures:
+        figure.savefig(out := io.StringIO(), format="svg", metadata={"Date": None})
+        plt.close(figure)
+        svg += _svg(out.getvalue(), description)
+    columns = min(len(axes), 3)
+    return f'<figure class="panels" style="--columns: {columns}">{svg}</figure>'
 
 
-def _element(svg: str, description: str) -> str:
+def _svg(svg: str, description: str) -> str:
     """Black ink becomes the colour of the text; white paper and the groups' names go."""
     svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
     svg = re.sub('<g id="[^"]*">', "<g>", svg.replace("fill: #ffffff", "fill: none"))
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
-    return "<figure>" + "".join(svg.splitlines()) + "</figure>"
+    return "".join(svg.splitlines())
 
 
 # --- log-probabilities of responses ---
@@ -619,7 +624,7 @@ def logps_errors(name: str) -> str:
 
 # Page, and what was done where no results file says more.
 TRAINERS = {
-    "trl": ("TRL", "run with 1.8.0 and 1.16.0"),
+    "trl": ("TRL", ""),
     "accelerate": ("Accelerate", "run with 1.15.0"),
     "lightning": ("Lightning", "run with 2.6.6"),
     "llama_factory": ("LLaMA-Factory", "**not run**; its call, as of 0.9.5, by a stand-in"),
@@ -634,17 +639,20 @@ TRAINERS = {
 
 
 def trainers() -> str:
-    """What each trainer was run with: from clients.json, which `tests.clients` writes."""
+    """Return the versions that each trainer was run with, from clients.json and the pins."""
     found = results("clients") if (RESULTS / "clients.json").is_file() else {}
     rows = []
     for page, (name, state) in TRAINERS.items():
         if run := found.get(page):
             state = f"run with {run['version']} on {run['date']}"
         if page == "trl":
-            pins = (RESULTS.parents[1] / "constraints.txt").read_text("utf-8")
-            newest = re.search(r"^trl==(.*)$", pins, re.MULTILINE)[1]
-            state += f" (TRL's own tests); the tests of this repository run with 1.8.0 and {newest}"
-        file = Path(__file__).parent / "recipes" / f"{page}.md"
+            pins, limits = (
+                (DOCS.parent / file).read_text("utf-8")
+                for file in ("constraints.txt", "pyproject.toml")
+            )
+            oldest, newest = re.search(r'"trl>=([\d.]+)', limits), re.search(r"\ntrl==(.*)", pins)
+            state = f"tests run with {oldest[1]} and {newest[1]}; TRL's own tests {state}"
+        file = DOCS / "recipes" / f"{page}.md"
         rows.append([f"[{name}](recipes/{page}.md)" if file.is_file() else name, state])
     return table(["trainer", "state, on a CPU"], rows)
 

@@ -39,7 +39,7 @@ def test_a_step_is_retried(monkeypatch):
 
 
 def test_pages_with_code_are_found():
-    assert {"choosing", "index", "queue", "quickstart", "theory"} <= set(PAGES)
+    assert {"choosing", "errors", "index", "queue", "quickstart", "theory"} <= set(PAGES)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -131,7 +131,7 @@ def test_nothing_is_installed_from_an_index_that_does_not_have_it():
 
 def test_the_error_messages_in_headings_are_those_that_are_raised():
     """Whose words the doctests of `test_code_of_a_page_runs` check."""
-    _, *sections = re.split(r"^## ", (DOCS / "faq.md").read_text("utf-8"), flags=re.MULTILINE)
+    _, *sections = re.split(r"^## ", (DOCS / "errors.md").read_text("utf-8"), flags=re.MULTILINE)
     assert len(sections) > 10
     for section in sections:
         heading = re.match(r"`(.*?)(?: ?\.\.\.)?`\n", section)[1]

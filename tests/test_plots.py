@@ -133,7 +133,7 @@ def test_the_example_draws_the_page_s_pictures_in_its_settings(torch, monkeypatc
     assert margins.lines[0].get_ydata() == history.lines[1].get_ydata() == [4.0, 4.0]
     np.testing.assert_allclose(history.lines[0].get_ydata(), 4.0, rtol=1e-5)
     assert history.lines[0].get_xdata().tolist() == list(range(5, 201, 5))
-    page = (docs / "plots.md").read_text("utf-8")
+    page = (docs / "api" / "trainers.md").read_text("utf-8")
     names = set(re.findall(r'picture\("(plots_\w+\.svg)"', page))
     assert {file.name for file in tmp_path.iterdir()} == names
     assert {file.name for file in docs.glob("plots_*.svg")} == names

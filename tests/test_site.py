@@ -4,6 +4,7 @@ import functools
 import http.server
 import importlib
 import inspect
+import itertools
 import os
 import re
 import shutil
@@ -107,6 +108,28 @@ def test_the_reference_shows_nothing_that_python_adds_to_a_class(site):
             assert name not in text, (file, name)
 
 
+def test_every_entry_of_the_reference_says_something_of_its_own(site):
+    entry = re.compile(r'<div class="doc-md-description">(.*?)</div>\s*</li>', re.DOTALL)
+    for file in (site / "api").rglob("index.html"):
+        for items in re.findall(r"<ul>.*?</ul>", file.read_text("utf-8"), re.DOTALL):
+            said = [each.strip() for each in entry.findall(items)]
+            assert "" not in said, file
+            assert all(one != two for one, two in itertools.pairwise(said)), (file, said)
+
+
+def test_the_header_has_the_version_and_the_sections(site):
+    gamma_loss = importlib.import_module("gamma_loss")
+    header = (site / "index.html").read_text("utf-8").partition("</header>")[0]
+    assert f">v{gamma_loss.__version__}</a>" in header
+    assert header.count('class="md-tabs__link"') > 8
+
+
+def test_the_first_use_of_a_term_leads_to_the_glossary(site):
+    text = (site / "method" / "index.html").read_text("utf-8")
+    for term in ("gap", "kappa", "margin", "multiplier", "pool", "error-bound", "matched-loss"):
+        assert text.count(f'href="../glossary/#{term}"') == 1, term
+
+
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -114,7 +137,10 @@ def browser():
     if not program:
         pytest.skip("needs chromium")
     with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        quiet = ("no-sandbox", "disable-quic", "disable-background-networking", "disable-sync")
+        browser = running.chromium.launch(
+            executable_path=program, args=[f"--{option}" for option in quiet]
+        )
         yield browser
         browser.close()
 
@@ -132,10 +158,83 @@ def address(site):
         server.shutdown()
 
 
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
-def test_no_page_says_anything_to_the_console_or_is_wider_than_the_window(
-    site, browser, address, scheme, width
-):
+# Complaints about a page: width of page and tables, size and contrast of text, buttons that touch.
+LOOK = """() => {
+    const complaints = [], wide = innerWidth > 1000;
+    const say = (what, node) => complaints.push(what + ": " + node.textContent.trim().slice(0, 40));
+    if (document.documentElement.scrollWidth > innerWidth) complaints.push("wider than the window");
+
+    if (wide) for (const box of document.querySelectorAll(".md-typeset__scrollwrap"))
+        if (box.scrollWidth > box.clientWidth) say("table scrolls", box);
+    for (const formula of document.querySelectorAll(".formulas"))
+        if (wide && formula.scrollWidth > formula.clientWidth + 1) say("formula scrolls", formula);
+    for (const formula of document.querySelectorAll(":is(p, li) > math"))
+        if (formula.getBoundingClientRect().right > innerWidth) say("formula is cut", formula);
+
+    const pixel = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+    const known = new Map(), grounds = new Map();
+    const read = colour => {
+        if (known.has(colour)) return known.get(colour);
+        pixel.clearRect(0, 0, 1, 1);
+        pixel.fillStyle = colour;
+        pixel.fillRect(0, 0, 1, 1);
+        const [r, g, b, a] = pixel.getImageData(0, 0, 1, 1).data;
+        known.set(colour, [r, g, b, a / 255]);
+        return known.get(colour);
+    };
+    const over = (top, below) => [0, 1, 2].map(i => top[i] * top[3] + below[i] * (1 - top[3]));
+    const ground = node => {
+        if (!node) return [255, 255, 255];
+        if (!grounds.has(node)) {
+            const own = read(getComputedStyle(node).backgroundColor);
+            grounds.set(node, own[3] > 0.99 ? own : over(own, ground(node.parentElement)));
+        }
+        return grounds.get(node);
+    };
+    const light = colour => {
+        const [r, g, b] = colour.map(v => v / 255).map(
+            v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const words = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    const seen = new Set();
+    while (words.nextNode()) {
+        const node = words.currentNode.parentElement;
+        if (seen.has(node) || !words.currentNode.data.trim()) continue;
+        seen.add(node);
+        const box = node.getBoundingClientRect(), style = getComputedStyle(node);
+        const opacity = parseFloat(style.opacity);
+        if (!box.width || !opacity || style.visibility == "hidden" || node.closest(
+            "script, style, noscript, [hidden], .md-search, .headerlink, annotation")) continue;
+        const svg = node.closest("svg"), matrix = svg && node.getScreenCTM();
+        const scale = svg ? Math.hypot(matrix.a, matrix.b) : 1;
+        const size = parseFloat(style.fontSize) * scale;
+        if (size < (node.closest("math, tspan") ? 6 : 9)) say(size.toFixed(1) + " px", node);
+        const below = ground(svg ? svg.parentElement : node);
+        const ink = read(svg ? style.fill : style.color);
+        const [a, b] = [light(over([...ink.slice(0, 3), ink[3] * opacity], below)), light(below)];
+        const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        if (contrast < 4.5) say("contrast " + contrast.toFixed(2), node);
+        if (node.closest(".md-content") && !node.closest("table, pre, svg, math, .headerlink")
+            && !wide) {
+            const range = document.createRange();
+            range.selectNodeContents(words.currentNode);
+            const text = range.getBoundingClientRect();
+            if (text.left < 8 || text.right > innerWidth - 8) say("at the edge", node);
+        }
+    }
+    const buttons = [...document.querySelectorAll(".md-button")].map(
+        node => [node, node.getBoundingClientRect()]);
+    for (const [k, [node, one]] of buttons.entries()) for (const [, two] of buttons.slice(k + 1))
+        if (one.left < two.right + 4 && two.left < one.right + 4
+            && one.top < two.bottom + 4 && two.top < one.bottom + 4) say("buttons touch", node);
+    return complaints;
+}"""
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_page_is_quiet_and_can_be_read(site, browser, address, scheme, width):
     context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
     said = []
     for path in pages(site):
@@ -144,11 +243,10 @@ def test_no_page_says_anything_to_the_console_or_is_wider_than_the_window(
         page.on("pageerror", lambda error, path=path: said.append((path, str(error))))
         page.on("requestfailed", lambda request, path=path: said.append((path, request.url)))
         page.goto(f"{address}/{path}")
-        if page.evaluate("document.documentElement.scrollWidth > window.innerWidth"):
-            said.append((path, "wider than the window"))
+        said.extend((path, complaint) for complaint in page.evaluate(LOOK))
         page.close()
     context.close()
-    assert not said
+    assert not said, "\n".join(map(str, said))
 
 
 def test_what_is_copied_has_no_prompts(browser, address):

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/plots.md from a short training run on noisy labels.
+"""Draw the pictures of docs/api/trainers.md from a short training run on noisy labels.
 
 A linear reward model learns from 2,048 pairs of random features, labelled by a known linear reward
 (Bradley and Terry's model); 20 % of the labels are then flipped. γ-DPO's centred loss trains it for
