@@ -1,5 +1,13 @@
-"""Shared fixtures: the array libraries that the package is tested on."""
+"""Shared fixtures: the array libraries and the implementations that the package is tested on.
 
+Tests call public names. The internals that they may call as well are few:
+- `_solver`: its steps and its problem, with `_backend.get_backend`, which gives it a library;
+- `kernels.launch` and `kernels.solve`: the kernel by itself;
+- what a test sets: `_backend._torch_kind`, `_comm.GATHER_LIMIT`, `_compile._programs`,
+  `_operator._without_triton`, `streaming._MAX_READINGS`, `torch.logps`'s limits of a chunk.
+"""
+
+import functools
 import importlib
 import os
 
@@ -8,8 +16,6 @@ import numpy as np
 import pytest
 
 from gamma_loss import MarginSolution, solve_margins
-from gamma_loss import _pool as problem
-from gamma_loss._backend import get_backend
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Random examples on a developer's machine, the same ones every time where CI is to be repeatable.
@@ -71,70 +77,67 @@ def jax():
     return Library("jax") and importlib.import_module("jax")
 
 
+IMPLEMENTATIONS = ("numpy", "auto", "torch", "jax", "array_api_strict", "compile", "triton")
+# How many of the random problems a slow one can bear; and the sizes that JAX pads to are few.
+SHARES = {"jax": 2, "compile": 2, "triton": 12}
+
+
 class Solver:
     """`solve_margins` by one implementation, from NumPy arrays to NumPy arrays."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        if name == "jax":
-            self.jax = Library("jax").xp
-        elif name != "numpy":
-            self.torch = pytest.importorskip("torch")
+        self.is_torch = name in ("auto", "torch", "compile", "triton")
+        self.library = Library("torch" if self.is_torch else name)
         if name == "triton":
             pytest.importorskip("triton", minversion="3.5")
 
     def __call__(self, gaps, *, gamma0, tau, **arrays):
-        gaps, size = np.asarray(gaps), len(gaps)
+        arrays = {"reward_gaps": gaps, **arrays}
         arrays = {name: np.asarray(each) for name, each in arrays.items() if each is not None}
-        settings = {"gamma0": gamma0, "tau": tau}
-        if self.name == "numpy":
-            return solve_margins(gaps, **arrays, **settings)
-        if self.name == "jax":
-            arrays = self.padded(reward_gaps=gaps, **arrays)
-            margins, *numbers = map(np.asarray, solve_margins(**arrays, **settings))
-            return MarginSolution(margins[:size], *(number[()] for number in numbers))
-        device = "cuda" if self.torch.cuda.is_available() else "cpu"
-        gaps, *others = (
-            self.torch.tensor(each, device=device) for each in (gaps, *arrays.values())
-        )
-        arrays = dict(zip(arrays, others, strict=True))
+        if self.name == "jax":  # which compiles a program for each size
+            arrays = padded(arrays)
+        settings, make = {"gamma0": gamma0, "tau": tau}, self.library.xp.asarray
+        if self.is_torch:
+            device = "cuda" if self.library.xp.cuda.is_available() else "cpu"
+            settings["impl"] = "auto" if self.name == "torch" else self.name
+            make = functools.partial(self.library.xp.tensor, device=device)
+        arrays = {name: make(each) for name, each in arrays.items()}
         if self.name == "torch":  # by its own operations, where "auto" takes NumPy's
-            xp, inputs = get_backend(gaps), problem.PoolInputs(**arrays)
-            pool = problem.build_pool(xp, gaps, inputs)
-            margins, *numbers = problem.solve_eagerly(xp, *pool, gamma0, tau)
-            solution = (problem.scatter_margins(xp, margins, gaps, inputs, gamma0), *numbers)
-        else:
-            solution = solve_margins(gaps, impl=self.name, **arrays, **settings)
-        return MarginSolution(*(np.asarray(array.cpu())[()] for array in solution))
+            arrays["reward_gaps"] = arrays["reward_gaps"].as_subclass(own_tensor())
+        solution = solve_margins(**arrays, **settings)
+        if self.name == "torch":
+            assert type(solution.margins) is own_tensor(), "NumPy has solved it"
+        margins, *numbers = (np.asarray(each.cpu() if self.is_torch else each) for each in solution)
+        return MarginSolution(margins[: len(gaps)], *(number[()] for number in numbers))
 
-    def padded(self, **arrays):
-        """Arrays of few sizes, as JAX compiles a loop for each."""
-        for name, mask in (("reward_gaps", "mask"), ("context", "context_mask")):
-            if name in arrays:
-                arrays.setdefault(mask, np.ones(len(arrays[name]), dtype=bool))
+    def some(self, problems: list) -> list:
+        """As many of the problems as it can bear."""
+        return problems[:: SHARES.get(self.name, 1)]
 
-        def pad(array):
-            rest = max(64, 1 << (len(array) - 1).bit_length()) - len(array)
-            return self.jax.asarray(np.pad(array, (0, rest)))
 
-        return {name: pad(array) for name, array in arrays.items()}
+@functools.cache
+def own_tensor():
+    """A class of tensors that NumPy cannot stand for."""
+    return type("OwnTensor", (importlib.import_module("torch").Tensor,), {})
 
-    def settings(self, max_examples: int = 100):
-        """As many random examples as a slow implementation can bear."""
-        share = {"jax": 1 / 5, "compile": 1 / 4, "triton": 1 / 25}.get(self.name, 1)
-        return hypothesis.settings(max_examples=max(5, int(max_examples * share)))
+
+def padded(arrays):
+    for name, mask in (("reward_gaps", "mask"), ("context", "context_mask")):
+        if name in arrays:
+            arrays.setdefault(mask, np.ones(len(arrays[name]), dtype=bool))
+    return {
+        name: np.pad(each, (0, max(64, 1 << (len(each) - 1).bit_length()) - len(each)))
+        for name, each in arrays.items()
+    }
 
 
 # One worker gets all tests of "compile", so that it compiles everything once.
 @pytest.fixture(
     scope="session",
     params=[
-        "numpy",
-        "auto",
-        "torch",
-        "jax",
-        pytest.param("compile", marks=pytest.mark.xdist_group("compile")),
-        "triton",
+        pytest.param(name, marks=[pytest.mark.xdist_group(name)] if name == "compile" else [])
+        for name in IMPLEMENTATIONS
     ],
 )
 def solver(request) -> Solver:

@@ -4,6 +4,8 @@ Nothing here is shared with the package, and the margin problem is solved by bra
 extended precision (`numpy.longdouble`: 80 bits on x86, plain float64 where there is nothing wider).
 """
 
+import functools
+
 import numpy as np
 
 Real = np.longdouble
@@ -32,8 +34,15 @@ def margins(reward_gaps, gamma0, tau):
     gaps, index, counts = np.unique(
         np.asarray(reward_gaps, dtype=Real), return_inverse=True, return_counts=True
     )
-    gamma0 = Real(gamma0)
-    a = gamma0 / Real(tau)
+    u, nu = _log_ratios(tuple(gaps), tuple(counts), Real(gamma0), Real(tau))
+    return Real(gamma0) * np.exp(u)[index.reshape(-1)], nu
+
+
+@functools.cache  # all implementations are held to the same pools
+def _log_ratios(gaps, counts, gamma0, tau):
+    """u of each distinct gap, and ν."""
+    gaps, counts = np.array(gaps), np.array(counts)
+    a = gamma0 / tau
     share = counts / Real(counts.sum())
 
     def log_ratios(offset, from_top, low, high):
@@ -71,7 +80,7 @@ def margins(reward_gaps, gamma0, tau):
         else:
             low, high = new, (*high[:2], high[2] / 2)
     offset, u, _ = new
-    return gamma0 * np.exp(u)[index.reshape(-1)], offset + (a if from_top else 0)
+    return u, offset + (a if from_top else 0)
 
 
 def condition(exact, nu, reward_gaps, gamma0, tau):

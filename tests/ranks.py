@@ -203,23 +203,23 @@ def outlived(group):
     return refused(group, "solve_margins", [([1.0], {"gamma0": 4.0, "tau": 10.0})] * 9)
 
 
-def train(group, engine, sizes, steps, setting, folder=None, resume=False):
+def train(group, engine, sizes, steps, setting):
     """Train a linear model; return its weights and losses, step by step, and the queue.
 
-    ``engine`` None is one process with all pairs. With a folder, the state goes there half-way, to
-    be resumed from by another call.
+    ``engine`` None is one process with all pairs.
     """
     import torch
     import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
     from gamma_loss import GammaPreferenceLoss
 
-    model = wrapped = linear()
+    model = wrapped = torch.nn.Linear(4, 1, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, -0.5, 0.3, 0.1]]))
+        model.bias.zero_()
     if engine == "ddp":
         wrapped = torch.nn.parallel.DistributedDataParallel(model, process_group=group)
     elif engine == "fsdp":
@@ -228,27 +228,9 @@ def train(group, engine, sizes, steps, setting, folder=None, resume=False):
         queue_size=40, group=group if engine else None, **setting
     ).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
-
-    def state():
-        of_model, of_optimizer = get_state_dict(model, optimizer)
-        return {"model": of_model, "optimizer": of_optimizer, "loss": loss_module.state_dict()}
-
-    start = 0
-    if resume:
-        start, saved = steps // 2, state()
-        dcp.load(saved, checkpoint_id=folder, process_group=group)
-        set_state_dict(
-            model,
-            optimizer,
-            model_state_dict=saved["model"],
-            optim_state_dict=saved["optimizer"],
-        )
-        loss_module.load_state_dict(saved["loss"])
     weights, losses = [], []
-    for step in range(start, steps):
-        if folder and not resume and step == steps // 2:
-            dcp.save(state(), checkpoint_id=folder, process_group=group)
-        data = pairs_of(step)
+    for step in range(steps):
+        data = np.random.default_rng(step).normal(size=(12, 4))
         mine = shard(data, sizes, dist.get_rank(group)) if engine else data
         loss, _ = loss_module(wrapped(torch.tensor(mine))[:, 0])
         optimizer.zero_grad()
@@ -260,65 +242,6 @@ def train(group, engine, sizes, steps, setting, folder=None, resume=False):
         losses.append(loss.item())
     gaps, mask = loss_module.queue.context()
     return np.stack(weights), np.array(losses), gaps[mask].numpy()
-
-
-def accelerated(rank, folder, steps, setting, result):
-    """Train with Accelerate as one of two processes; send the loss curve. Run in a new process.
-
-    The group is Accelerate's own, of the environment that its launcher makes.
-    """
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "GLOO_SOCKET_IFNAME": "lo"}
-    try:
-        result.send((False, _accelerated(folder, steps, setting)))
-    except Exception:
-        result.send((True, traceback.format_exc()))
-
-
-def _accelerated(folder, steps, setting):
-    import torch
-    import torch.distributed as dist
-    from accelerate import Accelerator, InitProcessGroupKwargs
-    from torch.utils.data import DataLoader
-
-    from gamma_loss import GammaPreferenceLoss
-
-    torch.set_num_threads(1)
-    start = InitProcessGroupKwargs(
-        backend="gloo", init_method=f"file://{folder}/accelerate", timeout=PATIENCE
-    )
-    accelerator = Accelerator(cpu=True, kwargs_handlers=[start])
-    assert dist.get_backend() == "gloo"
-    assert accelerator.num_processes == 2
-    model = linear()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
-    data = [torch.tensor(pairs_of(step)) for step in range(steps)]
-    batches = DataLoader(torch.cat(data), batch_size=len(data[0]) // 2)  # a process's share
-    model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
-    loss_module = GammaPreferenceLoss(queue_size=40, group=dist.group.WORLD, **setting).double()
-    losses = []
-    for batch in batches:
-        loss, _ = loss_module(model(batch)[:, 0])
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        optimizer.step()
-        losses.append(accelerator.reduce(loss.detach(), "mean").item())
-    dist.destroy_process_group()
-    return losses
-
-
-def pairs_of(step):
-    return np.random.default_rng(step).normal(size=(12, 4))
-
-
-def linear():
-    import torch
-
-    model = torch.nn.Linear(4, 1, dtype=torch.float64)
-    with torch.no_grad():
-        model.weight.copy_(torch.tensor([[1.0, -0.5, 0.3, 0.1]]))
-        model.bias.zero_()
-    return model
 
 
 def logs_of_no_pairs(group):

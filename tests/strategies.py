@@ -1,6 +1,9 @@
 """Random pools of reward gaps and settings, over the whole domain that the library promises."""
 
+import functools
+
 import numpy as np
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 CORNERS = [  # (gaps, gamma0, tau): corners of the domain, κ up to 1e7
@@ -46,3 +49,17 @@ def pools(draw, min_size: int = 1, max_size: int = 40) -> np.ndarray:
         "levels": lambda: rng.choice(rng.normal(size=3) * scale, size),
     }[shape]()
     return np.clip(centre + gaps, -LIMIT, LIMIT)
+
+
+@functools.cache
+def problems(dtype: str, count: int = 100) -> list[tuple]:
+    """Random problems, the same for all implementations: so the oracle solves each once."""
+    found = []
+
+    @settings(max_examples=count, database=None, phases=[Phase.generate])
+    @given(pools(), gamma0s, taus)
+    def collect(gaps, gamma0, tau):
+        found.append((gaps.astype(dtype), gamma0, tau))
+
+    collect()
+    return found

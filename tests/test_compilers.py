@@ -1,4 +1,4 @@
-"""Tracing: torch.compile, torch.vmap, jax.jit and jax.vmap take the library as it is."""
+"""Tracing: torch.compile, torch.export, torch.vmap and JAX take the library as it is."""
 
 import itertools
 import sys
@@ -9,7 +9,7 @@ import pytest
 from strategies import HARD, MILD
 
 from gamma_loss import (
-    _backend,
+    GammaDPOLoss,
     _solver,
     gamma_dpo_loss,
     gamma_preference_loss,
@@ -22,49 +22,72 @@ def rows(shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape) * 3
 
 
-@pytest.mark.parametrize("setting", [MILD, HARD])
-def test_torch_compile_makes_one_graph_and_does_not_recompile(torch, setting):
+@pytest.fixture
+def compiled(torch):
+    """torch.compile with whole graphs, which are listed."""
     torch.compiler.reset()
-    graphs = []
 
-    def backend(module, _):
-        graphs.append(module)
-        return module.forward
+    def compile(function, backend="aot_eager", **options):
+        def listed(module, inputs):
+            compile.graphs.append(module)
+            return torch._dynamo.lookup_backend(backend)(module, inputs)
+
+        return torch.compile(function, fullgraph=True, backend=listed, **options)
+
+    compile.graphs = []
+    return compile
+
+
+@pytest.mark.parametrize("setting", [MILD, HARD], ids=["mild", "hard"])
+@pytest.mark.parametrize("impl", ["auto", "compile", "triton"])
+def test_torch_compile_makes_one_small_graph_for_all_calls(torch, compiled, impl, setting):
+    if impl == "triton":
+        pytest.importorskip("triton", minversion="3.5")
 
     def loss(*logps):
-        value, aux = gamma_dpo_loss(*logps, beta=0.1, **setting)
+        value, aux = gamma_dpo_loss(*logps, beta=0.1, impl=impl, **setting)
         return value, aux, metrics(aux)
 
-    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    call = compiled(loss)
     for seed in range(3):
         logps = [torch.tensor(row, requires_grad=i < 2) for i, row in enumerate(rows((4, 9), seed))]
-        value, aux, logs = compiled(*logps)
-        expected, expected_aux, expected_logs = loss(*logps)
-        torch.testing.assert_close(value, expected)
-        torch.testing.assert_close(aux.margins, expected_aux.margins)
-        torch.testing.assert_close(logs, expected_logs)
-        gradients = torch.autograd.grad(value, logps[:2])
-        torch.testing.assert_close(gradients, torch.autograd.grad(expected, logps[:2]))
-    assert len(graphs) == 1
+        found, expected = call(*logps), loss(*logps)
+        torch.testing.assert_close(found, expected)
+        gradients = torch.autograd.grad(found[0], logps[:2])
+        torch.testing.assert_close(gradients, torch.autograd.grad(expected[0], logps[:2]))
+    (graph,) = compiled.graphs
+    assert len(list(graph.graph.nodes)) < 200  # one call of ours, and the metrics
 
 
-@pytest.mark.parametrize("setting", [MILD, HARD])
-def test_torch_compile_makes_one_graph_for_all_sizes(torch, setting):
-    torch.compiler.reset()
-    graphs = []
+@pytest.mark.parametrize("setting", [MILD, HARD], ids=["mild", "hard"])
+def test_torch_compile_makes_one_graph_for_all_sizes(torch, compiled, setting):
+    def loss(gaps, context, mask, weights):
+        solution = solve_margins(gaps, context=context, mask=mask, **setting)
+        arrays = {"context": context, "context_mask": mask, "weights": weights}
+        return gamma_preference_loss(gaps, **arrays, **setting)[0], *solution
 
-    def backend(module, _):
-        graphs.append(module)
-        return module.forward
-
-    def loss(chosen, rejected):
-        return gamma_preference_loss(chosen - rejected, context=rejected, **setting)[0]
-
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)
+    call, counts = compiled(loss, dynamic=True), []
     for size in (5, 7, 300):
-        logps = torch.tensor(rows((2, size)))
-        torch.testing.assert_close(compiled(*logps), loss(*logps))
-    assert len(graphs) == 1
+        gaps, context = torch.tensor(rows((2, size)))
+        arrays = gaps, context, context > -1, context.abs()
+        torch.testing.assert_close(call(*arrays), loss(*arrays))
+        counts.append(len(compiled.graphs))
+    assert counts == counts[:1] * 3  # Dynamo may trace the first call twice
+
+
+def nodes_of_a_trace(torch, impl, setting):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    gaps = torch.tensor(rows(9))
+    traced = make_fx(lambda x: solve_margins(x, impl=impl, **setting).margins)(gaps)
+    return len(list(traced.graph.nodes))
+
+
+def test_a_solve_takes_few_nodes_of_a_graph(torch):
+    """A mild one is a few passes, any other is one operator."""
+    for impl in ("auto", "eager", "compile"):
+        assert nodes_of_a_trace(torch, impl, HARD) < 20
+        assert nodes_of_a_trace(torch, impl, MILD) < 200
 
 
 def test_a_tensor_is_not_asked_whether_it_is_jaxs(torch, monkeypatch):
@@ -74,14 +97,9 @@ def test_a_tensor_is_not_asked_whether_it_is_jaxs(torch, monkeypatch):
         def __instancecheck__(cls, instance):
             raise AssertionError("asked")
 
-    class Array(metaclass=Asks):
-        pass
-
-    monkeypatch.setitem(sys.modules, "jax", types.SimpleNamespace(Array=Array))
-    monkeypatch.setattr(_backend, "_instances", {})
-    assert _backend.get_backend(torch.zeros(1)).library == "torch"
-    with pytest.raises(AssertionError, match="asked"):
-        _backend.get_backend(np.zeros(1))
+    monkeypatch.setitem(sys.modules, "jax", types.SimpleNamespace(Array=Asks("Array", (), {})))
+    torch.compiler.reset()
+    assert solve_margins(torch.zeros(1), **MILD).margins == 4
 
 
 def test_inductor_fuses_a_loss_with_its_solve_into_one_kernel(torch):
@@ -115,20 +133,21 @@ def guards(torch, function, *arguments):
     return leaves(entry.guard_manager.root)
 
 
-@pytest.mark.parametrize("setting", [MILD, HARD])
-def test_a_graph_has_few_guards(torch, setting):
+def test_a_graph_has_few_guards(torch):
     logps = torch.tensor(rows((4, 9))).unbind()
 
     def dpo(*logps):
         gaps = 0.1 * ((logps[0] - logps[2]) - (logps[1] - logps[3]))
         return -torch.nn.functional.logsigmoid(gaps).mean()
 
-    def loss(*logps):
-        return gamma_dpo_loss(*logps, beta=0.1, **setting)[0]
+    plain = guards(torch, dpo, *logps)
+    for setting in (MILD, HARD):
 
-    assert guards(torch, loss, *logps) <= guards(torch, dpo, *logps) + 100
-    gaps = logps[0]
-    assert guards(torch, lambda gaps: solve_margins(gaps, **setting), gaps) <= 100
+        def loss(*logps, setting=setting):
+            return gamma_dpo_loss(*logps, beta=0.1, **setting)[0]
+
+        assert guards(torch, loss, *logps) <= plain + 100
+        assert guards(torch, lambda g, s=setting: solve_margins(g, **s), logps[0]) <= 100
 
 
 def test_a_bad_setting_in_a_compiled_function_is_a_plain_error(torch):
@@ -138,40 +157,21 @@ def test_a_bad_setting_in_a_compiled_function_is_a_plain_error(torch):
             compiled(torch.zeros(3))
 
 
-@pytest.mark.parametrize("name", ["context", "mask", "weights"])
-@pytest.mark.parametrize("setting", [MILD, HARD])
-def test_torch_compile_takes_the_optional_arrays(torch, setting, name):
-    torch.compiler.reset()
-    gaps = torch.tensor(rows(9))
-    optional = {"context": gaps * 2, "mask": gaps > -1, "weights": gaps.abs()}[name]
-    for function in (solve_margins, gamma_preference_loss):
-
-        def call(gaps, optional, function=function):
-            return tuple(function(gaps, **{name: optional}, **setting))
-
-        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(gaps, optional), call(gaps, optional))
-
-
-def test_a_module_with_a_queue_does_not_recompile(torch):
-    from gamma_loss.torch import GammaPreferenceLoss
-
-    torch.compiler.reset()
-    graphs = []
-
-    def backend(module, inputs):
-        graphs.append(module)
-        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
-
-    plain, module = (GammaPreferenceLoss(**MILD, queue_size=32) for _ in range(2))
-    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)
-    counts = []
-    for seed, size in enumerate((5, 9, 16, 7)):
-        gaps = torch.tensor(rows(size, seed), dtype=torch.float32)
-        torch.testing.assert_close(compiled(gaps), plain(gaps))
-        counts.append(len(graphs))
-    torch.testing.assert_close(module.queue.context(), plain.queue.context())
-    assert counts == counts[:1] * 4  # Dynamo may trace the first call twice
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_module_with_a_queue_does_not_recompile(torch, compiled, backend):
+    plain, module = (GammaDPOLoss(beta=0.1, **MILD, queue_size=12) for _ in range(2))
+    call, counts = compiled(module, backend=backend, dynamic=backend == "aot_eager"), []
+    for seed, size in enumerate((5, 9, 16, 7) if backend == "aot_eager" else (5, 5, 5)):
+        logps = [torch.tensor(row, dtype=torch.float32) for row in rows((4, size), seed)]
+        logps = [row.requires_grad_() for row in logps]
+        mask = logps[0] > -2
+        found, expected = call(*logps, mask=mask)[0], plain(*logps, mask=mask)[0]
+        torch.testing.assert_close(found, expected)
+        gradients = (torch.autograd.grad(each, logps[:2]) for each in (found, expected))
+        torch.testing.assert_close(*gradients)
+        torch.testing.assert_close(module.queue.context(), plain.queue.context())
+        counts.append(len(compiled.graphs))
+    assert counts == counts[:1] * len(counts)  # Dynamo may trace the first call twice
 
 
 def test_torch_compile_with_a_schedule_of_gamma0(torch):
@@ -194,14 +194,7 @@ def test_torch_compile_with_a_schedule_of_gamma0(torch):
         torch.testing.assert_close(compiled(gaps, 2.0), function(gaps, 2.0))
 
 
-@pytest.mark.parametrize(
-    ("other", "first", "second", "size"),
-    [
-        (HARD, MILD, {"gamma0": 3.0, "tau": 10.0}, 23),
-        (MILD, HARD, {"gamma0": 3.0, "tau": 0.5}, 29),
-    ],
-)
-def test_jax_compiles_one_program_for_a_shape_whatever_the_setting(jax, other, first, second, size):
+def test_jax_compiles_one_program_for_a_shape_whatever_the_setting(jax):
     names = []
     listen = jax.monitoring.register_event_duration_secs_listener
     listen(lambda name, *_, **__: names.append(name))
@@ -212,10 +205,14 @@ def test_jax_compiles_one_program_for_a_shape_whatever_the_setting(jax, other, f
         return sum("backend_compile" in name for name in names)
 
     try:
-        gaps = jax.numpy.asarray(rows(size))
-        programs(other)  # compiles what surrounds a solve, too
-        assert programs(first) == 1
-        assert programs(second) == 0
+        for other, first, second, size in (
+            (HARD, MILD, {"gamma0": 3.0, "tau": 10.0}, 23),
+            (MILD, HARD, {"gamma0": 3.0, "tau": 0.5}, 29),
+        ):
+            gaps = jax.numpy.asarray(rows(size))
+            programs(other)  # compiles what surrounds a solve, too
+            assert programs(first) == 1
+            assert programs(second) == 0
     finally:
         jax.monitoring.clear_event_listeners()
 
@@ -232,64 +229,63 @@ def test_other_libraries_end_their_loops(monkeypatch):
     assert 3 < counts[0] == counts[1] < 20
 
 
-@pytest.mark.parametrize("setting", [MILD, HARD])
-def test_torch_vmap(torch, setting):
-    batch, mask = torch.tensor(rows((5, 8))), torch.tensor(rows((5, 8), 1) > -3)
-    mapped = torch.vmap(lambda g, m: solve_margins(g, mask=m, **setting))(batch, mask)
-    for i in range(5):
-        expected = solve_margins(batch[i], mask=mask[i], **setting)
-        torch.testing.assert_close(mapped.margins[i], expected.margins, rtol=1e-10, atol=1e-12)
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_torch_vmap_and_func(torch, impl):
+    if impl == "triton":
+        pytest.importorskip("triton", minversion="3.5")
+    batch, mask = torch.tensor(rows((3, 8))), torch.tensor(rows((3, 8), 1) > -3)
+    for setting in (MILD, HARD):
 
+        def solve(gaps, mask, setting=setting):
+            return solve_margins(gaps, mask=mask, impl=impl, **setting)
 
-@pytest.mark.parametrize("setting", [MILD, HARD])
-def test_jax_jit_and_vmap(jax, setting):
-    batch, mask = jax.numpy.asarray(rows((5, 8))), jax.numpy.asarray(rows((5, 8), 1) > -3)
-
-    def solve(gaps, mask):
-        return solve_margins(gaps, mask=mask, **setting)
-
-    jitted, mapped = jax.jit(solve), jax.jit(jax.vmap(solve))(batch, mask)
-    for i in range(5):
-        expected = np.asarray(
-            solve_margins(np.asarray(batch[i]), mask=np.asarray(mask[i]), **setting).margins
-        )
-        np.testing.assert_allclose(jitted(batch[i], mask[i]).margins, expected, rtol=1e-10)
-        np.testing.assert_allclose(mapped.margins[i], expected, rtol=1e-10)
-    assert jitted._cache_size() == 1
-
-
-def test_torch_func_grad_and_value_with_aux(torch):
-    logps = [torch.tensor(row) for row in rows((4, 9))]
-
-    def loss(chosen, *rest):
-        return gamma_dpo_loss(chosen, *rest, beta=0.1, **MILD)
-
-    gradient, (value, aux) = torch.func.grad_and_value(loss, has_aux=True)(*logps)
-    expected, _ = loss(*logps)
-    torch.testing.assert_close(value, expected)
+        mapped = torch.vmap(solve)(batch, mask)
+        for i in range(3):
+            expected = solve_margins(batch[i], mask=mask[i], impl="eager", **setting)
+            torch.testing.assert_close(mapped.margins[i], expected.margins, rtol=1e-10, atol=1e-12)
+    logps = torch.tensor(rows((4, 9))).unbind()
+    gradient, (value, aux) = torch.func.grad_and_value(
+        lambda *logps: gamma_dpo_loss(*logps, beta=0.1, impl=impl, **MILD), has_aux=True
+    )(*logps)
+    torch.testing.assert_close(value, gamma_dpo_loss(*logps, beta=0.1, **MILD)[0])
     torch.testing.assert_close(gradient, -0.1 * aux.pair_weights / 9)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("setting", [MILD, HARD])
-@pytest.mark.parametrize("has_mask", [False, True])
-@pytest.mark.parametrize("kind", ["solve", "loss"])
-def test_torch_export_with_a_dynamic_batch(torch, kind, has_mask, setting, strict):
+def test_jax_jit_and_vmap(jax):
+    batch, mask = jax.numpy.asarray(rows((3, 8))), jax.numpy.asarray(rows((3, 8), 1) > -3)
+    for setting in (MILD, HARD):
+
+        def solve(gaps, mask, setting=setting):
+            return solve_margins(gaps, mask=mask, **setting)
+
+        jitted, mapped = jax.jit(solve), jax.jit(jax.vmap(solve))(batch, mask)
+        for i in range(3):
+            expected = solve(np.asarray(batch[i]), np.asarray(mask[i])).margins
+            np.testing.assert_allclose(jitted(batch[i], mask[i]).margins, expected, rtol=1e-10)
+            np.testing.assert_allclose(mapped.margins[i], expected, rtol=1e-10)
+        assert jitted._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("impl", "setting", "strict"),
+    [("auto", MILD, False), ("auto", HARD, True), ("auto", HARD, False), ("triton", HARD, False)],
+    ids=["mild", "hard, strict", "hard", "triton"],
+)
+def test_torch_export_with_a_dynamic_batch(torch, impl, setting, strict):
+    if impl == "triton":
+        pytest.importorskip("triton", minversion="3.5")
+
     class Module(torch.nn.Module):
-        def forward(self, logps, mask=None):
-            if kind == "solve":
-                return tuple(solve_margins(logps[0], mask=mask, **setting))
-            loss, aux = gamma_dpo_loss(*logps, beta=0.1, mask=mask, **setting)
-            return loss, *aux
+        def forward(self, logps, mask):
+            loss, aux = gamma_dpo_loss(*logps, beta=0.1, mask=mask, impl=impl, **setting)
+            return loss, *aux, *solve_margins(logps[0], impl=impl, **setting)
 
     def arguments(size):
-        logps = torch.tensor(rows((4, size), size))
-        return (logps.unbind(), *[torch.tensor(rows(size) > -2)] * has_mask)
+        return torch.tensor(rows((4, size), size)).unbind(), torch.tensor(rows(size) > -2)
 
     batch = {0: torch.export.Dim("batch", min=2)}
-    shapes = ((batch,) * 4, batch) if has_mask else ((batch,) * 4,)
     exported = torch.export.export(
-        Module(), arguments(9), dynamic_shapes=shapes, strict=strict
+        Module(), arguments(9), dynamic_shapes=((batch,) * 4, batch), strict=strict
     ).module()
-    for size in (2, 8, 256, 257, 2304):
+    for size in (2, 257) if impl == "triton" else (2, 8, 256, 257, 2304):
         torch.testing.assert_close(exported(*arguments(size)), Module()(*arguments(size)))

@@ -1,8 +1,8 @@
 """One problem over many ranks: real gloo processes against one process that holds all gaps."""
 
 import functools
-import multiprocessing
 import re
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +21,7 @@ SIZES_OF_16 = {  # uneven, with an empty rank wherever there are three
     3: [(5, 0, 11), (1, 14, 1)],
     5: [(1, 0, 7, 2, 6), (0, 0, 16, 0, 0)],
 }
-SIZES_ABOVE_THE_LIMIT = [  # the hard setting takes 8 s a million, so most of it is on fewer
-    ((1_000_000,), False),
-    ((700_001, 299_999), False),
-    ((600_000, 0, 400_000), False),
-    ((123_456, 376_544, 1, 0, 499_999), False),
-    ((150_000,), True),
-    ((100_001, 49_999), True),
-    ((90_000, 0, 60_000), True),
-    ((123_456, 376_544, 1, 0, 499_999), True),
-]
+LIMITS = pytest.mark.parametrize("limit", [GATHER, REDUCE], ids=["gather", "reduce"])
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 
@@ -68,71 +59,78 @@ def assert_equal_whole(shards, expected):
         assert each["error_bound"] == shards[0]["error_bound"] <= 1e-10
 
 
-@pytest.mark.parametrize("limit", [GATHER, REDUCE])
-@pytest.mark.parametrize("hard", [False, True])
+@LIMITS
 @pytest.mark.parametrize("count", work.RANKS)
-def test_sharded_equals_whole_for_16(ranks, count, hard, limit):
-    for sizes in SIZES_OF_16[count]:
-        setting = HARD if hard else MILD
+def test_sharded_equals_whole(ranks, count, limit):
+    for sizes, setting in product(SIZES_OF_16[count], (MILD, HARD)):
         shards = ranks.run(count, work.sharded_loss, sizes, setting, gather_limit=limit)
-        assert_equal_whole(shards, whole(16, hard))
+        assert_equal_whole(shards, whole(16, setting is HARD))
 
 
-@pytest.mark.parametrize(("sizes", "hard"), SIZES_ABOVE_THE_LIMIT)
+@pytest.mark.parametrize(
+    ("sizes", "hard"),
+    [
+        ((700_001, 299_999), False),
+        ((90_000, 0, 60_000), True),
+        ((23_456, 76_544, 1, 0, 49_999), True),
+    ],
+)
 def test_sharded_equals_whole_above_the_limit(ranks, sizes, hard):
     shards = ranks.run(len(sizes), work.sharded_loss, sizes, HARD if hard else MILD)
     assert_equal_whole(shards, whole(sum(sizes), hard))
 
 
-@pytest.mark.parametrize("limit", [GATHER, REDUCE])
-@pytest.mark.parametrize("setting", [MILD, HARD])
-def test_a_rank_with_nan_leaves_the_others_right(ranks, setting, limit):
+@LIMITS
+def test_masks_weights_and_options(ranks, limit):
+    """Weights of whole numbers are repeated pairs."""
+    counts = np.array([2, 0, 1, 3, 1, 0, 2, 1])
+    gaps, options = work.pool(8), {"label_smoothing": 0.1, "centered": True}
+    mask = np.array([True] * 7 + [False])
+    for sizes, setting in product(((3, 5), (0, 8)), (MILD, HARD)):
+        shards = ranks.run(
+            2, work.sharded_loss, sizes, setting, gaps, mask, options, counts / 2,
+            gather_limit=limit,
+        )  # fmt: skip
+        kept = counts * mask
+        loss, aux = gamma_preference_loss(np.repeat(gaps, kept), **setting, **options)
+        margins, gradient = (
+            np.concatenate([each[name] for each in shards]) for name in ("margins", "gradient")
+        )
+        np.testing.assert_allclose(np.repeat(margins, kept), aux.margins, **CLOSE)
+        assert np.all(margins[kept == 0] == setting["gamma0"])
+        np.testing.assert_allclose(sum(each["loss"] for each in shards) / 2, loss, **CLOSE)
+        expected = np.repeat(gradient / 2 / np.maximum(kept, 1), kept)
+        np.testing.assert_allclose(expected, -aux.pair_weights / kept.sum(), **CLOSE)
+        assert not gradient[kept == 0].any()
+
+
+@LIMITS
+def test_a_rank_with_nan_leaves_the_others_right(ranks, limit):
     gaps, sizes = work.pool(16), (5, 6, 5)
     gaps[5:11] = np.nan
-    shards = ranks.run(3, work.sharded_loss, sizes, setting, gaps, gather_limit=limit)
-    expected = solve_margins(np.concatenate([gaps[:5], gaps[11:]]), **setting).margins
-    for each, margins in ((shards[0], expected[:5]), (shards[2], expected[5:])):
-        np.testing.assert_allclose(each["margins"], margins, **CLOSE)
-        assert np.isfinite(each["loss"])
-        assert np.isfinite(each["gradient"]).all()
-    assert np.isnan(shards[1]["margins"]).all()
-    assert np.isnan(shards[1]["loss"])
+    for setting in (MILD, HARD):
+        shards = ranks.run(3, work.sharded_loss, sizes, setting, gaps, gather_limit=limit)
+        expected = solve_margins(np.concatenate([gaps[:5], gaps[11:]]), **setting).margins
+        for each, margins in ((shards[0], expected[:5]), (shards[2], expected[5:])):
+            np.testing.assert_allclose(each["margins"], margins, **CLOSE)
+            assert np.isfinite(each["loss"])
+            assert np.isfinite(each["gradient"]).all()
+        assert np.isnan(shards[1]["margins"]).all()
+        assert np.isnan(shards[1]["loss"])
 
 
-@pytest.mark.parametrize("limit", [GATHER, REDUCE])
-@pytest.mark.parametrize("sizes", [(6, 10), (0, 16)])
-def test_masks_and_options(ranks, sizes, limit):
-    gaps, mask = work.pool(16), np.arange(16) % 3 != 0
-    options = {"label_smoothing": 0.1, "centered": True}
-    shards = ranks.run(2, work.sharded_loss, sizes, HARD, gaps, mask, options, gather_limit=limit)
-    leaf = torch.tensor(gaps, requires_grad=True)
-    loss, aux = gamma_preference_loss(leaf, mask=torch.tensor(mask), **HARD, **options)
-    loss.backward()
-    expected = {
-        "loss": loss.detach(),
-        "gradient": leaf.grad,
-        "margins": aux.margins,
-        "multiplier": aux.multiplier,
-    }
-    assert_equal_whole(shards, expected)
-
-
-@pytest.mark.parametrize("limit", [GATHER, REDUCE])
-@pytest.mark.parametrize("hard", [False, True])
-def test_whole_weights_are_repeated_pairs(ranks, hard, limit):
-    counts, setting = np.array([2, 0, 1, 3, 1, 0, 2, 1]), HARD if hard else MILD
-    gaps = work.pool(8)
-    arguments = setting, gaps, None, None, counts / 2
-    shards = ranks.run(2, work.sharded_loss, (3, 5), *arguments, gather_limit=limit)
-    loss, aux = gamma_preference_loss(np.repeat(gaps, counts), **setting)
-    margins = np.concatenate([each["margins"] for each in shards])
-    np.testing.assert_allclose(np.repeat(margins, counts), aux.margins, **CLOSE)
-    assert np.all(margins[counts == 0] == setting["gamma0"])
-    np.testing.assert_allclose(sum(each["loss"] for each in shards) / 2, loss, **CLOSE)
-    gradient = np.concatenate([each["gradient"] for each in shards]) / 2
-    expected = np.repeat(gradient / np.maximum(counts, 1), counts)
-    np.testing.assert_allclose(expected, -aux.pair_weights / counts.sum(), **CLOSE)
-    assert not gradient[counts == 0].any()
+@LIMITS
+def test_no_gap_anywhere(ranks, limit):
+    empty = ((0, 0, 0), np.zeros(0), None), ((2, 0, 1), np.zeros(3), np.zeros(3, dtype=bool))
+    for (sizes, gaps, mask), gamma0 in product(empty, (0.0, 4.0, 20.0)):
+        setting = {"gamma0": gamma0, "tau": 2.0}
+        shards = ranks.run(3, work.sharded_loss, sizes, setting, gaps, mask, gather_limit=limit)
+        for size, each in zip(sizes, shards, strict=True):
+            assert each["loss"] == 0
+            assert each["error_bound"] <= 1e-10
+            assert np.isfinite(each["multiplier"])
+            assert not each["gradient"].any()
+            np.testing.assert_array_equal(each["margins"], np.full(size, gamma0))
 
 
 def test_gaps_that_are_not_finite_cost_ranks_that_reduce_no_step(ranks):
@@ -146,36 +144,18 @@ def test_gaps_that_are_not_finite_cost_ranks_that_reduce_no_step(ranks):
     assert max(few) <= 40
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_other_reductions_are_over_the_ranks_own_pairs(ranks, reduction):
+def test_other_reductions_are_over_the_ranks_own_pairs(ranks):
     sizes = (4, 12)
-    shards = ranks.run(2, work.sharded_loss, sizes, MILD, None, None, {"reduction": reduction})
     losses, _ = gamma_preference_loss(work.pool(16), reduction="none", **MILD)
-    for rank, each in enumerate(shards):
-        expected = work.shard(losses, sizes, rank)
-        expected = expected.sum() if reduction == "sum" else expected
-        np.testing.assert_allclose(each["loss"], expected, **CLOSE)
+    for reduction in ("sum", "none"):
+        shards = ranks.run(2, work.sharded_loss, sizes, MILD, None, None, {"reduction": reduction})
+        for rank, each in enumerate(shards):
+            expected = work.shard(losses, sizes, rank)
+            expected = expected.sum() if reduction == "sum" else expected
+            np.testing.assert_allclose(each["loss"], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("limit", [GATHER, REDUCE])
-@pytest.mark.parametrize("gamma0", [0.0, 4.0, 20.0])
-def test_no_gap_anywhere(ranks, limit, gamma0):
-    setting = {"gamma0": gamma0, "tau": 2.0}
-    for sizes, gaps, mask in (
-        ((0, 0, 0), np.zeros(0), None),
-        ((2, 0, 1), np.zeros(3), np.zeros(3, dtype=bool)),
-    ):
-        for rank, each in enumerate(
-            ranks.run(3, work.sharded_loss, sizes, setting, gaps, mask, gather_limit=limit)
-        ):
-            assert each["loss"] == 0
-            assert each["error_bound"] <= 1e-10
-            assert np.isfinite(each["multiplier"])
-            assert not each["gradient"].any()
-            np.testing.assert_array_equal(each["margins"], np.full(sizes[rank], gamma0))
-
-
-@pytest.mark.parametrize("limit", [GATHER, REDUCE])
+@LIMITS
 def test_the_contexts_of_all_ranks_join_the_pool(ranks, limit):
     gaps = [work.pool(3), work.pool(0), work.pool(4, seed=1)]
     context = [
@@ -190,11 +170,11 @@ def test_the_contexts_of_all_ranks_join_the_pool(ranks, limit):
         np.testing.assert_allclose(np.concatenate(margins), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("setting", [MILD, HARD])
-def test_every_rank_issues_the_same_collectives_and_only_small_ones_above_the_limit(ranks, setting):
+def test_every_rank_issues_the_same_collectives_and_only_small_ones_above_the_limit(ranks):
     gaps = work.pool(16)
     gaps[3:] = np.nan
-    for limit, sizes in ((GATHER, {26}), (REDUCE, {2, 4})):  # of a collective, at most
+    ways = (GATHER, {26}), (REDUCE, {2, 4})  # the sizes of the largest collective
+    for (limit, sizes), setting in product(ways, (MILD, HARD)):
         logs = ranks.run(
             3, work.collectives, work.sharded_loss, (3, 0, 13), setting, gaps, gather_limit=limit
         )
@@ -202,16 +182,15 @@ def test_every_rank_issues_the_same_collectives_and_only_small_ones_above_the_li
         assert max(size for _, size in logs[0]) in sizes
 
 
-@pytest.mark.parametrize("setting", [(4.0, 0.1), (3.0, 0.5), (50.0, 1.0)])
-def test_few_collectives_outside_mild_settings(ranks, setting):
-    gamma0, tau = setting
-    gaps = gamma0 + work.pool(200, scale=max(gamma0 / 3, 1))
-    setting = {"gamma0": gamma0, "tau": tau}
-    assert np.std(solve_margins(gaps, **setting).margins) > gamma0 / 10
-    for log in ranks.run(
-        2, work.collectives, work.sharded_loss, (120, 80), setting, gaps, gather_limit=REDUCE
-    ):
-        assert len(log) <= 15 + 1  # one is the mean's
+def test_few_collectives_outside_mild_settings(ranks):
+    for gamma0, tau in ((4.0, 0.1), (3.0, 0.5), (50.0, 1.0)):
+        gaps = gamma0 + work.pool(200, scale=max(gamma0 / 3, 1))
+        setting = {"gamma0": gamma0, "tau": tau}
+        assert np.std(solve_margins(gaps, **setting).margins) > gamma0 / 10
+        for log in ranks.run(
+            2, work.collectives, work.sharded_loss, (120, 80), setting, gaps, gather_limit=REDUCE
+        ):
+            assert len(log) <= 15 + 1  # one is the mean's
 
 
 @pytest.mark.parametrize(
@@ -231,49 +210,46 @@ STREAMING = "solve_margins_streaming"
 SAME = "ValueError: all ranks of a group must have the same settings: "
 
 
-@pytest.mark.parametrize(
-    ("function", "name", "first", "other"),
-    [
-        ("solve_margins", "tau", 10.0, 0.1),
-        ("solve_margins", "gamma0", 4.0, 0.0),
-        ("solve_margins", "dtype", "float64", "float32"),
-        ("gamma_simpo_loss", "beta", 1.0, 2.0),
-        (LOSS, "reduction", "mean", "sum"),
-        (LOSS, "centered", False, True),
-        (LOSS, "label_smoothing", 0.0, 0.1),
-        (LOSS, "robust", False, True),
-        (MODULE, "queue_size", 4, 8),
-        (MODULE, "queue_size", 4, 0),
-        (MODULE, "training", True, False),
-        (MODULE, "centered", False, True),
-        (STREAMING, "tau", 10.0, 0.1),
-        (STREAMING, "gamma0", 4.0, 0.0),
-    ],
-)
-def test_ranks_with_other_settings_are_told(ranks, function, name, first, other):
+OTHERS = [
+    ("solve_margins", "tau", 10.0, 0.1),
+    ("solve_margins", "dtype", "float64", "float32"),
+    ("gamma_simpo_loss", "beta", 1.0, 2.0),
+    (LOSS, "gamma0", 4.0, 0.0),
+    (LOSS, "reduction", "mean", "sum"),
+    (LOSS, "centered", False, True),
+    (LOSS, "label_smoothing", 0.0, 0.1),
+    (LOSS, "robust", False, True),
+    (MODULE, "queue_size", 4, 8),
+    (MODULE, "queue_size", 4, 0),
+    (MODULE, "training", True, False),
+    (MODULE, "centered", False, True),
+    (STREAMING, "tau", 10.0, 0.1),
+    (STREAMING, "gamma0", 4.0, 0.0),
+]
+
+
+@pytest.mark.parametrize("function", ["solve_margins", "gamma_simpo_loss", LOSS, MODULE, STREAMING])
+def test_ranks_with_other_settings_are_told(ranks, function):
     setting = MILD | ({"beta": 1.0} if function == "gamma_simpo_loss" else {})
     gaps = [np.zeros(3)] if function == STREAMING else [1.0, 2.0, 3.0]
-    of_rank = [(gaps, setting | {name: value}) for value in (first, first, other)]
-    prefix = "torch." if name == "dtype" else ""
-    first, other = (prefix + x if isinstance(x, str) else x for x in (first, other))
-    for error in ranks.run(3, work.refused, function, of_rank):
-        assert error == f"{SAME}{name} is {first!r} on rank 0 and {other!r} on 2"
+    for _, name, first, other in (each for each in OTHERS if each[0] == function):
+        of_rank = [(gaps, setting | {name: value}) for value in (first, first, other)]
+        prefix = "torch." if name == "dtype" else ""
+        first, other = (prefix + x if isinstance(x, str) else x for x in (first, other))
+        for error in ranks.run(3, work.refused, function, of_rank):
+            assert error == f"{SAME}{name} is {first!r} on rank 0 and {other!r} on 2"
     assert ranks.run(3, work.refused, function, of_rank[:1] * 3) == [None] * 3  # it goes on
-
-
-def test_all_settings_that_differ_are_named(ranks):
     of_rank = [([1.0], MILD), ([1.0], MILD | {"tau": 3.0, "reduction": "sum"})]
-    for error in ranks.run(2, work.refused, LOSS, of_rank):
-        assert (
-            "tau is 10.0 on rank 0 and 3.0 on 1, reduction is 'mean' on rank 0 and 'sum' on 1"
-            in error
-        )
+    for error in ranks.run(2, work.refused, LOSS, of_rank):  # all that differ are named
+        words = "tau is 10.0 on rank 0 and 3.0 on 1, reduction is 'mean' on rank 0 and 'sum' on 1"
+        assert words in error
 
 
 WRONG = [
     ("solve_margins", [[1.0]], {}, "ValueError: reward_gaps must be 1-D"),
     ("solve_margins", [1.0], {"tau": -1.0}, "ValueError: tau must be"),
     ("solve_margins", [1.0], {"impl": "triton"}, "ValueError: impl must be"),
+    ("solve_margins", [1.0], {"impl": "compile"}, "ValueError: impl must be"),
     (LOSS, [1.0], {"reduction": "max"}, "ValueError: reduction must be one of"),
     (LOSS, [1.0], {"label_smoothing": 0.7}, "ValueError: label_smoothing must be"),
     (MODULE, [1.0], {"gamma0": -1.0}, "ValueError: gamma0 must be"),
@@ -285,18 +261,21 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("function", "gaps", "options", "message"), WRONG)
-def test_an_error_of_one_rank_reaches_the_others(ranks, function, gaps, options, message):
-    right = [np.array([-1.0, 3.0])] if function == STREAMING else [-1.0, 3.0]
-    of_rank = [(right, MILD), (gaps, MILD | options), (right, MILD)]
-    errors = ranks.run(3, work.refused, function, of_rank)
-    assert errors[1].startswith(message)
-    assert errors[0] == errors[2] == f"RuntimeError: rank 1 of the group failed: {errors[1]}"
-    assert ranks.run(3, work.refused, function, of_rank[:1] * 3) == [None] * 3
+@pytest.mark.parametrize("name", ["solve_margins", LOSS, MODULE, STREAMING])
+def test_an_error_of_one_rank_reaches_the_others(ranks, name):
+    for function, gaps, options, message in (each for each in WRONG if each[0] == name):
+        right = [np.array([-1.0, 3.0])] if function == STREAMING else [-1.0, 3.0]
+        of_rank = [(right, MILD), (gaps, MILD | options), (right, MILD)]
+        errors = ranks.run(3, work.refused, function, of_rank)
+        assert errors[1].startswith(message)
+        assert errors[0] == errors[2] == f"RuntimeError: rank 1 of the group failed: {errors[1]}"
+        assert ranks.run(3, work.refused, function, of_rank[:1] * 3) == [None] * 3
+    with pytest.raises(TypeError, match=r"group must be a torch\.distributed\.ProcessGroup, got s"):
+        solve_margins(torch.zeros(2), group="world", **MILD)
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_a_rank_that_dies_leaves_none_waiting(tmp_path, count):
+def test_a_rank_that_dies_leaves_none_waiting(tmp_path):
+    count = 3
     processes = work.Ranks(tmp_path)
     try:
         processes.run(5, work.refused, "solve_margins", [([1.0], MILD)] * 5)  # all have begun
@@ -309,13 +288,6 @@ def test_a_rank_that_dies_leaves_none_waiting(tmp_path, count):
             assert "Error: " in error
     finally:
         processes.close()
-
-
-def test_wrong_groups():
-    with pytest.raises(TypeError, match=r"group must be a torch\.distributed\.ProcessGroup, got s"):
-        solve_margins(torch.zeros(2), group="world", **MILD)
-    with pytest.raises(ValueError, match="reward_gaps must hold at least one pair"):
-        solve_margins(torch.zeros(0), **MILD)
 
 
 @functools.lru_cache(maxsize=1)
@@ -335,9 +307,16 @@ fully_shards = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp", marks=fully_shards)])
-@pytest.mark.parametrize("sizes", [(12,), (6, 6), (4, 4, 4), (1, 0, 7, 1, 3)])
-def test_training_takes_the_steps_of_one_process(ranks, sizes, engine):
+@pytest.mark.parametrize(
+    ("engine", "sizes"),
+    [
+        ("ddp", (6, 6)),
+        ("ddp", (1, 0, 7, 1, 3)),
+        pytest.param("fsdp", (12,), marks=fully_shards),
+        pytest.param("fsdp", (1, 0, 7, 1, 3), marks=fully_shards),
+    ],
+)
+def test_training_takes_the_steps_of_one_process(ranks, engine, sizes):
     weights, losses, queue = trained_in_one_process()
     results = ranks.run(len(sizes), work.train, engine, sizes, 20, MILD)
     mean_losses = np.mean([losses for _, losses, _ in results], axis=0)
@@ -346,40 +325,6 @@ def test_training_takes_the_steps_of_one_process(ranks, sizes, engine):
         np.testing.assert_allclose(their_weights, weights, **AFTER_20_STEPS)
         np.testing.assert_allclose(their_queue, queue, **AFTER_20_STEPS)
         np.testing.assert_array_equal(their_queue, results[0][2])
-
-
-def test_accelerate_has_the_losses_of_one_process(tmp_path):
-    pytest.importorskip("accelerate", reason="accelerate is not installed")
-    context = multiprocessing.get_context("forkserver")
-    pipes = [context.Pipe(duplex=False) for _ in range(2)]
-    processes = [
-        context.Process(
-            target=work.accelerated, args=(rank, str(tmp_path), 20, MILD, theirs), daemon=True
-        )
-        for rank, (_, theirs) in enumerate(pipes)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        for ours, _ in pipes:
-            assert ours.poll(120), "a process does not answer"
-            failed, losses = ours.recv()
-            assert not failed, losses
-            np.testing.assert_allclose(losses, trained_in_one_process()[1], **AFTER_20_STEPS)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-@fully_shards
-def test_a_sharded_run_resumes_to_the_bit(ranks, tmp_path):
-    task = (work.train, "fsdp", (4, 3, 5), 20, MILD, str(tmp_path))
-    never_stopped, resumed = ranks.run(3, *task), ranks.run(3, *task, True)
-    for (*curves, queue), (*their_curves, their_queue) in zip(never_stopped, resumed, strict=True):
-        for curve, their_curve in zip(curves, their_curves, strict=True):
-            np.testing.assert_array_equal(their_curve, curve[10:])
-        np.testing.assert_array_equal(their_queue, queue)
 
 
 def test_metrics_of_a_rank_without_pairs(ranks):
@@ -393,17 +338,16 @@ def test_metrics_of_a_rank_without_pairs(ranks):
 def test_the_docs_examples(ranks):
     page = (Path(__file__).parents[1] / "docs" / "queue.md").read_text()
     blocks = re.findall(r"```python\n((?:#|import).*?)```", page, re.DOTALL)
-
-    def block(word):
-        (found,) = (text for text in blocks if word in text)
-        return found
-
-    for queue in ranks.run(5, work.run_example, block("DistributedDataParallel")):
+    of_ddp, of_jax, of_mesh = (
+        next(text for text in blocks if word in text)
+        for word in ("DistributedDataParallel", "queue_init", "shard_map")
+    )
+    for queue in ranks.run(5, work.run_example, of_ddp):
         assert len(queue) == 5 * 2
     pytest.importorskip("jax")
     names = {}
-    exec(compile(block("queue_init"), "queue.md", "exec"), names)
+    exec(compile(of_jax, "queue.md", "exec"), names)
     assert names["queue"].mask.sum() == 3
     names = {}
-    exec(compile(block("shard_map"), "queue.md", "exec"), names)
+    exec(compile(of_mesh, "queue.md", "exec"), names)
     assert names["margins"].mean() == pytest.approx(4.0, rel=1e-6)

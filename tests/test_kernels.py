@@ -1,6 +1,6 @@
-"""The Triton kernel by itself, against bisection in extended precision.
+"""The Triton kernel by itself: its limits, its error bound, its steps and its compiled code.
 
-Without a GPU it runs in Triton's interpreter, slowly: so pools are few.
+Without a GPU it runs in Triton's interpreter. Accuracy over the domain is in test_margins.
 """
 
 import os
@@ -10,14 +10,10 @@ import sys
 import numpy as np
 import oracles
 import pytest
-from hypothesis import given, settings
-from strategies import CORNERS, gamma0s, pools, taus
 
 from gamma_loss import solve_margins
 
-DTYPES = "float32", "float64"
 MILD, STEEP = (4.0, 10.0), (4.0, 0.1)
-HARD = [(STEEP, 0.0), ((3.0, 0.5), 0.0), ((50.0, 1.0), 50.0)]  # settings, and a centre of gaps
 
 
 @pytest.fixture
@@ -45,122 +41,51 @@ def kernel(launch, torch):
     return kernel
 
 
-def mean_error(margins, exact, gamma0):
-    return float(np.mean(np.abs(margins / gamma0 - exact / gamma0)))
-
-
-@pytest.fixture
-def check(kernel):
-    """Solve a pool, and hold the solution to its error bound, the budget and the promise."""
-
-    def check(gaps, gamma0, tau, dtype):
-        gaps, eps = np.asarray(gaps, dtype), np.finfo(dtype).eps
-        margins, nu, bound = kernel(gaps, gamma0, tau, dtype)
-        exact, exact_nu = oracles.margins(gaps, gamma0, tau)
-        assert mean_error(margins, exact, gamma0) <= bound
-        x = exact / gamma0
-        u = np.log(np.maximum(x, np.finfo(oracles.Real).tiny))
-        assert bound <= 50 * eps * np.mean(x * (1 + np.abs(u)))
-        assert oracles.error(margins, exact, exact_nu, gaps, gamma0, tau) <= 1
-        assert abs(np.mean(margins, dtype=float) / gamma0 - 1) <= 8 * eps
-        # ν is no sharper than the gaps: a change of them by rounding changes it by as much.
-        scale = 1 + gamma0 / tau
-        assert abs(nu - exact_nu) <= 8 * eps * scale * (1 + np.max(np.abs(gaps)))
-        return margins
-
-    return check
-
-
 def gaps_of(size, centre=0.0, seed=0):
     return centre + 3 * np.random.default_rng(seed).normal(size=size)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("setting", "centre"), HARD)
-@pytest.mark.parametrize("size", [7, 256])
-def test_hard_pools(check, dtype, setting, centre, size):
-    margins = check(gaps_of(size, centre), *setting, dtype)
-    assert np.ptp(margins) > 0.1 * setting[0]  # else there is nothing to solve
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("gaps", "gamma0", "tau"), CORNERS)
-def test_corners_of_the_domain(check, dtype, gaps, gamma0, tau):
-    check(gaps, gamma0, tau, dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_anywhere(check, dtype):
-    @settings(max_examples=15)
-    @given(gaps=pools(max_size=40), gamma0=gamma0s, tau=taus)
-    def anywhere(gaps, gamma0, tau):
-        check(gaps, gamma0, tau, dtype)
-
-    anywhere()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("setting", [MILD, STEEP])
-@pytest.mark.parametrize("size", [1, 128, 129, 2048])
-def test_sizes(check, dtype, setting, size):
-    check(gaps_of(size), *setting, dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("setting", [MILD, STEEP])
-def test_limits(launch, torch, check, dtype, setting):
-    limit = launch.LIMITS[getattr(torch, dtype)][setting == STEEP]
-    check(np.repeat(gaps_of(limit // 64), 64), *setting, dtype)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("setting", [MILD, STEEP], ids=["mild", "steep"])
+def test_pools_up_to_the_limit_are_solved_and_larger_ones_left(
+    launch, torch, kernel, dtype, setting
+):
+    limit, eps = launch.LIMITS[getattr(torch, dtype)][setting == STEEP], np.finfo(dtype).eps
+    for size in (1, 128, 129, limit):
+        gaps = np.resize(gaps_of(min(size, 129)), size).astype(dtype)
+        margins, nu, bound = kernel(gaps, *setting, dtype)
+        exact, exact_nu = oracles.margins(gaps, *setting)
+        assert oracles.error(margins, exact, exact_nu, gaps, *setting) <= 1
+        assert np.mean(np.abs(margins - exact)) / setting[0] <= bound
+        x = exact / setting[0]
+        assert bound <= 50 * eps * np.mean(x * (1 + np.abs(np.log(x))))
+        assert abs(nu - exact_nu) <= 8 * eps * (1 + setting[0] / setting[1])
     beyond = torch.zeros(limit + 1, dtype=getattr(torch, dtype))
     assert not launch.fits(beyond, *setting)
     margins = solve_margins(beyond, gamma0=setting[0], tau=setting[1], impl="triton").margins
     torch.testing.assert_close(margins, torch.full_like(margins, setting[0]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("setting", [MILD, (3.0, 3.0), STEEP, (3.0, 0.5)])
-def test_the_error_bound_holds_before_the_end(launch, kernel, monkeypatch, dtype, setting):
+def test_the_error_bound_holds_before_the_end_and_is_near_the_error(
+    launch, kernel, monkeypatch, setting
+):
     import triton.language as tl
 
     from gamma_loss.kernels import solve
 
-    ratios = []
-    for steps in 1, 2:
-        is_mild = launch.mild_passes(*setting, dtype == "float64") > 0
-        monkeypatch.setattr(launch, "mild_passes", lambda *_, n=steps * is_mild: n)
-        monkeypatch.setattr(solve, "MAX_ITER", tl.constexpr(steps))
-        gaps = gaps_of(64).astype(dtype)
-        margins, _, bound = kernel(gaps, *setting, dtype)
-        error = mean_error(margins, oracles.margins(gaps, *setting)[0], setting[0])
-        assert error <= bound
-        ratios.append(error / bound)
-        monkeypatch.undo()
-    assert max(ratios) > 0.12  # so that a tenth of the bound would not hold
-
-
-# --- weights, and entries that take no part ---
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("setting", [MILD, STEEP])
-def test_a_weight_is_a_repetition(kernel, dtype, setting):
-    gaps = gaps_of(40).astype(dtype)
-    weights = np.random.default_rng(1).integers(0, 4, 40)
-    exact, exact_nu = oracles.margins(np.repeat(gaps, weights), *setting)
-    for unit in 1.0, 1e-30, 1e30:
-        margins, nu, bound = kernel(gaps, *setting, dtype, unit * weights)
-        error = mean_error(np.repeat(margins, weights), exact, setting[0])
-        assert error <= bound <= 100 * np.finfo(dtype).eps
-        assert nu == pytest.approx(float(exact_nu), rel=32 * np.finfo(dtype).eps)
-
-
-def test_weights_of_any_size(kernel):
-    gaps, weights = gaps_of(20), 10.0 ** np.random.default_rng(1).uniform(-12, 0, 20)
-    margins, nu, bound = kernel(gaps, *STEEP, "float64", weights)
-    expected = solve_margins(gaps, gamma0=STEEP[0], tau=STEEP[1], weights=weights)
-    assert bound <= 1e-13
-    np.testing.assert_allclose(margins, expected.margins, rtol=1e-12)
-    assert nu == pytest.approx(expected.multiplier, rel=1e-13)
+    for dtype in ("float32", "float64"):
+        ratios = []
+        for steps in 1, 2:
+            is_mild = launch.mild_passes(*setting, dtype == "float64") > 0
+            monkeypatch.setattr(launch, "mild_passes", lambda *_, n=steps * is_mild: n)
+            monkeypatch.setattr(solve, "MAX_ITER", tl.constexpr(steps))
+            gaps = gaps_of(64).astype(dtype)
+            margins, _, bound = kernel(gaps, *setting, dtype)
+            off = np.abs(margins - oracles.margins(gaps, *setting)[0])
+            ratios.append(float(np.mean(off)) / setting[0] / bound)
+            monkeypatch.undo()
+        assert 0.12 < max(ratios) <= 1  # so that a tenth of the bound would not hold
 
 
 @pytest.mark.parametrize("setting", [MILD, STEEP, (1.0, 0.001)])
@@ -180,27 +105,13 @@ def test_entries_that_take_no_part_cost_no_pass(kernel, monkeypatch, setting):
     assert np.isnan(margins[[4, 6]]).all()
 
 
-@pytest.mark.parametrize("setting", [MILD, STEEP])
-def test_an_empty_pool(kernel, setting):
-    gamma0, tau = setting
-    nu = gamma0 / tau / (1 + np.exp(-gamma0))  # of equal gaps 0
-    margins, *numbers = kernel(gaps_of(20), *setting, "float64", np.zeros(20))
-    np.testing.assert_allclose(margins, gamma0, rtol=1e-14)
-    assert numbers[0] == pytest.approx(nu, rel=1e-14)
-    assert numbers[1] <= 1e-13
-    margins, *numbers = kernel([np.nan, np.inf], *setting, "float64")
-    assert np.isnan(margins).all()
-    assert numbers[0] == pytest.approx(nu, rel=1e-14)
-
-
-@pytest.mark.parametrize("setting", [MILD, STEEP, (0.05, 0.001)])
-@pytest.mark.parametrize("sign", [1, -1])
-def test_a_huge_gap_spoils_nothing(kernel, setting, sign):
-    for dtype in DTYPES:
-        huge = sign * 0.99 * float(np.finfo(dtype).max)
-        far = sign * (1e4 if dtype == "float64" else 1e3)
-        found, expected = (kernel([1.0, -2.0, 0.3, end], *setting, dtype)[0] for end in (huge, far))
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
+def test_weights_of_any_size(kernel):
+    gaps, weights = gaps_of(20), 10.0 ** np.random.default_rng(1).uniform(-12, 0, 20)
+    margins, nu, bound = kernel(gaps, *STEEP, "float64", weights)
+    expected = solve_margins(gaps, gamma0=STEEP[0], tau=STEEP[1], weights=weights)
+    assert bound <= 1e-13
+    np.testing.assert_allclose(margins, expected.margins, rtol=1e-12)
+    assert nu == pytest.approx(expected.multiplier, rel=1e-13)
 
 
 def test_strides(launch, torch):
@@ -217,17 +128,10 @@ def test_strides(launch, torch):
 # --- failures ---
 
 
-@pytest.fixture
-def operator(torch, monkeypatch):
+def test_a_failed_launch_is_raised_and_the_next_call_launches_again(torch, launch, monkeypatch):
     from gamma_loss import _operator
 
-    monkeypatch.setattr(_operator, "_without_triton", set())
-    return _operator
-
-
-def test_a_failed_launch_is_raised_and_the_next_call_launches_again(
-    torch, launch, operator, monkeypatch
-):
+    monkeypatch.setattr(_operator, "_without_triton", set())  # as if nothing had failed yet
     gaps = torch.tensor(gaps_of(5))
     for error in torch.OutOfMemoryError("no memory is left"), RuntimeError("capture failed"):
 

@@ -1,8 +1,9 @@
-"""The losses: values against the papers' formulas, gradients, reductions, limits."""
+"""The losses: values against the papers' formulas, gradients, reductions, limits, weights."""
 
 import collections
 import math
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ from strategies import HARD, MILD, gamma0s, pools, taus
 
 import gamma_loss
 from gamma_loss import (
-    GapQueue,
     gamma_dpo_loss,
     gamma_preference_loss,
     gamma_simpo_loss,
@@ -37,105 +37,131 @@ def logps(size=7, seed=0):
     return np.random.default_rng(seed).normal(size=(4, size)) * 3 - 20
 
 
-def gaps_of(rows, beta):
-    chosen, rejected, reference_chosen, reference_rejected = rows
-    return beta * (chosen - reference_chosen), beta * (rejected - reference_rejected)
-
-
 @given(pools(), st.floats(-50, 50), st.floats(0, 0.49), st.booleans())
 def test_preference_loss_is_the_papers_formula(gaps, margin, epsilon, robust):
     losses = preference_loss(gaps, margin, label_smoothing=epsilon, robust=robust)
     formula = oracles.rdpo if robust else oracles.cdpo
-    expected = formula(gaps, epsilon, margin)
     # a few roundings of terms as large as |g - margin|, divided by 1 - 2ε when robust
     scale = (1 + np.abs(gaps) + abs(margin)) / (1 - 2 * epsilon)
-    assert np.all(np.abs(losses - expected) <= 8 * EPS * scale)
+    assert np.all(np.abs(losses - formula(gaps, epsilon, margin)) <= 8 * EPS * scale)
 
 
 def test_preference_loss_keeps_small_losses_and_takes_arrays_of_margins(library):
-    losses = library.numpy(preference_loss(library.array([[40.0, -800.0], [0.0, 700.0]])))
-    np.testing.assert_allclose(
-        losses, oracles.dpo([[40.0, -800.0], [0.0, 700.0]]).astype(float), rtol=1e-15
-    )
+    far = [[40.0, -800.0], [0.0, 700.0]]
+    losses = library.numpy(preference_loss(library.array(far)))
+    np.testing.assert_allclose(losses, oracles.dpo(far).astype(float), rtol=1e-15)
     gaps, margins = library.array([1.0, 2.0]), library.array([0.5, -1.0])
-    np.testing.assert_allclose(
-        library.numpy(preference_loss(gaps, margins)), oracles.dpo([0.5, 3.0]).astype(float), 1e-15
-    )
+    losses = library.numpy(preference_loss(gaps, margins))
+    np.testing.assert_allclose(losses, oracles.dpo([0.5, 3.0]).astype(float), rtol=1e-15)
 
 
-@pytest.mark.parametrize(("epsilon", "robust"), SMOOTHING)
-@pytest.mark.parametrize("centered", [True, False])
 @pytest.mark.parametrize("method", ["dpo", "simpo", "gaps"])
-def test_values_and_aux_in_every_library(library, method, centered, epsilon, robust):
-    rows = logps()
+def test_values_and_aux_in_every_library(library, method):
+    rows, setting = logps(), {"gamma0": 2.0, "tau": 1.5}
     arrays = [library.array(row) for row in rows]
-    options = {"centered": centered, "label_smoothing": epsilon, "robust": robust}
-    if method == "dpo":
-        chosen, rejected = gaps_of(rows, 0.5)
-        loss, aux = gamma_dpo_loss(*arrays, **SETTING, **options)
-    elif method == "simpo":
-        chosen, rejected = 0.5 * rows[0], 0.5 * rows[1]
-        loss, aux = gamma_simpo_loss(*arrays[:2], **SETTING, **options)
-    else:
-        chosen, rejected = rows[0] - rows[1], np.zeros(7)
-        loss, aux = gamma_preference_loss(library.array(chosen), gamma0=2.0, tau=1.5, **options)
-    gaps = chosen - rejected
-    margins = oracles.margins(gaps, 2.0, 1.5)[0]
-    formula = oracles.rdpo if robust else oracles.cdpo
-    used = margins - 2.0 if centered else margins
-    expected = formula(gaps, epsilon, used)
-    np.testing.assert_allclose(float(loss), float(expected.mean()), rtol=1e-13)
-    # the derivative of the smoothed formula, written out
-    s = gaps - used
-    weight = (1 - epsilon) * oracles.sigmoid(-s) - epsilon * oracles.sigmoid(s)
-    if robust:
-        weight = ((1 - epsilon) * oracles.sigmoid(-s) + epsilon * oracles.sigmoid(s)) / (
-            1 - 2 * epsilon
-        )
-    for name, wanted in {
-        "margins": margins,
-        "shifts": margins - 2.0,
-        "reward_gaps": gaps,
-        "chosen_rewards": chosen,
-        "rejected_rewards": rejected,
-        "pair_weights": weight,
-        "mask": np.ones(7),
-    }.items():
-        np.testing.assert_allclose(
-            library.numpy(getattr(aux, name)), wanted.astype(float), rtol=1e-11, atol=1e-13
-        )
+    for centered, (epsilon, robust) in product((True, False), SMOOTHING):
+        options = {"centered": centered, "label_smoothing": epsilon, "robust": robust}
+        if method == "dpo":
+            chosen, rejected = 0.5 * (rows[0] - rows[2]), 0.5 * (rows[1] - rows[3])
+            loss, aux = gamma_dpo_loss(*arrays, beta=0.5, **setting, **options)
+        elif method == "simpo":
+            chosen, rejected = 0.5 * rows[0], 0.5 * rows[1]
+            loss, aux = gamma_simpo_loss(*arrays[:2], beta=0.5, **setting, **options)
+        else:
+            chosen, rejected = rows[0] - rows[1], np.zeros(7)
+            loss, aux = gamma_preference_loss(library.array(chosen), **setting, **options)
+        gaps = chosen - rejected
+        margins = oracles.margins(gaps, 2.0, 1.5)[0]
+        used = margins - 2.0 if centered else margins
+        expected = (oracles.rdpo if robust else oracles.cdpo)(gaps, epsilon, used)
+        np.testing.assert_allclose(float(loss), float(expected.mean()), rtol=1e-13)
+        # the derivative of the smoothed formula, written out
+        s = gaps - used
+        weight = (1 - epsilon) * oracles.sigmoid(-s) - epsilon * oracles.sigmoid(s)
+        if robust:
+            weight = (1 - epsilon) * oracles.sigmoid(-s) + epsilon * oracles.sigmoid(s)
+            weight /= 1 - 2 * epsilon
+        for name, wanted in {
+            "margins": margins,
+            "shifts": margins - 2.0,
+            "reward_gaps": gaps,
+            "chosen_rewards": chosen,
+            "rejected_rewards": rejected,
+            "pair_weights": weight,
+            "mask": np.ones(7),
+        }.items():
+            found = library.numpy(getattr(aux, name))
+            np.testing.assert_allclose(found, wanted.astype(float), rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize(("epsilon", "robust"), SMOOTHING)
-@pytest.mark.parametrize("masked", [False, True])
-def test_gradients_are_pair_weights(torch, jax, epsilon, robust, masked):
+# -- gradients
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradients_are_pair_weights(torch, jax, reduction):
+    """Of a masked pair they are 0, whatever its gap; so are those of the references."""
     rows = logps()
-    mask = np.array([True, False, True, True, False, True, True]) if masked else np.full(7, True)
-    options = {**SETTING, "label_smoothing": epsilon, "robust": robust}
+    rows[0][1], rows[0][4] = math.nan, math.inf
+    mask = np.array([True, False, True, True, False, True, True])
+    for (epsilon, robust), weighted in product(SMOOTHING, (False, True)):
+        weights = np.array([2.0, 1.0, 0.5, 0.0, 1.0, 1.5, 1.0]) if weighted else np.ones(7)
+        options = {**SETTING, "label_smoothing": epsilon, "robust": robust, "reduction": reduction}
+        given = {"mask": mask} | ({"weights": weights} if weighted else {})
+        tensors = [torch.tensor(row, requires_grad=True) for row in rows]
+        arrays = {name: torch.tensor(each) for name, each in given.items()}
+        loss, aux = gamma_dpo_loss(*tensors, **arrays, **options)
+        loss.sum().backward()
+        step = 0.5 * aux.pair_weights.numpy()  # d gap / d logp = ± beta
+        step = step / (weights @ mask if reduction == "mean" else 1)
+        for tensor, sign in zip(tensors[:2], (-1, 1), strict=True):
+            np.testing.assert_allclose(tensor.grad.numpy(), sign * step, rtol=1e-13)
+        assert np.all((step != 0) == mask & (weights > 0))
+        assert aux.margins[1] == aux.margins[4] == 2.0
+        assert tensors[2].grad is tensors[3].grad is None
 
-    tensors = [torch.tensor(row, requires_grad=True) for row in rows]
-    loss, aux = gamma_dpo_loss(*tensors, mask=torch.tensor(mask), **options)
+        arrays = {name: jax.numpy.asarray(each) for name, each in given.items()}
+
+        def total(*logps, options=options, arrays=arrays):
+            loss, aux = gamma_dpo_loss(*logps, **arrays, **options)
+            return loss.sum(), aux
+
+        gradients, _ = jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True)(
+            *map(jax.numpy.asarray, rows)
+        )
+        for gradient, sign in zip(gradients, (-1, 1, 0, 0), strict=True):
+            np.testing.assert_allclose(gradient, sign * step, rtol=1e-11)
+
+
+@pytest.mark.parametrize("setting", [MILD, HARD], ids=["mild", "hard"])
+def test_a_masked_pair_leaves_no_nan_in_a_gradient_and_another_only_its_own(torch, jax, setting):
+    gaps = np.array([1.0, math.nan, -1.0])
+    mask = np.isfinite(gaps)
+    slopes = jax.grad(
+        lambda g: gamma_preference_loss(g, mask=jax.numpy.asarray(mask), **setting)[0]
+    )(jax.numpy.asarray(gaps))
+    assert np.isfinite(slopes).all()
+    assert slopes[1] == 0
+    leaf = torch.tensor(gaps, requires_grad=True)
+    gamma_preference_loss(leaf, mask=torch.tensor(mask), **setting)[0].backward()
+    np.testing.assert_allclose(leaf.grad, slopes, rtol=1e-11)
+    leaf = torch.tensor(gaps, requires_grad=True)
+    loss, aux = gamma_preference_loss(leaf, **setting)
     loss.backward()
-    step = 0.5 * aux.pair_weights.numpy() / mask.sum()  # d gap / d logp = ± beta
-    for tensor, sign in zip(tensors[:2], (-1, 1), strict=True):
-        np.testing.assert_allclose(tensor.grad.numpy(), sign * step, rtol=1e-13)
-    assert np.all(step[~mask] == 0)
-    assert tensors[2].grad is tensors[3].grad is None  # references are constants
-
-    def jax_loss(*arrays):
-        return gamma_dpo_loss(*arrays, mask=jax.numpy.asarray(mask), **options)
-
-    arrays = [jax.numpy.asarray(row) for row in rows]
-    (value, _), gradients = jax.value_and_grad(jax_loss, argnums=(0, 1, 2, 3), has_aux=True)(
-        *arrays
-    )
-    np.testing.assert_allclose(value, loss.item(), rtol=1e-13)
-    for gradient, sign in zip(gradients, (-1, 1, 0, 0), strict=True):
-        np.testing.assert_allclose(gradient, sign * step, rtol=1e-11)
+    assert loss.isnan()
+    np.testing.assert_allclose(leaf.grad[mask], -aux.pair_weights[mask] / 3, rtol=1e-12)
+    found = torch.func.grad(
+        lambda g: gamma_preference_loss(g, mask=torch.tensor(mask), **setting)[0]
+    )(torch.tensor(gaps))
+    np.testing.assert_allclose(found, slopes, rtol=1e-11)
+    nobody = torch.zeros(3, dtype=torch.bool)
+    leaf = torch.tensor(gaps, requires_grad=True)
+    gamma_preference_loss(leaf, mask=nobody, **setting)[0].backward()
+    assert leaf.grad.tolist() == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("setting", [MILD, HARD], ids=["mild", "hard"])
 def test_only_the_loss_has_a_gradient(torch, jax, setting):
+    """No field of aux, no reference and no context has one, and no margin."""
     rows, others = logps(), np.array([1.0, -2.0])
     for impl in ("auto", "eager"):
         leaves = [torch.tensor(row, requires_grad=True) for row in [*rows, others]]
@@ -145,6 +171,8 @@ def test_only_the_loss_has_a_gradient(torch, jax, setting):
         assert not any(field.requires_grad for field in aux)
         loss.sum().backward()
         assert all(leaf.grad is None for leaf in leaves[2:])
+        solution = solve_margins(leaves[0], context=leaves[4], impl=impl, **setting)
+        assert not any(field.requires_grad for field in solution)
 
     def of(index):
         def value(*arrays):
@@ -179,9 +207,30 @@ def test_references_of_inference_mode(torch):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("method", ["dpo", "simpo", "gaps"])
+def test_the_uncentred_gradient_is_that_of_the_minimised_objective():
+    # dF*/dg = -σ(γ - g) / N at the minimiser (the envelope theorem). F* comes from the oracle, by
+    # central differences.
+    for seed, (gamma0, tau) in enumerate([(4.0, 10.0), (3.0, 0.5), (0.5, 0.02)]):
+        gaps = np.random.default_rng(seed).normal(size=5).astype(np.longdouble) * 2
+        _, aux = gamma_preference_loss(gaps.astype(float), gamma0=gamma0, tau=tau)
+        h = np.longdouble(1e-4)
+
+        def minimum(g, gamma0=gamma0, tau=tau):
+            return oracles.objective(oracles.margins(g, gamma0, tau)[0] / gamma0, g, gamma0, tau)
+
+        for i in range(5):
+            move = np.eye(5, dtype=np.longdouble)[i] * h
+            slope = (minimum(gaps + move) - minimum(gaps - move)) / (2 * h)
+            # h² times a third derivative of order (1 + κ)², and the oracle's 1e-17 over h
+            tolerance = h**2 * (1 + gamma0**2 / tau) ** 2
+            assert abs(float(slope) + aux.pair_weights[i] / 5) <= tolerance
+
+
+# -- what surrounds a call
+
+
 @pytest.mark.parametrize("name", ["numpy", "auto", "eager"])
-def test_no_output_shares_memory_with_another_array(torch, name, method):
+def test_no_output_shares_memory_with_another_array(torch, name):
     def array(values):
         return np.array(values) if name == "numpy" else torch.tensor(values)
 
@@ -189,17 +238,15 @@ def test_no_output_shares_memory_with_another_array(torch, name, method):
         return values if name == "numpy" else values.detach().numpy()
 
     options = {**MILD, **({} if name == "numpy" else {"impl": name})}
-    if method != "gaps":
-        options["beta"] = 1.0
-    count = {"dpo": 4, "simpo": 2, "gaps": 1}[method]
-    loss_of = {"dpo": gamma_dpo_loss, "simpo": gamma_simpo_loss, "gaps": gamma_preference_loss}
-    for masked in (False, True):
+    methods = (gamma_dpo_loss, 4), (gamma_simpo_loss, 2), (gamma_preference_loss, 1)
+    for (loss_of, count), masked in product(methods, (False, True)):
+        beta = {"beta": 1.0} if count > 1 else {}
         rows = [array(row) for row in logps()[:count]]
         if name != "numpy":
             rows[0].requires_grad_()
         mask = array(np.arange(7) != 2) if masked else None
         weights = array(np.ones(7)) if masked else None
-        loss, aux = loss_of[method](*rows, mask=mask, weights=weights, reduction="none", **options)
+        loss, aux = loss_of(*rows, mask=mask, weights=weights, reduction="none", **options, **beta)
         inputs = [plain(each) for each in (*rows, mask, weights) if each is not None]
         outputs = [plain(each) for each in (loss, *aux)]
         for i, output in enumerate(outputs):
@@ -226,11 +273,9 @@ def test_good_input_makes_no_nan_in_jax(jax):
                 )
                 jax.grad(lambda x, s=setting: gamma_preference_loss(x, **s)[0])(rows[0])
                 metrics(aux)
-        for kind in ("robust", "conservative"):
-            for match in ("value", "slope"):
-                epsilon = label_smoothing_from_shift(rows[0], rows[1], kind=kind, match=match)
-                shift_from_label_smoothing(rows[0], 0.01, kind=kind, match=match)
-                assert epsilon.shape == (7,)
+        for kind, match in product(("robust", "conservative"), ("value", "slope")):
+            label_smoothing_from_shift(rows[0], rows[1], kind=kind, match=match)
+            shift_from_label_smoothing(rows[0], 0.01, kind=kind, match=match)
         queue_push(queue_init(rows[0], 3), rows[0])
         assert np.isfinite(loss)
     finally:
@@ -256,42 +301,17 @@ def test_an_eager_loss_takes_few_calls(torch):
     assert 0 < sum(calls.values()) <= 90, calls.most_common()
 
 
-@pytest.mark.parametrize(("epsilon", "robust"), SMOOTHING)
-def test_gradcheck_with_the_margins_held(torch, epsilon, robust):
-    # gradcheck differentiates numerically: the margins must not move, so they are given.
-    gaps = torch.tensor(logps()[0] - logps()[1], requires_grad=True)
-    margins = solve_margins(gaps.detach(), gamma0=2.0, tau=1.5).margins
-    assert torch.autograd.gradcheck(
-        lambda g: preference_loss(g, margins, label_smoothing=epsilon, robust=robust), gaps
-    )
-    ours = torch.autograd.grad(
-        gamma_preference_loss(gaps, gamma0=2.0, tau=1.5, label_smoothing=epsilon, robust=robust)[0],
-        gaps,
-    )[0]
-    held = torch.autograd.grad(
-        preference_loss(gaps, margins, label_smoothing=epsilon, robust=robust).mean(), gaps
-    )[0]
-    torch.testing.assert_close(ours, held, rtol=1e-14, atol=0)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_upcast_before_the_first_subtraction(torch, dtype):
+    dtype = getattr(torch, dtype)
+    # Both are exact in half precision; their difference's product with beta is not.
+    chosen, rejected = torch.tensor([-256.0], dtype=dtype), torch.tensor([-258.0], dtype=dtype)
+    loss, aux = gamma_simpo_loss(chosen, rejected, beta=0.1001, gamma0=1.0, tau=1.0)
+    assert loss.dtype == aux.margins.dtype == torch.float32
+    torch.testing.assert_close(aux.reward_gaps, torch.tensor([0.2002]), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("gamma0", "tau"), [(4.0, 10.0), (3.0, 0.5), (0.5, 0.02)])
-def test_envelope_theorem(gamma0, tau, seed):
-    # dF*/dg = -σ(γ - g) / N at the minimiser: so the uncentred loss's gradient, margins held, is
-    # that of the minimised objective. F* comes from the oracle, by central differences.
-    gaps = np.random.default_rng(seed).normal(size=5).astype(np.longdouble) * 2
-    _, aux = gamma_preference_loss(gaps.astype(float), gamma0=gamma0, tau=tau)
-    h = np.longdouble(1e-4)
-
-    def minimum(g):
-        return oracles.objective(oracles.margins(g, gamma0, tau)[0] / gamma0, g, gamma0, tau)
-
-    for i in range(5):
-        move = np.eye(5, dtype=np.longdouble)[i] * h
-        slope = (minimum(gaps + move) - minimum(gaps - move)) / (2 * h)
-        # h² times a third derivative of order (1 + κ)², and the oracle's 1e-17 over h
-        tolerance = h**2 * (1 + gamma0**2 / tau) ** 2
-        assert abs(float(slope) + aux.pair_weights[i] / 5) <= tolerance
+# -- limits, reductions, contexts and weights
 
 
 @given(pools(), gamma0s)
@@ -304,24 +324,6 @@ def test_large_tau_gives_dpo_and_simpo(gaps, gamma0):
     assert abs(plain - oracles.simpo(gaps, gamma0).mean()) <= slack
 
 
-def test_reductions_over_unmasked_pairs(library):
-    rows = [library.array(row) for row in logps()]
-    keep = np.array([True, True, False, True, False, True, True])
-    mask = library.array(keep, "bool")
-    single, aux = gamma_dpo_loss(*rows, **SETTING, mask=mask, reduction="none")
-    total, _ = gamma_dpo_loss(*rows, **SETTING, mask=mask, reduction="sum")
-    mean, _ = gamma_dpo_loss(*rows, **SETTING, mask=mask)
-    kept = [library.array(row[keep]) for row in logps()]
-    alone, alone_aux = gamma_dpo_loss(*kept, **SETTING, reduction="none")
-    np.testing.assert_allclose(library.numpy(single)[keep], library.numpy(alone), rtol=1e-13)
-    assert np.all(library.numpy(single)[~keep] == 0)
-    np.testing.assert_allclose(float(total), library.numpy(alone).sum(), rtol=1e-13)
-    np.testing.assert_allclose(float(mean), library.numpy(alone).mean(), rtol=1e-13)
-    np.testing.assert_allclose(
-        library.numpy(aux.pair_weights)[keep], library.numpy(alone_aux.pair_weights), rtol=1e-13
-    )
-
-
 @given(pools(), pools(), gamma0s, taus)
 def test_context_carries_no_loss(gaps, context, gamma0, tau):
     loss, aux = gamma_preference_loss(gaps, gamma0=gamma0, tau=tau, context=context)
@@ -330,138 +332,35 @@ def test_context_carries_no_loss(gaps, context, gamma0, tau):
     assert loss == pytest.approx(preference_loss(gaps, margins).mean(), rel=1e-15)
 
 
-def test_every_pair_masked_gives_zero_loss_and_gradient(torch):
-    rows = [torch.tensor(row, requires_grad=True) for row in logps(3)]
-    loss, aux = gamma_dpo_loss(*rows, **SETTING, mask=torch.zeros(3, dtype=torch.bool))
-    loss.backward()
-    assert loss.item() == 0
-    assert all(torch.equal(row.grad, torch.zeros(3, dtype=row.dtype)) for row in rows[:2])
-    assert aux.margins.tolist() == [2.0, 2.0, 2.0]
-    assert all(bool(torch.isfinite(field).all()) for field in aux)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_pair_that_is_not_finite_spoils_only_itself(torch, bad):
-    rows = [torch.tensor(row) for row in logps(4)]
-    rows[0][1] = bad
-    rows = [row.requires_grad_() for row in rows]
-    losses, aux = gamma_dpo_loss(*rows, **SETTING, reduction="none")
-    mean, _ = gamma_dpo_loss(*rows, **SETTING)
-    others = [0, 2, 3]
-    alone, alone_aux = gamma_dpo_loss(*[row[others] for row in rows], **SETTING, reduction="none")
-    assert not math.isfinite(losses[1].item())
-    assert not math.isfinite(mean.item())
-    torch.testing.assert_close(losses[others], alone, rtol=1e-13, atol=0)
-    torch.testing.assert_close(aux.margins[others], alone_aux.margins, rtol=1e-13, atol=0)
-    gradient = torch.autograd.grad(mean, rows[1])[0]
-    torch.testing.assert_close(gradient[others], 0.5 * alone_aux.pair_weights / 4)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_masked_pair_that_is_not_finite_leaves_no_trace(torch, jax, bad):
-    rows = [torch.tensor(row) for row in logps(4)]
-    rows[0][1] = bad
-    rows = [row.requires_grad_() for row in rows]
-    loss, aux = gamma_dpo_loss(*rows, **SETTING, mask=torch.tensor([True, False, True, True]))
-    loss.backward()
-    assert math.isfinite(loss.item())
-    assert all(bool(torch.isfinite(row.grad).all()) for row in rows[:2])
-    assert aux.pair_weights[1] == 0
-    assert aux.margins[1] == 2.0
-    gaps, mask = jax.numpy.asarray([1.0, bad, -1.0]), jax.numpy.asarray([True, False, True])
-    for setting in (MILD, HARD):
-        slopes = jax.grad(lambda g, s=setting: gamma_preference_loss(g, mask=mask, **s)[0])(gaps)
-        assert np.isfinite(slopes).all()
-        assert slopes[1] == 0
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_is_upcast_before_the_first_subtraction(torch, dtype):
-    dtype = getattr(torch, dtype)
-    # Both are exact in half precision; their difference's product with beta is not.
-    chosen, rejected = torch.tensor([-256.0], dtype=dtype), torch.tensor([-258.0], dtype=dtype)
-    loss, aux = gamma_simpo_loss(chosen, rejected, beta=0.1001, gamma0=1.0, tau=1.0)
-    assert loss.dtype == aux.margins.dtype == torch.float32
-    torch.testing.assert_close(aux.reward_gaps, torch.tensor([0.2002]), rtol=1e-4, atol=0)
-
-
-# -- weights
-
-
-@pytest.mark.parametrize("setting", [MILD, HARD], ids=["mild", "hard"])
-def test_whole_weights_are_repeated_pairs(library, setting):
+def test_reductions_are_over_pairs_that_take_part_and_a_weight_is_a_repetition(library):
     gaps, counts = np.array([1.0, -2.0, 0.5, 9.0, 3.0]), np.array([2, 1, 0, 3, 1])
     mask, whole = np.array([True] * 4 + [False]), np.repeat([1.0, -2.0, 9.0], [2, 1, 3])
-    options = {"label_smoothing": 0.1, "centered": True, **setting}
-
-    def losses(reduction, factor=1.0):
-        return gamma_preference_loss(
-            library.array(gaps),
-            weights=library.array(factor * counts),
-            mask=library.array(mask, "bool"),
-            reduction=reduction,
-            **options,
+    for setting, factor in product((MILD, HARD), (1.0, 1 / 3)):
+        options = {"label_smoothing": 0.1, "centered": True, **setting}
+        found = {
+            reduction: gamma_preference_loss(
+                library.array(gaps),
+                weights=library.array(factor * counts),
+                mask=library.array(mask, "bool"),
+                reduction=reduction,
+                **options,
+            )
+            for reduction in ("mean", "sum", "none")
+        }
+        single, aux = gamma_preference_loss(whole, reduction="none", **options)
+        assert float(found["mean"][0]) == pytest.approx(float(single.mean()), rel=1e-13)
+        assert float(found["sum"][0]) == pytest.approx(factor * float(single.sum()), rel=1e-13)
+        losses, of_weights = found["none"]
+        for ours, theirs in ((losses, single), (of_weights.pair_weights, aux.pair_weights)):
+            ours = library.numpy(ours)
+            expected = factor * counts[[0, 1, 3]] * theirs[[0, 2, 3]]
+            np.testing.assert_allclose(ours[[0, 1, 3]], expected, rtol=1e-12)
+            assert ours[2] == ours[4] == 0
+        kept = [True, True, False, True, False]
+        assert library.numpy(of_weights.mask).tolist() == kept
+        plain, kept_aux = gamma_preference_loss(
+            library.array(gaps), mask=library.array(kept, "bool"), **options
         )
-
-    mean, _ = gamma_preference_loss(whole, **options)
-    single, aux = gamma_preference_loss(whole, reduction="none", **options)
-    kept = counts * mask
-    assert float(losses("mean")[0]) == pytest.approx(float(mean), rel=1e-13)
-    assert float(losses("mean", 1 / 3)[0]) == pytest.approx(float(mean), rel=1e-13)
-    assert float(losses("sum")[0]) == pytest.approx(float(single.sum()), rel=1e-13)
-    assert float(losses("sum", 1 / 3)[0]) == pytest.approx(float(single.sum()) / 3, rel=1e-13)
-    found, of_weights = losses("none")
-    for name, ours, theirs in (
-        ("loss", found, single),
-        ("pair_weights", of_weights.pair_weights, aux.pair_weights),
-    ):
-        first = np.array([0, 2, 3])
-        ours = library.numpy(ours)
-        np.testing.assert_allclose(ours[[0, 1, 3]], kept[[0, 1, 3]] * theirs[first], 1e-12, 0, name)
-        assert ours[2] == ours[4] == 0
-    assert library.numpy(of_weights.mask).tolist() == [True, True, False, True, False]
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_gradients_are_of_the_weighted_loss(torch, jax, reduction):
-    gaps, weights = np.array([1.0, -2.0, np.nan, 9.0]), np.array([2.0, 0.5, 0.0, 1.5])
-    leaf = torch.tensor(gaps, requires_grad=True)
-    options = {"reduction": reduction, **MILD}
-    loss, aux = gamma_preference_loss(leaf, weights=torch.tensor(weights), **options)
-    loss.sum().backward()
-    expected = -aux.pair_weights / (4 if reduction == "mean" else 1)
-    torch.testing.assert_close(leaf.grad, expected, rtol=1e-14, atol=0)
-    assert leaf.grad[2] == 0
-
-    def value(gaps):
-        return gamma_preference_loss(gaps, weights=jax.numpy.asarray(weights), **options)[0].sum()
-
-    np.testing.assert_allclose(jax.grad(value)(jax.numpy.asarray(gaps)), expected, rtol=1e-12)
-
-
-@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
-def test_a_weight_that_is_no_weight(library, bad):
-    gaps, weights = library.array([1.0, -2.0, 0.5]), library.array([1.0, bad, 2.0])
-    if library.name != "jax":  # where the values are free to read
-        with pytest.raises(
-            ValueError, match=r"weights must be finite and >= 0, got .* the weight 0"
-        ):
-            gamma_preference_loss(gaps, weights=weights, **MILD)
-        with pytest.raises(ValueError, match="weights must be finite and >= 0"):
-            solve_margins(gaps, weights=weights, **MILD)
-        return
-    losses, _ = gamma_preference_loss(gaps, weights=weights, reduction="none", **MILD)
-    assert np.isnan(losses).tolist() == [False, True, False]
-    assert np.isnan(gamma_preference_loss(gaps, weights=weights, **MILD)[0])
-
-
-def test_modules_take_weights_and_queues_hold_gaps_of_weight_1(torch):
-    gaps, weights = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([2.0, 0.0, 1.0])
-    module = gamma_loss.GammaPreferenceLoss(queue_size=4, **MILD)
-    first, _ = module(gaps, weights=weights)
-    torch.testing.assert_close(first, gamma_preference_loss(gaps, weights=weights, **MILD)[0])
-    queue = GapQueue(4)
-    queue.push(gaps, torch.tensor([True, False, True]))
-    again, _ = module(gaps, weights=weights)
-    expected, _ = gamma_preference_loss(gaps, weights=weights, context=queue.context(), **MILD)
-    torch.testing.assert_close(again, expected)
+        alone, _ = gamma_preference_loss(gaps[kept], **options)
+        assert float(plain) == pytest.approx(float(alone), rel=1e-13)
+        assert library.numpy(kept_aux.pair_weights)[2] == 0

@@ -1,4 +1,4 @@
-"""The margin problem: accuracy against the oracle, the claims of the theory, every library."""
+"""The margin problem: every implementation against the oracle, and what a pool is made of."""
 
 import json
 import math
@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import oracles
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
-from strategies import CORNERS, HARD, MILD, gamma0s, pools, taus
+from strategies import CORNERS, HARD, MILD, pools, problems
 
 from gamma_loss import PUBLISHED_SETTINGS, GapQueue, _solver, solve_margins
+from gamma_loss._backend import get_backend
 
 # What benchmarks.worst_case has found.
 WORST = Path(__file__).parents[1] / "benchmarks" / "results" / "worst_case_cpu.jsonl"
@@ -23,171 +24,140 @@ def error(margins, gaps, gamma0, tau):
     return oracles.error(margins, *oracles.margins(gaps, gamma0, tau), gaps, gamma0, tau)
 
 
-def test_float64_accuracy_and_certificate_over_the_domain(solver):
-    @solver.settings(200)
-    @given(pools(), gamma0s, taus)
-    def check(gaps, gamma0, tau):
-        margins, multiplier, bound = solver(gaps, gamma0=gamma0, tau=tau)
-        assert margins.dtype == np.float64
-        expected, nu = oracles.margins(gaps, gamma0, tau)
-        assert oracles.error(margins, expected, nu, gaps, gamma0, tau) <= 1
-        assert np.mean(np.abs(margins - expected)) / gamma0 <= bound
-        # The rounding of u, some 10 epsilons for each unit of it, and u is at most log N.
-        assert bound <= 64 * np.finfo(np.float64).eps * (2 + np.log(gaps.size))
-        assert abs(multiplier - nu) <= 1e-13 * (1 + gamma0 / tau)
-
-    check()
-
-
-def test_float32_accuracy_over_the_domain(solver):
-    @solver.settings(200)
-    @given(pools(), gamma0s, taus)
-    def check(gaps, gamma0, tau):
-        gaps = gaps.astype(np.float32)
-        solution = solver(gaps, gamma0=gamma0, tau=tau)
-        assert solution.margins.dtype == np.float32
-        expected, nu = oracles.margins(gaps, gamma0, tau)
-        assert oracles.error(solution.margins, expected, nu, gaps, gamma0, tau) <= 1
-        assert np.mean(np.abs(solution.margins - expected)) / gamma0 <= solution.error_bound
-
-    check()
+def check(solver, gaps, gamma0, tau):
+    """Accuracy, error bound, budget, order and range of a solution."""
+    problem = gaps, gamma0, tau
+    margins, multiplier, bound = solver(gaps, gamma0=gamma0, tau=tau)
+    exact, nu = oracles.margins(*problem)
+    a, eps = gamma0 / tau, np.finfo(gaps.dtype).eps
+    assert margins.dtype == gaps.dtype, problem
+    assert oracles.error(margins, exact, nu, *problem) <= 1, problem
+    # How far the oracle's own a is off matters where a is beyond what any dtype tells.
+    assert np.mean(np.abs(margins - exact)) / gamma0 <= bound + a * 2e-19, problem
+    # The rounding of u, some 10 epsilons for each unit of it, and u is at most log N.
+    assert bound <= min(64 * eps * (2 + min(a, np.log(gaps.size))), 2), problem
+    # ν is no sharper than the gaps: a change of them by rounding changes it by as much.
+    slack = 1e-13 if eps < 1e-10 else 8 * eps * (1 + np.max(np.abs(gaps)))
+    assert abs(multiplier - nu) <= slack * (1 + a), problem
+    x = np.asarray(margins, float) / gamma0
+    slack = 64 * eps * (1 + a + np.log(gaps.size))
+    assert abs(x.mean() - 1) <= slack, problem
+    assert np.all(np.diff(x[np.argsort(gaps, kind="stable")]) >= -slack * (1 + x.max())), problem
+    with np.errstate(over="ignore"):
+        assert np.all(x <= np.exp(a) * (1 + slack)), problem
+        assert np.all(x >= np.exp(-a) * (1 - slack) - np.finfo(gaps.dtype).tiny), problem
 
 
-@pytest.mark.parametrize("name", PUBLISHED_SETTINGS)
-def test_float32_accuracy_in_the_published_settings(solver, name):
-    @solver.settings(50)
-    @given(gaps=pools())
-    def check(gaps):
-        gamma0, tau = PUBLISHED_SETTINGS[name]["gamma0"], PUBLISHED_SETTINGS[name]["tau"]
-        gaps = gaps.astype(np.float32)
-        solution = solver(gaps, gamma0=gamma0, tau=tau)
-        assert error(solution.margins, gaps, gamma0, tau) <= 1
-
-    check()
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_accuracy_and_error_bound_over_the_domain(solver, dtype):
+    for problem in solver.some(problems(dtype)):
+        check(solver, *problem)
 
 
-def test_the_worst_pools_that_were_found(solver):
+EQUAL = [([g] * n, gamma0, tau) for g, n in ((0.3, 1), (-7.0, 9)) for gamma0, tau in
+         ((4.0, 10.0), (4.0, 0.1), (100.0, 1e-3))]  # fmt: skip
+NAMED = {
+    "corners": CORNERS,
+    "equal gaps": EQUAL,
+    "where tau keeps every margin at gamma0": [([1e4, -3.0, 0.0], g, 1e9) for g in (1e-3, 9.0)],
+    "the range of settings": [
+        (gaps, gamma0, gamma0 / a)
+        for gamma0 in (1e-14, 1.0, 1e12)
+        for a in (1e-30, 0.5, 1.4, 2.0, 1e9)
+        for gaps in ([1.0, -2.0, 0.5, 9.0], [1e4, -1e4, 3.0])
+    ],
+    "around mild settings": [  # the last one is wrong by 0.4 where it is taken for mild
+        ([9.0, -3.0, 0.5], 1.4999, 1.0),
+        ([9.0, -3.0, 0.5], 1.5001, 1.0),
+        ([21.0, -28.0, 2.7, -28.0, -20.0], 5.0, 7.0),
+        ([21.2416, -28.8368, 2.6856, -28.2292, -20.853], 13.951123, 15.741992),
+    ],
+}
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # of what Triton's interpreter drops
+@pytest.mark.parametrize("named", NAMED)
+def test_accuracy_at_the_edges(solver, named):
+    for gaps, gamma0, tau in NAMED[named][:: 4 if solver.name == "triton" else 1]:
+        for dtype in ("float64", "float32"):
+            if named != "the range of settings":
+                check(solver, np.asarray(gaps, dtype), gamma0, tau)
+                continue
+            gaps = np.asarray(gaps)  # whole, or halves, so that both dtypes have the same
+            margins, _, bound = solver(gaps.astype(dtype), gamma0=gamma0, tau=tau)
+            exact, _ = oracles.margins(gaps, gamma0, tau)
+            off = np.abs(margins - exact)
+            slack = gamma0 / tau * float(np.finfo(np.longdouble).eps)
+            most = 1e-13 if dtype == "float64" else 3e-6
+            assert np.max(off / (gamma0 + exact)) <= most + slack
+            assert np.mean(off / gamma0) <= float(bound) + slack
+
+
+def test_accuracy_in_the_worst_pools_that_were_found(solver):
     """NumPy and torch take those of every implementation, others their own: they compile."""
-    for pool in map(json.loads, WORST.read_text("utf-8").splitlines()):
-        if solver.name not in ("numpy", "torch", pool["solver"]):
-            continue
+    found = list(map(json.loads, WORST.read_text("utf-8").splitlines()))
+    found = [pool for pool in found if solver.name in ("numpy", "torch", pool["solver"])]
+    for pool in solver.some(found):
         gaps = np.repeat(np.asarray(pool["values"], pool["dtype"]), pool["counts"])
-        solution = solver(gaps, gamma0=pool["gamma0"], tau=pool["tau"])
         problem = gaps, pool["gamma0"], pool["tau"]
+        solution = solver(gaps, gamma0=pool["gamma0"], tau=pool["tau"])
         exact, nu = oracles.margins(*problem)
         assert oracles.error(solution.margins, exact, nu, *problem) <= 1, pool
         mean = np.mean(np.abs(solution.margins - exact)) / pool["gamma0"]
         assert mean <= solution.error_bound, pool
 
 
-def test_a_pool_for_which_four_passes_were_too_few(solver):
-    gaps = np.repeat(
-        [-9600.0, 31.323, 8.4696, 6.185479], [200 if solver.name == "triton" else 32450, 1, 1, 1]
-    )
-    margins = solver(gaps, gamma0=3.29975, tau=6.6).margins
-    assert error(margins, gaps, 3.29975, 6.6) <= 1
+def test_accuracy_in_the_published_settings(solver):
+    for name in PUBLISHED_SETTINGS:
+        gamma0, tau = PUBLISHED_SETTINGS[name]["gamma0"], PUBLISHED_SETTINGS[name]["tau"]
+        for gaps, *_ in solver.some(problems("float32"))[:10]:
+            assert error(solver(gaps, gamma0=gamma0, tau=tau).margins, gaps, gamma0, tau) <= 1
+    for case in PUBLISHED["cases"]:  # the published implementation's own outputs
+        gaps, gamma0 = np.array(case["reward_gaps"]), case["gamma0"]
+        margins = solver(gaps, context=case["context"], gamma0=gamma0, tau=case["tau"]).margins
+        np.testing.assert_allclose(margins, case["published_margins"], 0, 2e-6 * gamma0)
+        shifts = case["published_margin_shifts"]
+        np.testing.assert_allclose(margins - gamma0, shifts, 0, 2e-6 * gamma0)
 
 
-@pytest.mark.parametrize(("gaps", "gamma0", "tau"), CORNERS)
-def test_corners_of_the_domain(solver, gaps, gamma0, tau):
-    for dtype in (np.float64, np.float32):
-        gaps = np.asarray(gaps, dtype=dtype)
-        assert error(solver(gaps, gamma0=gamma0, tau=tau).margins, gaps, gamma0, tau) <= 1
+AT_SIZE = [  # few distinct gaps, many times over: what sums in float32 get wrong
+    ([54.4243, 9991.3], [65_530, 6], 51.3952, 1.42196),
+    ([1.7, 9.0], [60_000, 5_536], 3.0, 3.0),
+    ([0.3], [65_536], 4.0, 10.0),
+    ([0.3], [65_536], 4.0, 0.1),
+    ([1.0, -3.0, 9991.3], [40_000, 25_000, 6], 3.0, 0.5),
+    # for which four passes were too few
+    ([-9600.0, 31.323, 8.4696, 6.185479], [32450, 1, 1, 1], 3.29975, 6.6),
+]
 
 
-@pytest.mark.parametrize(("gamma0", "tau"), [(4.0, 10.0), (100.0, 1e-3), (3.0, 0.05), (50.0, 40.0)])
-@pytest.mark.parametrize("scale", [2.0, 1e4])
-def test_a_large_pool(gamma0, tau, scale):
-    # 64 distinct gaps, 1024 of each: large for the solver, small for the oracle.
-    distinct = np.clip(np.random.default_rng(7).normal(size=64) * scale, -1e4, 1e4)
-    gaps = np.random.default_rng(8).permutation(np.repeat(distinct, 1024))
-    for pool in (gaps, gaps.astype(np.float32)):
-        margins = solve_margins(pool, gamma0=gamma0, tau=tau).margins
-        assert error(margins, pool, gamma0, tau) <= 1
+@pytest.mark.parametrize("solver", ["numpy", "torch", "compile", "jax"], indirect=True)
+def test_accuracy_of_large_pools(solver):
+    for values, counts, gamma0, tau in AT_SIZE:
+        for dtype in ("float32", "float64")[: 1 if solver.name == "jax" else 2]:
+            gaps = np.repeat(np.asarray(values, dtype), counts)
+            check(solver, gaps, gamma0, tau)
 
 
 @pytest.mark.parametrize(("gamma0", "tau"), [(4.0, 10.0), (100.0, 1e-3)])
-def test_a_million_gaps(gamma0, tau):
-    distinct = np.clip(np.random.default_rng(9).normal(size=50) * 200, -1e4, 1e4)
-    gaps = np.repeat(distinct, 20_000)
-    solution = solve_margins(gaps, gamma0=gamma0, tau=tau)
-    assert error(solution.margins, gaps, gamma0, tau) <= 1
-    assert solution.error_bound <= 1e-9
+def test_accuracy_of_a_million_gaps(gamma0, tau):
+    gaps = np.repeat(np.clip(np.random.default_rng(9).normal(size=50) * 200, -1e4, 1e4), 20_000)
+    check(solve_margins, np.random.default_rng(8).permutation(gaps), gamma0, tau)
 
 
-@pytest.mark.parametrize("case", PUBLISHED["cases"], ids=lambda case: case["name"])
-def test_parity_with_the_published_implementation(solver, case):
-    pool = np.array(case["reward_gaps"] + case["context"])
-    margins = solver(pool, gamma0=case["gamma0"], tau=case["tau"]).margins
-    margins = margins[: len(case["reward_gaps"])]
-    bound = 2e-6 * case["gamma0"]
-    assert np.max(np.abs(margins - case["published_margins"])) <= bound
-    shifts = margins - case["gamma0"]
-    assert np.max(np.abs(shifts - case["published_margin_shifts"])) <= bound
+HUGE = [
+    ("float32", [1e38, 0.0, 1.0, -2.0], {"gamma0": 0.05, "tau": 0.001}),
+    ("float32", [3e38, -3e38, 3e38, 1.0, -2.0], HARD),
+    ("float64", [1e300, 0.0, 1.0, -2.0], {"gamma0": 0.05, "tau": 0.001}),
+    ("float64", [1.7e308, -1.7e308, 1.7e308, 1.0, -2.0], HARD),
+    ("float64", [1.7e308, -1.7e308, 1.0, -2.0], MILD),
+]
 
 
-def rounding(gamma0, tau, size=1):
-    """A bound on the rounding error of one x: a few ulps of u, which is as large as a."""
-    return 64 * np.finfo(np.float64).eps * (1 + gamma0 / tau + math.log(size))
-
-
-def test_order_budget_and_bounds(solver):
-    @solver.settings()
-    @given(pools(min_size=2), gamma0s, taus)
-    def check(gaps, gamma0, tau):
-        margins, multiplier, _ = solver(gaps, gamma0=gamma0, tau=tau)
-        slack, a = rounding(gamma0, tau, gaps.size), gamma0 / tau
-        x = margins / gamma0
-        assert abs(x.mean() - 1) <= slack
-        ordered = x[np.argsort(gaps, kind="stable")]
-        assert np.all(np.diff(ordered) >= -slack * (1 + ordered[1:]))
-        with np.errstate(over="ignore"):
-            assert np.all(x >= np.exp(-a) * (1 - slack))
-            assert np.all(x <= np.exp(a) * (1 + slack))
-        assert -slack <= multiplier <= a + slack * (1 + a)
-
-    check()
-
-
-def test_permuting_the_pool_permutes_the_margins(solver):
-    @solver.settings()
-    @given(pools(min_size=2), gamma0s, taus, st.randoms(use_true_random=False))
-    def check(gaps, gamma0, tau, random):
-        order = list(range(gaps.size))
-        random.shuffle(order)
-        x = solver(gaps, gamma0=gamma0, tau=tau).margins / gamma0
-        permuted = solver(gaps[order], gamma0=gamma0, tau=tau).margins / gamma0
-        assert np.max(np.abs(permuted - x[order]) / (1 + x)) <= rounding(gamma0, tau, gaps.size)
-
-    check()
-
-
-def test_equal_gaps_and_one_gap_give_gamma0(solver):
-    @solver.settings()
-    @given(st.floats(-1e4, 1e4), st.integers(1, 30), gamma0s, taus)
-    def check(gap, size, gamma0, tau):
-        margins = solver(np.full(size, gap), gamma0=gamma0, tau=tau).margins
-        np.testing.assert_allclose(margins, gamma0, rtol=rounding(gamma0, tau, size))
-
-    check()
-
-
-def test_large_tau_gives_gamma0(solver):
-    @solver.settings()
-    @given(pools(), gamma0s)
-    def check(gaps, gamma0):
-        # |log x| <= a, so |x - 1| <= e^a - 1
-        tau = 1e9
-        margins = solver(gaps, gamma0=gamma0, tau=tau).margins
-        np.testing.assert_allclose(margins, gamma0, rtol=math.expm1(gamma0 / tau) + 1e-15)
-
-    check()
-
-
-def test_gamma0_of_zero_gives_no_margins(library):
-    solution = solve_margins(library.array([-1.0, 2.0]), gamma0=0.0, tau=1.0)
-    assert library.numpy(solution.margins).tolist() == [0.0, 0.0]
-    assert float(solution.multiplier) == float(solution.error_bound) == 0.0
+def test_huge_gaps_are_as_those_where_nothing_changes_any_more(solver):
+    for dtype, gaps, setting in HUGE:
+        margins = solver(np.array(gaps, dtype), **setting).margins
+        assert error(margins, np.clip(gaps, -1e4, 1e4), *setting.values()) <= 1
 
 
 @given(pools(min_size=2, max_size=12), st.floats(0.01, 30), st.floats(0.05, 50), st.integers(0, 99))
@@ -203,147 +173,75 @@ def test_no_other_margins_have_a_lower_objective(gaps, gamma0, tau, seed):
         assert oracles.objective(other, gaps, gamma0, tau) >= lowest - slack
 
 
-def test_context_joins_the_pool(solver):
-    @solver.settings()
-    @given(pools(min_size=2), pools(min_size=2), gamma0s, taus)
-    @example(np.array([1.0]), np.array([-1.0, 3.0]), 100.0, 1e-3)
-    def check(gaps, context, gamma0, tau):
-        together = solver(np.concatenate([gaps, context]), gamma0=gamma0, tau=tau)
-        split = solver(gaps, gamma0=gamma0, tau=tau, context=context)
-        if solver.name == "jax":  # padded otherwise, so added up in another order
-            rtol = rounding(gamma0, tau, gaps.size + context.size)
-            np.testing.assert_allclose(split.margins, together.margins[: gaps.size], rtol=rtol)
-            return
-        np.testing.assert_array_equal(split.margins, together.margins[: gaps.size])
-        assert split.multiplier == together.multiplier
-
-    check()
+# -- what a pool is made of
 
 
-def test_masked_entries_are_as_if_absent(solver):
-    @solver.settings()
-    @given(pools(min_size=2), pools(min_size=2), gamma0s, taus, st.randoms(use_true_random=False))
-    def check(gaps, context, gamma0, tau, random):
-        junk = [0.0, 1e4, -7.0, math.nan, math.inf]
-        mixed = [(gap, True) for gap in gaps] + [(random.choice(junk), False) for _ in range(5)]
-        random.shuffle(mixed)
-        mask = np.array([kept for _, kept in mixed])
-        values = np.array([gap for gap, _ in mixed])
-        plain = solver(values[mask], gamma0=gamma0, tau=tau, context=context)
-        masked = solver(
-            values,
-            gamma0=gamma0,
-            tau=tau,
-            context=np.concatenate([context, [5.0, math.nan, 3.0]]),
-            context_mask=np.arange(context.size + 3) < context.size,
-            mask=mask,
-        )
-        x, expected = masked.margins / gamma0, plain.margins / gamma0
-        tolerance = rounding(gamma0, tau, gaps.size + context.size)
-        assert np.max(np.abs(x[mask] - expected) / (1 + expected)) <= tolerance
-        assert np.all(masked.margins[~mask] == gamma0)
-
-    check()
-
-
-@pytest.mark.parametrize("setting", [MILD, HARD], ids=["mild", "hard"])
-def test_gaps_that_are_not_finite_and_empty_pools(solver, setting):
-    gaps, context = np.array([-2.0, 0.5, np.nan, 3.0, -np.inf]), np.array([1.0, np.inf, -1.0])
-    expected = solve_margins(gaps[[0, 1, 3]], context=context[[0, 2]], **setting)
-    solution = solver(gaps, context=context, **setting)
-    np.testing.assert_allclose(solution.margins[[0, 1, 3]], expected.margins, rtol=1e-13)
-    assert np.isnan(solution.margins[[2, 4]]).all()
-    none = np.zeros(5, dtype=bool)
-    empty = solver(gaps, context=context, mask=none, context_mask=none[:3], **setting)
-    assert (empty.margins == setting["gamma0"]).all()
-    assert np.isfinite(empty.multiplier)
-    assert 0 <= empty.error_bound <= 1e-12
-
-
-HUGE = [
-    ("float32", [1e38, 0.0, 1.0, -2.0], {"gamma0": 0.05, "tau": 0.001}),
-    ("float32", [3e38, -3e38, 3e38, 1.0, -2.0], HARD),
-    ("float64", [1e300, 0.0, 1.0, -2.0], {"gamma0": 0.05, "tau": 0.001}),
-    ("float64", [1.7e308, -1.7e308, 1.7e308, 1.0, -2.0], HARD),
-    ("float64", [1.7e308, -1.7e308, 1.0, -2.0], MILD),
-]
-
-
-@pytest.mark.parametrize(("dtype", "gaps", "setting"), HUGE)
-def test_huge_gaps_are_as_those_where_nothing_changes_any_more(solver, dtype, gaps, setting):
-    margins = solver(np.array(gaps, dtype), **setting).margins
-    clipped = np.clip(gaps, -1e4, 1e4)
-    assert error(margins, clipped, setting["gamma0"], setting["tau"]) <= 1
-
-
-AT_SIZE = [  # few distinct gaps, many times over: what sums in float32 get wrong
-    ([54.4243, 9991.3], [65_530, 6], 51.3952, 1.42196),
-    ([1.7, 9.0], [60_000, 5_536], 3.0, 3.0),
-    ([0.3], [65_536], 4.0, 10.0),
-    ([0.3], [65_536], 4.0, 0.1),
-    ([1.0, -3.0, 9991.3], [40_000, 25_000, 6], 3.0, 0.5),
-]
-
-
-@pytest.mark.parametrize("solver", ["numpy", "torch", "compile", "jax"], indirect=True)
-@pytest.mark.parametrize(("values", "counts", "gamma0", "tau"), AT_SIZE)
-def test_float32_and_its_error_bound_at_size(solver, values, counts, gamma0, tau):
-    gaps = np.repeat(np.asarray(values, dtype=np.float32), counts)
-    solution = solver(gaps, gamma0=gamma0, tau=tau)
-    exact, nu = oracles.margins(gaps, gamma0, tau)
-    assert oracles.error(solution.margins, exact, nu, gaps, gamma0, tau) <= 1
-    assert np.mean(np.abs(solution.margins - exact)) / gamma0 <= solution.error_bound
-
-
-# -- weights
-
-
-def test_whole_weights_are_repeated_pairs(solver):
-    @solver.settings(50)
-    @given(pools(min_size=2, max_size=12), gamma0s, taus, st.integers(0, 2**32 - 1))
-    @example(np.array([1.0, -2.0, 0.5, 9.0]), 4.0, 10.0, 0)
-    @example(np.array([1.0, -2.0, 0.5, 9.0]), 4.0, 0.1, 0)
-    def check(gaps, gamma0, tau, seed):
-        counts = np.random.default_rng(seed).integers(0, 4, gaps.size)
-        counts[0] = 1
-        settings = {"gamma0": gamma0, "tau": tau}
-        weighted = solver(gaps, weights=counts.astype(float), **settings)
+@pytest.mark.parametrize("kind", ["context", "masks", "weights", "all"])
+def test_masks_contexts_and_weights_choose_the_pool(solver, kind):
+    """A weight is a repetition; a masked entry, or one of weight 0, is as if absent."""
+    junk = [0.0, 1e4, -7.0, math.nan, math.inf]
+    for seed, (gaps, gamma0, tau) in enumerate(solver.some(problems("float64"))[:24]):
+        rng, arrays, settings = np.random.default_rng(seed), {}, {"gamma0": gamma0, "tau": tau}
+        gaps, others = gaps.copy(), rng.choice(gaps, 3) + 1
+        counts = np.ones(gaps.size, int)
+        if kind in ("masks", "all"):
+            gaps = np.concatenate([gaps, junk])
+            counts = np.concatenate([counts, [0] * 5])
+            arrays["mask"] = counts > 0
+        if kind in ("weights", "all"):
+            counts = counts * rng.integers(0, 4, gaps.size)
+            counts[0] = 2
+            gaps[1:][counts[1:] == 0] = rng.choice(junk)
+            arrays["weights"] = counts * (1 if kind == "all" else 10.0 ** rng.integers(-30, 30))
+            arrays["weights"] = arrays["weights"].astype(float)
+            arrays["weights"][~arrays.get("mask", counts == counts)] = 5  # a mask goes before it
         whole = np.repeat(gaps, counts)
-        exact, nu = oracles.margins(whole, gamma0, tau)
-        margins = np.repeat(weighted.margins, counts)
-        assert oracles.error(margins, exact, nu, whole, gamma0, tau) <= 1
-        assert np.mean(np.abs(margins - exact)) / gamma0 <= weighted.error_bound
-        assert np.all(weighted.margins[counts == 0] == gamma0)
-        # A common factor changes nothing but rounding.
-        for factor in (1e-30, 1 / 3, 1e30):
-            scaled = np.repeat(solver(gaps, weights=factor * counts, **settings).margins, counts)
-            assert oracles.error(scaled, exact, nu, whole, gamma0, tau) <= 1
-
-    check()
+        if kind in ("context", "all"):
+            arrays["context"] = others
+            if kind == "all":
+                arrays["context"] = np.concatenate([others, junk])
+                arrays["context_mask"] = np.arange(8) < 3
+            whole = np.concatenate([whole, others])
+        solution, problem = solver(gaps, **settings, **arrays), (whole, gamma0, tau)
+        exact, nu = oracles.margins(*problem)
+        margins = np.repeat(solution.margins, counts)
+        off = np.abs(margins - exact[: margins.size])
+        assert np.max(off / (gamma0 + exact[: margins.size])) <= oracles.promised(
+            "float64", exact, nu, *problem
+        ), (problem, arrays)
+        assert np.all(solution.margins[counts == 0] == gamma0), (problem, arrays)
+        assert abs(solution.multiplier - nu) <= 1e-13 * (1 + gamma0 / tau)
+        assert off.mean() / gamma0 * margins.size / whole.size <= solution.error_bound
 
 
 def test_weights_far_apart(solver):
     """The lightest pair's x may be as large as Σw / w."""
     gaps, counts = np.array([1e4, 0.0, 0.5]), np.array([1, 100_000, 3])
-    whole = np.repeat(gaps, counts)
     for gamma0, tau in ((1.0, 2.5e-3), (4.0, 0.1), (4.0, 10.0)):
         margins = solver(gaps, weights=counts / 7, gamma0=gamma0, tau=tau).margins
-        assert error(np.repeat(margins, counts), whole, gamma0, tau) <= 1
+        assert error(np.repeat(margins, counts), np.repeat(gaps, counts), gamma0, tau) <= 1
 
 
-def test_weights_join_masks_and_contexts(solver):
-    gaps, context = np.array([1.0, np.nan, -2.0, 0.5]), np.array([3.0, -1.0])
-    mask, weights = np.array([True, True, False, True]), np.array([2.0, 1.0, 5.0, 1.0])
-    for setting in (MILD, HARD):
-        margins = solver(gaps, mask=mask, weights=weights, context=context, **setting).margins
-        whole = np.array([1.0, 1.0, 0.5, *context])
-        expected = oracles.margins(whole, *setting.values())[0][1:3]
-        np.testing.assert_allclose(margins[[0, 3]], expected.astype(float), rtol=1e-13)
-        assert np.isnan(margins[1])
-        assert margins[2] == setting["gamma0"]
+@pytest.mark.parametrize("setting", [MILD, HARD, {"gamma0": 0.0, "tau": 1.0}], ids=str)
+def test_gaps_that_are_not_finite_and_empty_pools(solver, setting):
+    gaps, context = np.array([-2.0, 0.5, np.nan, 3.0, -np.inf]), np.array([1.0, np.inf, -1.0])
+    expected = solve_margins(gaps[[0, 1, 3]], context=context[[0, 2]], **setting)
+    for arrays in ({}, {"weights": np.array([1.0, 1.0, 1.0, 1.0, 1.0])}):
+        solution = solver(gaps, context=context, **arrays, **setting)
+        np.testing.assert_allclose(solution.margins[[0, 1, 3]], expected.margins, rtol=1e-13)
+        assert np.isnan(solution.margins[[2, 4]]).all()
+    none, gamma0 = np.zeros(5, dtype=bool), setting["gamma0"]
+    empty = solver(gaps, context=context, mask=none, context_mask=none[:3], **setting)
+    assert (empty.margins == gamma0).all()
+    a = gamma0 / setting["tau"]
+    assert empty.multiplier == pytest.approx(a / (1 + math.exp(-gamma0)))  # of equal gaps 0
+    assert 0 <= empty.error_bound <= 1e-12
+    lost = solver(np.array([np.nan, np.inf]), **setting)
+    assert np.isnan(lost.margins).all()
+    assert np.isfinite(lost.multiplier)
 
 
-# -- entries that take no part
+# -- what it costs, counted in steps
 
 
 @pytest.fixture
@@ -376,6 +274,8 @@ def test_entries_that_take_no_part_cost_no_step(solver, steps, monkeypatch):
     few, queue = count([-60.0, -61.0]), GapQueue(2048).context()
     assert 1 <= few <= 40
     assert count([-60.0, -61.0, np.nan]) <= few
+    if solver.name == "jax":  # which is slow so
+        return
     assert count([-60.0, -61.0, np.inf]) <= few
     assert count([-60.0, -61.0, 50.0], mask=np.array([True, True, False])) <= few
     assert count([-60.0, -61.0, 50.0], weights=np.array([1.0, 1.0, 0.0])) <= few
@@ -388,6 +288,44 @@ def while_loop(cond, body, state):
     while cond(state):
         state = body(state)
     return state
+
+
+def test_a_hard_pool_takes_few_steps_and_few_of_them_are_of_all_pairs(steps):
+    gaps = np.random.default_rng(0).normal(8, 8 / 3, 5000)
+    found = solve_margins(gaps, gamma0=8.0, tau=0.05).margins
+    assert np.ptp(found) > 4
+    assert steps.count(5000) <= 8
+    assert 2 <= sum(size < 1250 for size in steps) == len(steps) - steps.count(5000)
+    steps.clear()
+    for problem in problems("float64"):
+        solve_margins(problem[0], gamma0=problem[1], tau=problem[2])
+    assert len(steps) <= 14 * len(problems("float64"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "setting", "most"),
+    [
+        ("float64", MILD, 5),
+        ("float64", {"gamma0": 3.0, "tau": 3.0}, 7),
+        ("float32", MILD, 4),
+        ("float32", {"gamma0": 3.0, "tau": 3.0}, 5),
+    ],
+    ids=str,
+)
+def test_a_mild_pool_takes_few_passes(dtype, setting, most, monkeypatch):
+    """Each takes one exponential, or its like, of the whole pool."""
+    backend = get_backend(np.zeros(1))
+    passes, functions = [], {name: getattr(backend, name) for name in ("exp", "tanh")}
+    for name, function in functions.items():
+        monkeypatch.setattr(
+            backend,
+            name,
+            lambda x, *rest, f=function, n=name: passes.append(n) or f(x, *rest),
+            raising=False,
+        )
+    gaps = np.random.default_rng(0).normal(1, 3, 300).astype(dtype)
+    solve_margins(gaps, **setting)
+    assert 2 <= max(passes.count("exp"), passes.count("tanh")) <= most
 
 
 @pytest.mark.parametrize("setting", [MILD, HARD, {"gamma0": 1.0, "tau": 0.001}])
@@ -411,29 +349,6 @@ def test_a_device_is_read_every_few_steps(torch, steps, monkeypatch, setting):
     assert error(margins, gaps.numpy(), *setting.values()) <= 1
     assert len(steps) <= 60
     assert reads.count <= 20 + len(steps)
-
-
-@pytest.mark.parametrize(("gamma0", "tau"), [(4.0, 10.0), (3.0, 3.0), (4.0, 0.1), (100.0, 1e-3)])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_every_library_gives_the_same_answer(library, dtype, gamma0, tau):
-    gaps = np.random.default_rng(3).normal(size=33) * 4
-    context = np.random.default_rng(4).normal(size=7) * 40
-    mask = np.arange(33) % 5 != 0
-    expected = solve_margins(
-        gaps.astype(dtype), gamma0=gamma0, tau=tau, context=context.astype(dtype), mask=mask
-    )
-    solution = solve_margins(
-        library.array(gaps, dtype),
-        gamma0=gamma0,
-        tau=tau,
-        context=library.array(context, dtype),
-        mask=library.array(mask, "bool"),
-    )
-    assert library.numpy(solution.margins).dtype == dtype
-    tolerance = 2e-13 if dtype == "float64" else 6e-6  # twice what each may be off
-    np.testing.assert_allclose(
-        library.numpy(solution.margins), expected.margins, rtol=tolerance, atol=tolerance * gamma0
-    )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

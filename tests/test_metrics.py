@@ -49,7 +49,9 @@ def test_values_over_unmasked_pairs(library):
     assert 1 <= logs["gamma/effective_pairs"] <= 4
 
 
-def test_every_pair_masked(library):
+def test_without_margins_or_pairs_they_are_0(library):
+    logs = metrics(gamma_preference_loss(library.array([1.0, 2.0]), gamma0=0.0, tau=2.0)[1])
+    assert float(logs["gamma/mean"]) == float(logs["gamma/max"]) == float(logs["gamma/kl"]) == 0
     gaps, mask = library.array([1.0, 2.0]), library.array([False, False], "bool")
     logs = metrics(gamma_preference_loss(gaps, gamma0=3.0, tau=2.0, mask=mask)[1])
     values = {name: float(value) for name, value in logs.items()}
@@ -58,6 +60,6 @@ def test_every_pair_masked(library):
     assert all(abs(value) < 1e-15 for value in values.values())
 
 
-def test_no_margins(library):
-    logs = metrics(gamma_preference_loss(library.array([1.0, 2.0]), gamma0=0.0, tau=2.0)[1])
-    assert float(logs["gamma/mean"]) == float(logs["gamma/max"]) == float(logs["gamma/kl"]) == 0
+def test_a_tie_is_no_accurate_pair(library):
+    _, aux = gamma_preference_loss(library.array([-1.0, 0.0, 3.0]), gamma0=1.0, tau=1.0)
+    assert float(metrics(aux)["rewards/accuracies"]) == pytest.approx(1 / 3)

@@ -14,11 +14,11 @@ from gamma_loss import PUBLISHED_SETTINGS  # noqa: E402
 CASES = json.loads((Path(__file__).parent / "data" / "published_margins.json").read_text())["cases"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
-def test_reproduces_the_published_outputs(case):
-    pool = torch.tensor(case["context"] + case["reward_gaps"], dtype=torch.float64)
-    margins = published_margins(pool, case["gamma0"], case["tau"])[len(case["context"]) :]
-    np.testing.assert_allclose(margins.numpy(), case["published_margins"], rtol=1e-13)
+def test_reproduces_the_published_outputs():
+    for case in CASES:
+        pool = torch.tensor(case["context"] + case["reward_gaps"], dtype=torch.float64)
+        margins = published_margins(pool, case["gamma0"], case["tau"])[len(case["context"]) :]
+        np.testing.assert_allclose(margins.numpy(), case["published_margins"], rtol=1e-13)
 
 
 @pytest.mark.parametrize(("gamma0", "tau", "least"), [(0.05, 0.1, 1e-2), (4.0, 0.1, 1.0)])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from oracles import Real, margins, sigmoid
 from strategies import LIMIT, gamma0s, log_uniform, pools, taus
 
-from gamma_loss import _solver, solve_margins
+from gamma_loss import _solver
 from gamma_loss._backend import PYTHON_MATH, get_backend
 from gamma_loss._comm import LOCAL
 
@@ -125,6 +125,9 @@ def problems(draw, max_size=12):
 
 @some
 @given(pools(max_size=12), gamma0s, taus)
+# One pair far from the others moves most, and the mean of x hardly.
+@example(np.array([9.0] + 200 * [-3.0]), 2.0, 4.0)
+@example(np.array([-2.0] + 200 * [5.0]), 3.0, 3.0)
 def test_a_mild_step_is_the_arrowheads_and_is_bounded(gaps, gamma0, tau):
     assume(_solver.mild_passes(gamma0, tau, True))
     a = gamma0 / tau
@@ -159,23 +162,11 @@ def test_no_bound_by_the_range_of_v_is_smaller():
     assert np.mean(np.abs(x - 1)) == pytest.approx(2 * np.tanh(rho / 2), rel=1e-14)
 
 
-MILD_EDGE = [  # the last: far from mild, and wrong by 0.4 where it is taken for mild
-    ([9.0, -3.0, 0.5], 1.4999, 1.0),
-    ([9.0, -3.0, 0.5], 1.5001, 1.0),
-    ([21.0, -28.0, 2.7, -28.0, -20.0], 5.0, 7.0),
-    ([21.2416, -28.8368, 2.6856, -28.2292, -20.853], 13.951123, 15.741992),
-]
-
-
-@pytest.mark.parametrize(("gaps", "gamma0", "tau"), MILD_EDGE)
-def test_both_sides_of_the_mild_boundary(solver, gaps, gamma0, tau):
-    exact = margins(gaps, gamma0, tau)[0]
-    solution = solver(np.array(gaps), gamma0=gamma0, tau=tau)
-    assert np.max(np.abs(solution.margins - exact) / (gamma0 + exact)) <= 1e-13
-    assert solution.error_bound <= 1e-12
-
-
-def test_the_mild_boundary_is_below_where_undamped_steps_fail():
+def test_the_number_of_mild_passes():
+    """None beyond the boundary, which is below where undamped steps fail."""
+    settings = (4.0, 10.0), (0.375, 10.0), (1.7, 4.0), (3.0, 3.0), (4.0, 0.1)
+    assert [_solver.mild_passes(*each, True) for each in settings] == [4, 4, 6, 6, 0]
+    assert [_solver.mild_passes(*each, False) for each in settings] == [3, 3, 5, 5, 0]
     a = np.geomspace(1e-3, 3, 200)
     for kappa in np.geomspace(1e-3, 100, 200):
         is_mild = [_solver.mild_passes(kappa / each, kappa / each**2, True) > 0 for each in a]
@@ -269,67 +260,6 @@ def test_safeguarded_steps_converge_from_anywhere_without_turning(problem, seed)
     assert np.all(np.abs(u - roots) <= slack)
 
 
-@given(problems(), st.integers(0, 2**32 - 1))
-def test_pairs_come_close_and_the_state_stays_as_it_was(problem, seed):
-    pairs, side = problem.pairs(), problem.side()
-    u = starts(problem, seed)
-    u = np.concatenate([u, np.repeat(problem.roots().astype(float), 40)])  # few are far
-    pairs = pairs._replace(gaps=np.concatenate([pairs.gaps, np.repeat(pairs.gaps, 40)]))
-    given = u.copy()
-    inner = _solver.newton_step(XP, pairs, u, *side, math.inf)
-    for _ in range(_solver.MAX_ITER):
-        if _solver.is_close(inner):
-            break
-        inner = _solver.inner_step(XP, pairs, inner, *side)
-    np.testing.assert_array_equal(u, given)
-    assert _solver.is_close(inner)
-    assert inner.largest <= _solver.SCALED_STEP_ROUNDED
-    at = _solver.newton_step(XP, pairs, inner.u, *side, math.inf)
-    for name in ("y", "d", "du", "scaled"):
-        np.testing.assert_allclose(getattr(inner, name), getattr(at, name), rtol=1e-14)
-
-
-def test_a_few_far_pairs_take_no_pass_of_all(monkeypatch):
-    gaps, sizes = np.random.default_rng(0).normal(8, 8 / 3, 5000), []
-    step = _solver.newton_step
-    monkeypatch.setattr(
-        _solver,
-        "newton_step",
-        lambda xp, pairs, *rest: sizes.append(pairs.gaps.size) or step(xp, pairs, *rest),
-    )
-    found = solve_margins(gaps, gamma0=8.0, tau=0.05).margins
-    assert np.ptp(found) > 4
-    assert sizes.count(5000) <= 8
-    assert 2 <= sum(size < 1250 for size in sizes) == len(sizes) - sizes.count(5000)
-
-
-@given(problems(), st.integers(0, 2**32 - 1), st.floats(0, 1))
-def test_steps_converge_that_are_safeguarded_where_plain_ones_are_long(problem, seed, share):
-    # and sometimes elsewhere: always, never and in between
-    pairs, roots = problem.pairs(), problem.roots()
-    slack, u = problem.rounding(roots), starts(problem, seed)
-    rng = np.random.default_rng(seed)
-    for _ in range(_solver.MAX_ITER):
-        step = problem.step(u)
-        is_safe = (step.scaled > _solver.SCALED_STEP_FAR) | (rng.uniform(size=u.shape) < share)
-        new = np.minimum(u + np.where(is_safe, problem.safe(u, step), step.du), pairs.u_max)
-        before, after = np.abs(u - roots), np.abs(new - roots)
-        crosses = ~is_safe & ((new - roots) * (u - roots) < 0)
-        assert np.all((after <= 0.48 * before + slack + 2 * EPS * np.abs(u))[crosses])
-        u = new
-    assert np.all(after <= slack)
-
-
-@given(problems(), log_uniform(1e-6, 30))
-def test_the_step_of_the_logarithm_falls_short_of_the_root(problem, distance):
-    roots, s = problem.roots(), 1 if problem.lam <= 0 else -1
-    u = np.minimum((roots + s * distance).astype(float), problem.pairs().u_max)
-    step = problem.step(u)
-    safe = problem.safe(u, step)
-    longer = s * (step.du - safe) > 8 * EPS * (np.abs(u) + np.abs(step.du))
-    assert np.all((s * (u + safe - roots) >= -problem.rounding(roots))[longer])
-
-
 @pytest.mark.parametrize(("gamma0", "lam"), [(200.0, -20.0), (10.0, 20.0)])
 def test_the_step_of_the_logarithm_goes_far(gamma0, lam):
     # a σ(z), or a (1 - σ(z)), is too large by about e^10: ten of Newton's steps, of 1 in z
@@ -369,18 +299,14 @@ def test_root_distance_bounds_the_distance(problem, size, seed):
 
 
 @given(problems())
-def test_first_guess_has_the_root_between_it_and_0(problem):
+def test_the_root_is_between_0_and_the_first_guess_and_below_the_highest_u(problem):
     guess = _solver.first_guess(XP, problem.pairs(), problem.lam, *problem.side())
     roots = problem.roots()
     slack = problem.rounding(roots)
     assert np.all((guess * roots >= 0) | (np.abs(roots) <= slack))
     lowest = guess == np.log(1e-6)
     assert np.all((np.abs(roots) <= np.abs(guess) * (1 + 8 * EPS) + slack) | lowest)
-
-
-@given(problems())
-def test_no_root_is_above_the_highest_u(problem):
-    assert np.all(problem.roots() <= problem.pairs().u_max + 8 * EPS)
+    assert np.all(roots <= problem.pairs().u_max + 8 * EPS)
 
 
 # -- the multiplier
@@ -424,18 +350,6 @@ def test_the_solution_is_in_every_bracket(gaps, gamma0, tau, seed, weighted):
     assert state.converged
 
 
-@given(problems())
-def test_the_first_multiplier_is_newtons_from_equal_margins(problem):
-    dual, start = problem.init()[1].dual, problem.z(np.zeros_like(problem.gaps))
-    w = 1 / (1 + problem.gamma0 * problem.slope(np.zeros_like(problem.gaps)))
-    p, q = (np.sum(w * sigmoid(sign * start)) for sign in (1, -1))
-    far = np.log1p(Real(problem.a)) + 50
-    expected = np.clip(np.log(p) - np.log(q), dual.low, dual.high)
-    slack = 16 * EPS * (problem.gamma0 + np.abs(problem.gaps).max() + far)  # of z
-    assert abs(dual.lam - expected) <= slack
-    assert -far - slack <= dual.low <= dual.lam <= dual.high <= far + slack
-
-
 @st.composite
 def dual_steps(draw):
     """Arguments of `dual_step`, likely or not."""
@@ -470,17 +384,6 @@ def test_a_step_of_the_multiplier(arguments):
         assert abs(d_nu - rise) <= 1e-3 * abs(rise) + 4 * EPS * room * abs(dual.lam)
 
 
-@given(dual_steps())
-def test_numbers_and_arrays_give_the_same_multiplier(arguments):
-    a, dual, excess, rate = arguments
-    as_arrays = _solver.Dual(*(np.array([value]) for value in dual))
-    expected, d_nu = _solver.dual_step(PYTHON_MATH, *arguments)
-    found = _solver.dual_step(XP, np.array([a]), as_arrays, np.array([excess]), np.array([rate]))
-    np.testing.assert_allclose(np.ravel(found[0]), expected, rtol=1e-13, atol=1e-13)
-    slope = a * float(sigmoid(expected.lam) * sigmoid(-expected.lam))
-    np.testing.assert_allclose(found[1], d_nu, rtol=1e-12, atol=1e-11 * slope)
-
-
 # -- the end
 
 
@@ -507,9 +410,3 @@ def test_the_error_bound_holds_of_any_state(problem, size, seed, weighted):
     x = np.repeat(values, counts) / Real(problem.gamma0)
     assert abs(np.mean(x) - 1) <= 8 * EPS
     assert np.mean(np.abs(x - whole.solution())) <= bound <= 2
-
-
-@given(pools(), gamma0s, taus)
-def test_the_error_bound_of_a_solve_is_near_rounding(gaps, gamma0, tau):
-    solution = solve_margins(gaps, gamma0=gamma0, tau=tau)
-    assert solution.error_bound <= 64 * EPS * (2 + np.log(gaps.size) + gamma0 / tau)

@@ -1,7 +1,10 @@
 """The solve in chunks against the solve of the whole, and the program that scores a dataset."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -11,7 +14,7 @@ import numpy as np
 import oracles
 import pytest
 import ranks as work
-from strategies import CORNERS, HARD, MILD
+from strategies import CORNERS, HARD, MILD, problems
 
 from gamma_loss import (
     _solver,
@@ -23,64 +26,44 @@ from gamma_loss import (
     streaming,
 )
 
-SETTINGS = [
-    MILD,
-    HARD,
-    {"gamma0": 0.375, "tau": 10.0},
-    {"gamma0": 1.0, "tau": 0.1},
-    {"gamma0": 4.0, "tau": 0.1},
-    {"gamma0": 100.0, "tau": 1e-3},
-    {"gamma0": 1e-3, "tau": 1e-3},
-    {"gamma0": 100.0, "tau": 1e3},
-]
 PROGRAM = Path(__file__).parents[1] / "docs" / "examples" / "score_dataset.py"
 # Of the library tested here, whatever is installed, and of the modules beside the program.
 PATH = os.pathsep.join(map(str, (PROGRAM.parents[2], PROGRAM.parent)))
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
-@pytest.mark.parametrize(
-    ("size", "scale"), [(1, 1.0), (2, 5.0), (900, 0.1), (900, 5.0), (900, 3e3)]
-)
-def test_chunks_equal_the_whole(setting, size, scale):
-    gaps = work.pool(size, scale)
-    rule = solve_margins_streaming(np.array_split(gaps, 3), **setting)
-    whole = solve_margins(gaps, **setting)
-    margins = rule.margins(gaps)
-    np.testing.assert_allclose(margins, whole.margins, rtol=0, atol=1e-10 * setting["gamma0"])
-    assert margins.mean() == pytest.approx(setting["gamma0"], rel=1e-12)
-    assert rule.multiplier == pytest.approx(float(whole.multiplier), rel=1e-10, abs=1e-12)
-    assert rule.error_bound <= 1e-12
+EDGES = [
+    *CORNERS,
+    ([746.0, 900.0], 1.0, 1.0),  # σ(γ0 - g) is the smallest number there is, and 0
+    *((gaps, gamma0, tau) for gaps in ([1e307, 1.0, 2.0], [1.7e308] * 9 + [-1.7e308, 0.0], [-1e307])
+      for gamma0, tau in ((4.0, 10.0), (4.0, 0.1), (0.05, 1e-3), (100.0, 1e-3))),
+    # of which few are far from their roots
+    (np.random.default_rng(0).normal(0.0, 0.25, 4000), 2.3, 6.5),
+]  # fmt: skip
 
 
-UNDERFLOW = ([746.0, 900.0], 1.0, 1.0)  # σ(γ0 - g) is the smallest number there is, and 0
-
-
-@pytest.mark.parametrize(("gaps", "gamma0", "tau"), [*CORNERS, UNDERFLOW])
-def test_corners_of_the_domain(gaps, gamma0, tau):
-    rule = solve_margins_streaming([np.array(gaps)], gamma0=gamma0, tau=tau)
-    expected, _ = oracles.margins(np.array(gaps), gamma0, tau)
-    np.testing.assert_allclose(rule.margins(gaps), expected, rtol=0, atol=1e-10 * gamma0)
-    assert rule.error_bound <= 1e-12
+@pytest.mark.parametrize("where", ["edges", "anywhere"])
+def test_accuracy_and_error_bound_over_the_domain(where):
+    for gaps, gamma0, tau in EDGES if where == "edges" else problems("float64"):
+        gaps = np.asarray(gaps)
+        rule = solve_margins_streaming(np.array_split(gaps, 3), gamma0=gamma0, tau=tau)
+        exact, nu = oracles.margins(gaps, gamma0, tau)
+        margins, scale = rule.margins(gaps), 1 + gamma0 / tau
+        assert oracles.error(margins, exact, nu, np.clip(gaps, -1e4, 1e4), gamma0, tau) <= 1
+        assert margins.mean() == pytest.approx(gamma0, rel=1e-13 * scale)
+        assert abs(rule.multiplier - nu) <= 1e-13 * scale
+        assert np.mean(np.abs(margins - exact)) / gamma0 <= rule.error_bound <= 1e-12
+        assert np.isfinite(rule.margins([1.7e308, -1.7e308])).all()
 
 
 @pytest.mark.parametrize("setting", [MILD, {"gamma0": 3.0, "tau": 0.5}], ids=str)
-@pytest.mark.parametrize("readings", [1, 2])
-def test_the_error_bound_holds_for_an_unfinished_solve(setting, readings, monkeypatch):
+def test_the_error_bound_holds_for_an_unfinished_solve(setting, monkeypatch):
     gaps, gamma0 = work.pool(50), setting["gamma0"]
-    monkeypatch.setattr(streaming, "_MAX_READINGS", readings)
-    rule = solve_margins_streaming([gaps], **setting)
-    margins, exact = rule.margins(gaps), oracles.margins(gaps, **setting)[0]
-    assert margins.mean() == pytest.approx(gamma0, rel=1e-12)
-    assert 1e-9 < np.mean(np.abs(margins - exact)) / gamma0 <= rule.error_bound
-
-
-def test_many_blocks_and_float32_chunks():
-    gaps = work.pool(50_000).astype(np.float32)
-    rule = solve_margins_streaming([gaps[:1], gaps[1:40_000], gaps[:0], gaps[40_000:]], **MILD)
-    expected = solve_margins(gaps.astype(np.float64), **MILD)
-    np.testing.assert_allclose(rule.margins(gaps), expected.margins, rtol=0, atol=1e-10)
-    assert rule.pairs == 50_000
+    for readings in (1, 2):
+        monkeypatch.setattr(streaming, "_MAX_READINGS", readings)
+        rule = solve_margins_streaming([gaps], **setting)
+        margins, exact = rule.margins(gaps), oracles.margins(gaps, **setting)[0]
+        assert margins.mean() == pytest.approx(gamma0, rel=1e-12)
+        assert 1e-9 < np.mean(np.abs(margins - exact)) / gamma0 <= rule.error_bound
 
 
 @pytest.mark.parametrize(
@@ -100,25 +83,6 @@ def test_pairs_start_close_to_their_roots(setting, most, monkeypatch):
     assert rule.error_bound < 1e-13
 
 
-def test_few_pairs_far_from_their_roots_leave_all_at_rounding_error():
-    gaps = np.random.default_rng(0).normal(0.0, 0.25, 4000)
-    setting = {"gamma0": 2.3, "tau": 6.5}
-    rule, whole = solve_margins_streaming([gaps], **setting), solve_margins(gaps, **setting)
-    np.testing.assert_allclose(rule.margins(gaps), whole.margins, rtol=1e-13)
-
-
-@pytest.mark.parametrize("gaps", [[1e307, 1.0, 2.0], [1.7e308] * 9 + [-1.7e308, 0.0], [-1e307]])
-@pytest.mark.parametrize(
-    "setting", [MILD, HARD, {"gamma0": 0.05, "tau": 1e-3}, {"gamma0": 100.0, "tau": 1e-3}], ids=str
-)
-def test_finite_gaps_of_any_size(gaps, setting):
-    rule = solve_margins_streaming([np.array(gaps)], **setting)
-    expected, _ = oracles.margins(np.array(gaps), **setting)
-    np.testing.assert_allclose(rule.margins(gaps), expected, rtol=0, atol=1e-12 * setting["gamma0"])
-    assert rule.error_bound < 1e-12
-    assert np.isfinite(rule.margins([1.7e308, -1.7e308])).all()
-
-
 class Changing:
     """Chunks that hold other gaps from one of the readings on."""
 
@@ -130,7 +94,6 @@ class Changing:
         return iter([np.array(self.first if self.left > 0 else self.then)])
 
 
-@pytest.mark.parametrize("setting", [MILD, HARD], ids=str)
 @pytest.mark.parametrize(
     "then",
     [
@@ -143,55 +106,53 @@ class Changing:
         [1.0, -2.0, np.nextafter(0.5, 1)],
     ],
 )
-@pytest.mark.parametrize("reading", [3, 4])  # one look at the type is no reading, and counts here
-def test_chunks_that_change_are_refused(setting, then, reading):
-    with pytest.raises(ValueError, match="chunks must give the same gaps at each reading"):
-        solve_margins_streaming(Changing([1.0, -2.0, 0.5], then, reading), **setting)
+def test_chunks_that_change_are_refused(then):
+    for setting in (MILD, HARD):
+        for reading in (3, 4):  # one look at the type is no reading, and counts here
+            with pytest.raises(ValueError, match="chunks must give the same gaps at each reading"):
+                solve_margins_streaming(Changing([1.0, -2.0, 0.5], then, reading), **setting)
 
 
-def test_chunks_may_be_cut_anew_at_each_reading():
-    gaps = work.pool(40_000)
+def test_chunks_of_any_dtype_and_size_cut_anew_at_each_reading_are_one_pool():
+    gaps = work.pool(40_000).astype(np.float32)
+    gaps[3], gaps[7] = np.nan, np.inf  # which take no part
 
     class Cut:
         readings = 0
 
         def __iter__(self):
             self.readings += 1
-            return iter(np.array_split(gaps, self.readings))
+            return iter([gaps[:0], *np.array_split(gaps, self.readings)])
 
     rule = solve_margins_streaming(Cut(), **HARD)
+    expected = solve_margins(gaps.astype(float), **HARD).margins
+    np.testing.assert_allclose(rule.margins(gaps), expected, rtol=0, atol=1e-12)
     assert rule.error_bound < 1e-13
-    assert rule.pairs == 40_000
-
-
-def test_gaps_that_are_not_finite_take_no_part():
-    gaps = work.pool(20)
-    gaps[3], gaps[7] = np.nan, np.inf
-    rule = solve_margins_streaming([gaps], **MILD)
-    np.testing.assert_allclose(rule.margins(gaps), solve_margins(gaps, **MILD).margins, atol=1e-10)
-    assert np.isnan(rule.margins(gaps)[[3, 7]]).all()
-    assert rule.pairs == 18
-
-
-def test_gamma0_of_zero():
+    assert rule.pairs == 39_998
     rule = solve_margins_streaming([np.array([1.0, np.nan])], gamma0=0.0, tau=1.0)
     np.testing.assert_array_equal(rule.margins([2.0, np.inf]), [0.0, np.nan])
-
-
-def test_bad_chunks():
-    with pytest.raises(TypeError, match="chunks must be readable several times, got list_iterator"):
-        solve_margins_streaming(iter([np.zeros(2)]), **MILD)
-    with pytest.raises(ValueError, match="chunks must hold at least one finite gap, got none"):
-        solve_margins_streaming([np.array([np.nan])], **MILD)
-    with pytest.raises(ValueError, match=r"chunks must be 1-D, .* got shape \(2, 1\)"):
-        solve_margins_streaming([np.zeros((2, 1))], **MILD)
 
 
 # --- the program ---
 
 
-def run(*arguments, ranks=1, program=(PROGRAM,)):
-    """Start the program, for several ranks with the environment that torchrun makes."""
+def run(*arguments, ranks=1, program=None):
+    """Run the program in this process, or for several ranks in as many, as torchrun does."""
+    arguments, printed = list(map(str, arguments)), [io.StringIO(), io.StringIO()]
+    if ranks == 1 and not program:
+        code = 0
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.redirect_stdout(printed[0]),
+            contextlib.redirect_stderr(printed[1]),
+        ):
+            patch.setattr(sys, "argv", [str(PROGRAM), *arguments])
+            try:
+                runpy.run_path(str(PROGRAM), run_name="__main__")
+            except SystemExit as exit:
+                code = exit.code or 0
+        out, errors = (each.getvalue() for each in printed)
+        return subprocess.CompletedProcess([], code, out, errors)
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": PATH}
     if ranks > 1:
         pytest.importorskip("torch")
@@ -199,19 +160,16 @@ def run(*arguments, ranks=1, program=(PROGRAM,)):
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+    command = [sys.executable, *(["-c", program] if program else []), str(PROGRAM), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [
-        subprocess.Popen(
-            [sys.executable, *program, *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**environment, "RANK": str(rank)},
-        )
+        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, **pipes)
         for rank in range(ranks)
     ]
     texts = [process.communicate(timeout=120) for process in processes]
     out, errors = ("".join(parts) for parts in zip(*texts, strict=True))
-    return subprocess.CompletedProcess([], max(p.returncode for p in processes), out, errors)
+    codes = {process.returncode for process in processes}
+    return subprocess.CompletedProcess([], max(codes, key=abs), out, errors)
 
 
 def complaint(done):
@@ -240,7 +198,7 @@ def gaps_file(tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_scores_of_gaps(gaps_file, tmp_path, ranks):
+def test_scores_of_gaps_are_those_of_the_library(gaps_file, tmp_path, ranks):
     file, gaps = gaps_file
     done = run(file, *options(HARD, tmp_path / "scores.npy"), ranks=ranks)
     assert done.returncode == 0, done.stderr
@@ -259,7 +217,7 @@ def test_scores_of_gaps(gaps_file, tmp_path, ranks):
 
 
 @pytest.mark.parametrize("reference", [False, True])
-def test_scores_of_log_probabilities(tmp_path, reference):
+def test_scores_of_log_probabilities_are_those_of_the_loss(tmp_path, reference):
     pytest.importorskip("tqdm")
     logps = np.random.default_rng(0).normal(size=(4 if reference else 2, 30)) * 3 - 20
     names = ["policy_chosen_logps", "policy_rejected_logps"]
@@ -277,89 +235,68 @@ def test_scores_of_log_probabilities(tmp_path, reference):
     assert not list(tmp_path.glob("*.gaps.npy"))
 
 
-def test_parquet(gaps_file, tmp_path):
-    file, gaps = gaps_file
-    done = run(file, *options(MILD, tmp_path / "scores.parquet"))
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        assert done.returncode == 2
-        assert "a .parquet output needs pyarrow: pip install pyarrow, or write .npy" in done.stderr
-        return
-    assert done.returncode == 0, done.stderr
-    columns = parquet.read_table(tmp_path / "scores.parquet").to_pydict()
-    assert list(columns) == ["margin", "pair_weight", "label_smoothing"]
-    np.testing.assert_allclose(columns["margin"], solve_margins(gaps, **MILD).margins, rtol=1e-6)
-
-
 GOOD = {"policy_chosen_logps": -1, "policy_rejected_logps": -2.0}
 REFERENCE = {"reference_chosen_logps": -1.5, "reference_rejected_logps": -1.0}
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ('{"policy_chosen_logps": -1}', ":3: 'policy_rejected_logps' must be a number, got None"),
-        ('{"policy_chosen_logps": "-1"}', ":3: 'policy_chosen_logps' must be a number, got '-1'"),
-        (json.dumps({**GOOD, "policy_chosen_logps": 10**400}), ":3: a number of 401 digits"),
-        ("[1]", ":3: got list: each line must be a JSON object"),
-        ("{", ":3: Expecting property name"),
-        ("[" * 100_000, ":3: maximum recursion depth"),
-        (json.dumps({**GOOD, **REFERENCE}), ":3: has them, unlike the first line: gaps with"),
-    ],
-)
-def test_a_malformed_line_is_named_with_its_number(tmp_path, line, words):
+MALFORMED = [
+    ('{"policy_chosen_logps": -1}', "'policy_rejected_logps' must be a number, got None"),
+    ('{"policy_chosen_logps": "-1"}', "'policy_chosen_logps' must be a number, got '-1'"),
+    (json.dumps({**GOOD, "policy_chosen_logps": 10**400}), "a number of 401 digits"),
+    ("[1]", "got list: each line must be a JSON object"),
+    ("{", "Expecting property name"),
+    ("[" * 100_000, "maximum recursion depth"),
+]
+
+
+def test_a_malformed_line_is_named_with_its_number(tmp_path):
     pytest.importorskip("tqdm")
     file = tmp_path / "logps.jsonl"
-    file.write_text(f"{json.dumps(GOOD)}\n\n{line}\n")
-    done = run(file, "--beta", 1, *options(MILD, tmp_path / "out.npy"))
-    assert complaint(done).startswith(f"{file}{words}")
-    assert names(tmp_path) == ["logps.jsonl"]
+    for line, words in MALFORMED:
+        file.write_text(f"{json.dumps(GOOD)}\n\n{line}\n")
+        done = run(file, "--beta", 1, *options(MILD, tmp_path / "out.npy"))
+        assert complaint(done).startswith(f"{file}:3: {words}")
+        assert names(tmp_path) == ["logps.jsonl"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_lines_without_the_reference_among_lines_with_it(tmp_path, ranks):
+def test_lines_with_and_without_the_reference_are_not_mixed(tmp_path, ranks):
     pytest.importorskip("tqdm")
     file = tmp_path / "logps.jsonl"
-    file.write_text(json.dumps({**GOOD, **REFERENCE}) + "\n" + json.dumps(GOOD))
-    done = run(file, "--beta", 1, *options(MILD, tmp_path / "out.npy"), ranks=ranks)
-    assert complaint(done) == (
-        f"{file}:2: has no reference log-probabilities, unlike the first line: gaps with and "
-        "without are not comparable, so give reference_*_logps on all lines or on none"
-    )
-    assert names(tmp_path) == ["logps.jsonl"]
+    both, words = {**GOOD, **REFERENCE}, "has no reference log-probabilities, unlike the first line"
+    mixed = ([both, GOOD], words), ([GOOD, both], "has them, unlike the first line")
+    for lines, said in mixed[: 3 - ranks]:
+        file.write_text("\n".join(map(json.dumps, lines)))
+        done = run(file, "--beta", 1, *options(MILD, tmp_path / "out.npy"), ranks=ranks)
+        assert complaint(done).startswith(f"{file}:2: {said}: gaps with and without are not compar")
+        assert complaint(done).endswith("so give reference_*_logps on all lines or on none")
+        assert names(tmp_path) == ["logps.jsonl"]
 
 
 NO_GAPS = [
-    (np.zeros(0), "must hold gaps in a 1-D array of floats, got float64 (0,)"),
     (np.zeros((2, 2)), "must hold gaps in a 1-D array of floats, got float64 (2, 2)"),
     (np.arange(3), "must hold gaps in a 1-D array of floats, got int64 (3,)"),
     (np.full(3, np.nan), "none of its 3 gaps is finite: look at how"),
     (np.array([None, 1.0]), "no .npy file of numbers (Array can't be memory-mapped"),
-    (b"", "no .npy file of numbers (EOF"),
     (b"PK\3\4 a zip file, as .npz is", "no .npy file of numbers (the magic string"),
     ("cut short", "no .npy file of numbers (mmap length is greater than file size)"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("content", "words", "ranks"),
-    # What all ranks find out together, and what each finds out alone.
-    [*((*case, 1) for case in NO_GAPS), (*NO_GAPS[3], 2), (*NO_GAPS[-1], 2)],
-    ids=str,
-)
-def test_arrays_that_hold_no_gaps(tmp_path, content, words, ranks):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_arrays_that_hold_no_gaps_are_refused(tmp_path, ranks):
     pytest.importorskip("tqdm")
     file, out = tmp_path / "gaps.npy", tmp_path / "out.npy"
-    if isinstance(content, bytes):
-        file.write_bytes(content)
-    else:
-        np.save(file, work.pool(100) if isinstance(content, str) else content)
-        os.truncate(file, file.stat().st_size - 8 * isinstance(content, str))
-    out.write_text("of yesterday")
-    assert complaint(run(file, *options(MILD, out), ranks=ranks)).startswith(f"{file}: {words}")
-    assert out.read_text() == "of yesterday"
-    assert names(tmp_path) == ["gaps.npy", "out.npy"]
+    for content, words in NO_GAPS if ranks == 1 else [NO_GAPS[2]]:
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            np.save(file, work.pool(100) if isinstance(content, str) else content)
+            os.truncate(file, file.stat().st_size - 8 * isinstance(content, str))
+        out.write_text("of yesterday")
+        assert complaint(run(file, *options(MILD, out), ranks=ranks)).startswith(f"{file}: {words}")
+        assert out.read_text() == "of yesterday"
+        assert names(tmp_path) == ["gaps.npy", "out.npy"]
 
 
 SMALL_FILES = """
@@ -370,17 +307,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """  # the system refuses to let a file grow, as it does on a full disk
 
 
-@pytest.mark.parametrize("suffix", ["npy", "parquet"])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("suffix", "ranks"), [("npy", 1), ("npy", 2), ("parquet", 1)])
 def test_a_full_disk_loses_nothing(gaps_file, tmp_path, suffix, ranks):
-    if suffix == "parquet":
-        pytest.importorskip("pyarrow")
-    pytest.importorskip("resource")
+    pytest.importorskip("pyarrow" if suffix == "parquet" else "resource")
     file, _ = gaps_file
     out = tmp_path / f"out.{suffix}"
     out.write_text("of yesterday")
-
-    done = run(file, *options(MILD, out), ranks=ranks, program=("-c", SMALL_FILES, PROGRAM))
+    done = run(file, *options(MILD, out), ranks=ranks, program=SMALL_FILES)
     assert "File too large" in complaint(done)
     assert out.read_text() == "of yesterday"
     assert names(tmp_path) == ["gaps.npy", out.name]
@@ -409,13 +342,7 @@ def test_a_killed_run_leaves_no_half_of_an_output(gaps_file, tmp_path, suffix):
         pytest.importorskip("pyarrow")
     file, _ = gaps_file
     out = tmp_path / f"out.{suffix}"
-    arguments = [str(argument) for argument in (PROGRAM, file, *options(MILD, out))]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": PATH},
-    )
+    done = run(file, *options(MILD, out), program=KILLED)
     assert done.returncode == -9, done.stderr
     assert names(tmp_path) == ["gaps.npy", out.name + ".part"]
     Path(f"{out}.part").write_bytes(b"x" * 100_000)  # longer than what is to come
@@ -442,22 +369,28 @@ program["run"](program["main"])
 
 def test_a_rank_that_cannot_read_on_ends_all(gaps_file, tmp_path):
     file, _ = gaps_file
-    done = run(
-        file, *options(MILD, tmp_path / "out.npy"), ranks=2, program=("-c", FAILING, PROGRAM)
-    )
+    done = run(file, *options(MILD, tmp_path / "out.npy"), ranks=2, program=FAILING)
     assert "rank 1 of the group failed: OSError: no disk" in complaint(done)
     assert names(tmp_path) == ["gaps.npy"]
 
 
-def test_bad_arguments(gaps_file, tmp_path):
-    file, _ = gaps_file
-    done = run(file, "--beta", 1, *options(MILD, tmp_path / "out.npy"))
-    assert done.returncode == 2
-    assert "--beta is for a .jsonl file" in done.stderr
-    done = run(file, *options(MILD, tmp_path))
-    assert done.returncode == 2
-    assert "--out must end in one of .npy, .parquet, got" in done.stderr
+def test_bad_arguments_are_refused_and_parquet_is_written_or_its_package_named(gaps_file, tmp_path):
+    file, gaps = gaps_file
     (tmp_path / "folder.npy").mkdir()
-    done = run(file, *options(MILD, tmp_path / "folder.npy"))
-    assert done.returncode == 2
-    assert "--out is a folder" in done.stderr
+    for arguments, words in (
+        (("--beta", 1, *options(MILD, tmp_path / "out.npy")), "--beta is for a .jsonl file"),
+        (options(MILD, tmp_path), "--out must end in one of .npy, .parquet, got"),
+        (options(MILD, tmp_path / "folder.npy"), "--out is a folder"),
+    ):
+        assert words in complaint(run(file, *arguments))
+    done = run(file, *options(MILD, tmp_path / "scores.parquet"))
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        words = "a .parquet output needs pyarrow: pip install pyarrow, or write .npy"
+        assert words in complaint(done)
+        return
+    assert done.returncode == 0, done.stderr
+    columns = parquet.read_table(tmp_path / "scores.parquet").to_pydict()
+    assert list(columns) == ["margin", "pair_weight", "label_smoothing"]
+    np.testing.assert_allclose(columns["margin"], solve_margins(gaps, **MILD).margins, rtol=1e-6)

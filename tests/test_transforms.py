@@ -1,7 +1,4 @@
-"""Every transformation of torch over every implementation: what plain autograd says.
-
-There the margins are held constant, as they are in a loss. What is not right has to be refused.
-"""
+"""Every transformation of torch gives what plain autograd does with the margins held constant."""
 
 import numpy as np
 import pytest
@@ -42,8 +39,8 @@ def slope(loss, at=AT):
     return torch.autograd.functional.jacobian(loss, at)
 
 
-def hessian(loss):
-    return torch.autograd.functional.hessian(loss, AT)
+def hessian(loss, at=AT):
+    return torch.autograd.functional.hessian(loss, at)
 
 
 def along(loss, order):
@@ -54,6 +51,12 @@ def along(loss, order):
         (slopes,) = torch.autograd.grad(value, x, create_graph=True)
         value = (slopes * ALONG).sum()
     return value.detach()
+
+
+def third(loss, step=1e-4):
+    """The third derivative, by differences of the second."""
+    ahead, behind = (hessian(loss, AT + sign * step * ALONG) for sign in (1, -1))
+    return ALONG @ ((ahead - behind) / (2 * step)) @ ALONG
 
 
 def forward_mode(loss):
@@ -73,25 +76,30 @@ def compiled(loss):
     return torch.compile(func.grad(loss), backend="aot_eager", fullgraph=True)(AT)
 
 
-# What a transformation gives, and what it has to be. Of a point alone unless it says otherwise.
+def value(loss, at=AT):
+    return loss(at)
+
+
+# What a transformation gives, and what it has to be: of a point, or of a batch for vmap.
 TRANSFORMATIONS = {
     "grad": (lambda loss: func.grad(loss)(AT), slope),
-    "vmap": (lambda loss: func.vmap(loss)(BATCH), None),
+    "vmap": (lambda loss: func.vmap(loss)(BATCH), value),
     "vmap of grad": (lambda loss: func.vmap(func.grad(loss))(BATCH), slope),
     "jvp": (lambda loss: func.jvp(loss, (AT,), (ALONG,))[1], lambda loss: slope(loss) @ ALONG),
     "jacfwd": (lambda loss: func.jacfwd(loss)(AT), slope),
     "hessian": (lambda loss: func.hessian(loss)(AT), hessian),
     "jacrev of jacrev": (lambda loss: func.jacrev(func.jacrev(loss))(AT), hessian),
-    "functionalize": (lambda loss: func.functionalize(loss)(AT), lambda loss: loss(AT)),
+    "functionalize": (lambda loss: func.functionalize(loss)(AT), value),
     "functionalize of grad": (lambda loss: func.functionalize(func.grad(loss))(AT), slope),
     "forward mode": (forward_mode, lambda loss: slope(loss) @ ALONG),
-    "make_fx": (traced, lambda loss: loss(AT)),
+    "make_fx": (traced, value),
     "make_fx of grad": (lambda loss: traced(func.grad(loss)), slope),
-    "symbolic make_fx": (lambda loss: traced(loss, "symbolic"), lambda loss: loss(AT)),
+    "symbolic make_fx": (lambda loss: traced(loss, "symbolic"), value),
     "create_graph": (lambda loss: along(loss, 2), lambda loss: ALONG @ hessian(loss) @ ALONG),
-    "create_graph twice": (lambda loss: along(loss, 3), None),
+    "create_graph twice": (lambda loss: along(loss, 3), third),
     "grad in a compiled graph": (compiled, slope),
 }
+CASES = [("auto", MILD), ("auto", HARD), ("triton", HARD)]
 
 
 def needs_triton(impl):
@@ -99,34 +107,14 @@ def needs_triton(impl):
         pytest.importorskip("triton", minversion="3.5")
 
 
-UNROLLED = {"make_fx", "make_fx of grad", "symbolic make_fx", "grad in a compiled graph"}
-
-
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
-@pytest.mark.parametrize("setting", [MILD, HARD], ids=["mild", "hard"])
-@pytest.mark.parametrize(
-    "impl",
-    ["auto", "eager", pytest.param("compile", marks=pytest.mark.xdist_group("compile")), "triton"],
-)
+@pytest.mark.parametrize(("impl", "setting"), CASES, ids=["mild", "hard", "triton"])
 def test_it_is_what_plain_autograd_says(impl, setting, name):
     needs_triton(impl)
-    if impl == "eager" and setting is HARD and name in UNROLLED:
-        pytest.skip("unrolls the loop of the solver, which takes minutes")
     transform, plain = TRANSFORMATIONS[name]
     found = transform(the_loss(impl, setting))
     if name.startswith("vmap"):
-        losses = [held(setting, at) for at in BATCH]
-        each = [
-            loss(at) if plain is None else plain(loss, at)
-            for loss, at in zip(losses, BATCH, strict=True)
-        ]
-        expected = torch.stack(each)
-    elif plain is None:  # the third derivative, by differences of the second
-        step, loss = 1e-4, held(setting, AT)
-        ahead, behind = (
-            torch.autograd.functional.hessian(loss, AT + sign * step * ALONG) for sign in (1, -1)
-        )
-        expected = ALONG @ ((ahead - behind) / (2 * step)) @ ALONG
+        expected = torch.stack([plain(held(setting, at), at) for at in BATCH])
     else:
         expected = plain(held(setting, AT))
     assert expected.abs().max() > 1e-4
@@ -134,8 +122,7 @@ def test_it_is_what_plain_autograd_says(impl, setting, name):
     torch.testing.assert_close(found, expected, **close)
 
 
-@pytest.mark.parametrize("setting", [MILD, HARD], ids=["mild", "hard"])
-@pytest.mark.parametrize("impl", ["auto", "compile", "triton"])
+@pytest.mark.parametrize(("impl", "setting"), CASES, ids=["mild", "hard", "triton"])
 def test_fake_tensors_get_shapes_and_gradients(impl, setting):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -151,25 +138,21 @@ def test_fake_tensors_get_shapes_and_gradients(impl, setting):
     assert {each.dtype for each in (loss, slopes, aux.margins)} == {torch.float64}
 
 
-@pytest.mark.parametrize("impl", ["auto", "eager", "triton"])
-def test_gradcheck_and_gradgradcheck_with_one_pair(impl):
+def test_gradcheck_and_gradgradcheck_with_one_pair():
     """One pair has the margin γ0 whatever its gap, so that differences see no margin move."""
-    needs_triton(impl)
     x = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
 
     def loss(x):
         return gamma_dpo_loss(
-            x, -0.3 * x, 0 * x, 0 * x, beta=0.7, impl=impl, label_smoothing=0.1, **MILD
-        )[0]
+            x, -0.3 * x, 0 * x, 0 * x, beta=0.7, label_smoothing=0.1, **MILD
+        )[0]  # fmt: skip
 
     assert torch.autograd.gradcheck(loss, x)
     assert torch.autograd.gradgradcheck(loss, x)
 
 
-@pytest.mark.parametrize("impl", ["auto", "triton"])
-def test_a_second_derivative_of_a_compiled_loss_is_refused(impl):
-    needs_triton(impl)
+def test_a_second_derivative_of_a_compiled_loss_is_refused():
     torch.compiler.reset()
-    loss = torch.compile(the_loss(impl, MILD), backend="aot_eager")
+    loss = torch.compile(the_loss("auto", MILD), backend="aot_eager")
     with pytest.raises(RuntimeError):
         along(loss, 2)
