@@ -121,15 +121,13 @@ def solve_shards(
     """Gather a small pool and solve it everywhere; of a large pool reduce sums only."""
     size = comm.pool_size(gaps, gamma0=gamma0, tau=tau)
     weights = xp.ones_like(gaps) if weights is None else weights
-    if size <= _comm.GATHER_LIMIT:
-        whole = comm.all_gather(xp.stack([gaps, weights]))
-        margins, *numbers = solve_eagerly(xp, whole[0], whole[1], gamma0, tau)
-        margins = comm.local_shard(margins)
-    else:
-        pool, weights, lost = finite_pool(xp, gaps, weights)
-        if not gaps.shape[0]:  # an empty shard becomes one entry that takes no part
-            pool = weights = xp.zeros(1, dtype=gaps.dtype, device=xp.device(gaps))
-        margins, *numbers = _solver.solve(xp, pool, weights, gamma0, tau, comm)
-        margins = margins[: gaps.shape[0]] + lost
+    if is_small := size <= _comm.GATHER_LIMIT:
+        gaps, weights = comm.all_gather(xp.stack([gaps, weights]))
+    pool, weights, lost = finite_pool(xp, gaps, weights)
+    if not gaps.shape[0]:  # no gap becomes one entry that takes no part
+        pool = weights = xp.zeros(1, dtype=gaps.dtype, device=xp.device(gaps))
+    within = _comm.LOCAL if is_small else comm
+    margins, *numbers = _solver.solve(xp, pool, weights, gamma0, tau, within)
+    margins = margins[: gaps.shape[0]] + lost
     nu, bound = comm.mark_replicated(*numbers)
-    return margins, nu, bound
+    return comm.local_shard(margins) if is_small else margins, nu, bound

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from gamma_loss import _checks
+from gamma_loss._backend import in_dynamo
 
 REDUCTIONS = ("mean", "sum", "none")
 IMPLEMENTATIONS = ("auto", "eager", "compile", "triton")
@@ -125,7 +126,8 @@ def _cached(**settings: Any) -> LossSettings:
 def loss_settings(**settings: Any) -> LossSettings:
     """Return checked settings; the same settings are checked once."""
     try:
-        return _cached(**settings)
+        # Dynamo warns of a cache.
+        return LossSettings(**settings) if in_dynamo() else _cached(**settings)
     except TypeError:  # not hashable, so of a wrong type
         return LossSettings(**settings)
 
