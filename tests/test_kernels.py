@@ -4,6 +4,7 @@ Without a GPU it runs in Triton's interpreter. Accuracy over the domain is in te
 """
 
 import os
+import runpy
 import subprocess
 import sys
 
@@ -123,6 +124,32 @@ def test_strides(launch, torch):
         strict=True,
     ):
         assert torch.equal(one, other)
+
+
+KERNEL = """
+import triton
+import triton.language as tl
+from gamma_loss.kernels import math
+
+@triton.jit
+def kernel(x, of_log, of_exp):
+    i = tl.arange(0, 16)
+    tl.store(of_log + i, math.log1p(tl.load(x + i)))
+    tl.store(of_exp + i, math.expm1(tl.load(x + i)))
+"""
+
+
+def test_functions_that_triton_lacks_are_exact_near_0(launch, torch, tmp_path):
+    if not launch.INTERPRETED:
+        pytest.skip("on the CPU, in Triton's interpreter")
+    (tmp_path / "a_kernel.py").write_text(KERNEL)
+    kernel = runpy.run_path(str(tmp_path / "a_kernel.py"))["kernel"]
+    for dtype, eps in ((torch.float64, 2.0**-52), (torch.float32, 2.0**-23)):
+        x = torch.tensor([*np.geomspace(1e-30, 0.9, 8), *-np.geomspace(1e-30, 0.9, 8)], dtype=dtype)
+        logs, exps = torch.empty_like(x), torch.empty_like(x)
+        kernel[(1,)](x, logs, exps)
+        torch.testing.assert_close(logs, torch.log1p(x), rtol=8 * eps, atol=0)
+        torch.testing.assert_close(exps, torch.expm1(x), rtol=8 * eps, atol=0)
 
 
 # --- failures ---
