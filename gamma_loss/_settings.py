@@ -56,6 +56,9 @@ DOCS = {
         - "auto": "triton" for a tensor on such a GPU, else "eager". In a graph of torch.compile or
           torch.export, and under torch.func, a mild problem (gamma0 < 1.5 tau, and about
           gamma0² < 3 tau) becomes part of the graph; any other becomes one operator.""",
+    "queue_size": """int
+        How many recent gaps join the margin problem; 0 for none. With a group every rank pushes the
+        gaps of all ranks, and so holds the same queue.""",
     "group": """torch.distributed.ProcessGroup or, for JAX, str, optional
         The ranks that share one margin problem (``torch.distributed.group.WORLD`` is all), or the
         name of a mesh axis inside jax.shard_map. All ranks call this together, with the same

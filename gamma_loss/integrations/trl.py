@@ -76,7 +76,7 @@ class _GammaOptions:
         _checks.whole_number("queue_size", self.queue_size, least=0)
 
 
-@documented("gamma0", "tau", "centered")
+@documented("gamma0", "tau", "centered", "queue_size")
 @dataclass
 class GammaDPOConfig(_GammaOptions, DPOConfig):
     """TRL's `DPOConfig` with the hyperparameters of γ-PO.
@@ -86,8 +86,6 @@ class GammaDPOConfig(_GammaOptions, DPOConfig):
     {parameters}
     gamma_beta_ratio : float, optional
         Another way to give gamma0, as ``beta * gamma_beta_ratio``.
-    queue_size : int
-        Number of recent gaps that join the margin problem, see `GammaDPOLoss`.
     length_normalize : bool
         True averages log-probabilities, the reference's too, over the tokens of a response, as the
         published code does; False sums them. ``loss_type="sigmoid_norm"`` averages too.

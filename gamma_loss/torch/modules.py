@@ -22,7 +22,8 @@ from gamma_loss.torch.queue import GapQueue
 
 _WARMUP = 100  # training forwards, after which a loss tells whether it has any effect
 _MIN_KL = 1e-4  # nats: below this KL, margins are within about 1.4 % of gamma0
-_SHARED = ("gamma0", "tau", "centered", "label_smoothing", "robust", "reduction", "impl", "group")
+_SHARED = ("gamma0", "tau", "centered", "label_smoothing", "robust", "reduction", "impl", "group",
+           "queue_size")  # fmt: skip
 
 
 class _Group:
@@ -223,9 +224,6 @@ class GammaDPOLoss(_QueuedLoss):
     Parameters
     ----------
     {parameters}
-    queue_size : int
-        How many gaps the queue holds; 0 for none. With a group every rank pushes the gaps of all
-        ranks, and so holds the same queue.
 
     Attributes
     ----------
@@ -298,8 +296,6 @@ class GammaSimPOLoss(_QueuedLoss):
     Parameters
     ----------
     {parameters}
-    queue_size : int
-        How many gaps the queue holds; 0 for none.
 
     Examples
     --------
@@ -339,8 +335,6 @@ class GammaPreferenceLoss(_QueuedLoss):
     Parameters
     ----------
     {parameters}
-    queue_size : int
-        How many gaps the queue holds; 0 for none.
 
     Examples
     --------
