@@ -264,3 +264,23 @@ def test_a_first_batch_in_which_no_pair_takes_part_is_said_and_a_hundred_are_an_
 def test_gaps_that_are_spread_warn_of_nothing(torch):
     gaps = torch.tensor([-2000.0, 2000.0])  # one margin is 0 to rounding
     assert warned(GammaPreferenceLoss(gamma0=40.0, tau=1e-2), [[gaps]] * 101) == []
+
+
+def test_a_step_that_the_loss_scaler_skips_keeps_its_gaps(torch):
+    loss_module = preference_loss(queue_size=16).float()
+    parameter = torch.nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    pushed = []
+    for seed, overflow in enumerate([False, True, False]):
+        before = parameter.item()
+        loss, aux = loss_module(parameter * logps(torch, 1, seed=seed)[0].detach().float())
+        scaler.scale(loss).backward()
+        if overflow:
+            parameter.grad.fill_(float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert (parameter.item() == before) is overflow
+        pushed += aux.reward_gaps.tolist()
+    assert stored(loss_module) == pushed
