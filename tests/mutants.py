@@ -56,7 +56,7 @@ MUTANTS = [  # file, old text, new text, the test that must fail
      PARTS + "[numpy-masks]"),
     (G + "_pool.py", "else weights, zero)", "else weights, zero + 1)", PARTS + "[jax-masks]"),
     (G + "_pool.py", "xp.where(mask, weights, 0 * counted)", "weights", PARTS + "[numpy-all]"),
-    (G + "_pool.py", "if size <= _comm.GATHER_LIMIT:", "if False:",
+    (G + "_pool.py", "size <= _comm.GATHER_LIMIT:", "size < 0:",
      "distributed::test_every_rank_issues_the_same_collectives"
      "_and_only_small_ones_above_the_limit"),
     # losses
