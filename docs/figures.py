@@ -273,8 +273,7 @@ def spread_picture() -> str:
     for scale, colour in ((0.5, "#7fb8b0"), (2.0, "#12897c"), (8.0, "#ef6c00")):
         gaps = scale * np.random.default_rng(0).normal(size=200)
         spread = [solve_margins(gaps, gamma0=4.0, tau=16 / k).margins.std() / 4 for k in kappas]
-        label = f"gaps with deviation {scale:g}"
-        axis.plot(kappas, spread, color=colour, linewidth=2, label=label)
+        axis.plot(kappas, spread, color=colour, linewidth=2, label=f"{scale:g}")
     for name, setting in PUBLISHED_SETTINGS.items():
         kappa = setting["gamma0"] ** 2 / setting["tau"]
         axis.axvline(kappa, color="gray", linestyle=":")
@@ -282,7 +281,7 @@ def spread_picture() -> str:
         axis.annotate(name, (kappa, 0.98), xycoords=("data", "axes fraction"), rotation=90,
                       ha=side, va="top")  # fmt: skip
     axis.set(xscale="log", xlabel="κ = γ0² / τ, at γ0 = 4", ylabel="spread of the margins / γ0")
-    axis.legend(frameon=False, loc=(0.12, 0.2))
+    axis.legend(frameon=False, loc=(0.12, 0.2), title="deviation of gaps")
     return _inline([axis], "The margins' standard deviation over gamma0 rises with kappa")
 
 
