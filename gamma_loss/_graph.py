@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,12 @@ from gamma_loss import _compute
 from gamma_loss._settings import LossSettings
 
 _INPUTS = ("context", "context_mask", "mask", "weights")
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def outside_graphs(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call a function that ends a graph: the members of a group read each other's numbers."""
+    return function(*arguments, **options)
 
 
 def loss_in_graph(

@@ -41,6 +41,7 @@ class ProcessGroupComm:
         dist.all_reduce(stacked, operation, group=self.group)
         return stacked.unbind()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # Dynamo cannot read a group
     def exchange(self, *numbers: float, failed: Exception | None = None) -> list[list[float]]:
         """Return the numbers of each rank, once all have the same settings and none has failed."""
         digest = -1 if failed else zlib.crc32(repr(sorted(self.settings.items())).encode())

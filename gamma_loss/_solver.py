@@ -31,7 +31,6 @@ mean of x tells on which side of λ the solution lies. Then λ takes its Newton 
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -135,7 +134,6 @@ def _solve(
         return terminate(xp, problem, state)
 
 
-@functools.lru_cache
 def mild_passes(gamma0: float, tau: float, is_double: bool) -> int:
     """Return how many passes `solve_mild` needs, or 0 where it is not safe.
 

@@ -214,9 +214,12 @@ def preference_loss(
 
 def _loss_of(logps: dict[str, Array], **options: Any) -> tuple[Array, GammaLossAux]:
     """Compute a loss, in a graph of Dynamo as one call at which it does not look."""
-    if options.get("group") is None and in_dynamo():
-        from gamma_loss._graph import loss_in_graph
+    if in_dynamo():
+        from gamma_loss._graph import loss_in_graph, outside_graphs
 
+        if options.get("group") is not None:
+            result: tuple[Array, GammaLossAux] = outside_graphs(_compute.loss, logps, **options)
+            return result
         names = ("context", "context_mask", "mask", "weights")
         inputs = split_queue(*(options.pop(name, None) for name in names))
         loss, *aux = loss_in_graph(logps, inputs, options)

@@ -109,8 +109,12 @@ def solve_margins(
     """
     settings = {"gamma0": gamma0, "tau": tau, "impl": impl, "centered": False}
     inputs = {"context": context, "context_mask": context_mask, "mask": mask, "weights": weights}
-    if group is None and in_dynamo():
-        from gamma_loss._graph import solve_in_graph
+    if in_dynamo():
+        from gamma_loss._graph import outside_graphs, solve_in_graph
 
+        if group is not None:
+            return MarginSolution(
+                *outside_graphs(_compute.solve, reward_gaps, settings, group, **inputs)
+            )
         return MarginSolution(*solve_in_graph(reward_gaps, split_queue(*inputs.values()), settings))
     return MarginSolution(*_compute.solve(reward_gaps, settings, group, **inputs))

@@ -10,6 +10,7 @@ from strategies import HARD, MILD
 
 from gamma_loss import (
     GammaDPOLoss,
+    GammaPreferenceLoss,
     _solver,
     gamma_dpo_loss,
     gamma_preference_loss,
@@ -172,6 +173,27 @@ def test_a_module_with_a_queue_does_not_recompile(torch, compiled, backend):
         torch.testing.assert_close(module.queue.context(), plain.queue.context())
         counts.append(len(compiled.graphs))
     assert counts == counts[:1] * len(counts)  # Dynamo may trace the first call twice
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo's, after a break
+def test_a_loss_of_a_group_breaks_the_graph_and_is_the_same(torch):
+    torch.compiler.reset()
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        gaps = torch.tensor(rows(9), requires_grad=True)
+        options = {"queue_size": 12, "group": dist.group.WORLD}
+        for setting in (MILD, HARD):
+            plain, module = (GammaPreferenceLoss(**setting, **options).double() for _ in range(2))
+            compiled = torch.compile(module, backend="aot_eager")
+            for _ in range(2):
+                found, expected = compiled(gaps)[0], plain(gaps)[0]
+                torch.testing.assert_close(found, expected)
+                gradients = (torch.autograd.grad(each, gaps) for each in (found, expected))
+                torch.testing.assert_close(*gradients)
+                torch.testing.assert_close(module.queue.context(), plain.queue.context())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_torch_compile_with_a_schedule_of_gamma0(torch):
