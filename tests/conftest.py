@@ -8,8 +8,11 @@ Tests call public names. The internals that they may call as well are few:
 """
 
 import functools
+import http.server
 import importlib
 import os
+import shutil
+import threading
 
 import hypothesis
 import numpy as np
@@ -142,3 +145,41 @@ def padded(arrays):
 )
 def solver(request) -> Solver:
     return Solver(request.param)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if not program:
+        pytest.skip("needs chromium")
+    quiet = ("no-sandbox", "disable-gpu", "disable-quic", "disable-background-networking",
+             "disable-sync")  # fmt: skip
+    with playwright.sync_playwright() as running:
+        options = [f"--{option}" for option in quiet]
+        browser = running.chromium.launch(executable_path=program, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def serve():
+    """Serve a folder of pages, and return its address."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    servers = []
+
+    def start(folder):
+        handler = functools.partial(Quiet, directory=folder)
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -1,12 +1,9 @@
 """The interactive figure: its solver against the library's in Node, itself in a browser."""
 
-import functools
-import http.server
 import json
 import re
 import shutil
 import subprocess
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -78,33 +75,12 @@ def test_the_matched_loss_in_node_is_the_library_s(setting, centered):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if not program:
-        pytest.skip("needs chromium")
-    with playwright.sync_playwright() as running:
-        options = ["--no-sandbox", "--disable-gpu"]
-        browser = running.chromium.launch(executable_path=program, args=options)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
+def address(tmp_path_factory, serve):
     folder = tmp_path_factory.mktemp("page")
     (folder / "index.html").write_text(PAGE, "utf-8")
     for file in ("solve.js", "explorer.js", "explorer.css"):
         shutil.copy(ASSETS / file, folder)
-    handler = functools.partial(Quiet, directory=folder)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+    return f"{serve(folder)}/"
 
 
 @pytest.fixture

@@ -1,16 +1,12 @@
 """The site builds without a warning, its links lead somewhere, and a browser has nothing to say."""
 
-import functools
-import http.server
 import importlib
 import inspect
 import itertools
 import os
 import re
-import shutil
 import subprocess
 import sys
-import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
@@ -131,31 +127,8 @@ def test_the_first_use_of_a_term_leads_to_the_glossary(site):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if not program:
-        pytest.skip("needs chromium")
-    with playwright.sync_playwright() as running:
-        quiet = ("no-sandbox", "disable-quic", "disable-background-networking", "disable-sync")
-        browser = running.chromium.launch(
-            executable_path=program, args=[f"--{option}" for option in quiet]
-        )
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def address(site):
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    handler = functools.partial(Quiet, directory=site)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+def address(site, serve):
+    return serve(site)
 
 
 # Complaints about a page: width of page and tables, size and contrast of text, buttons that touch.

@@ -82,7 +82,7 @@ class GapQueue(torch.nn.Module):
         return self.gaps.shape[0]
 
     def push(self, gaps: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-        """Append a batch in place; `gaps` and `mask` are as for `queue_push`."""
+        """Append gaps in place, but for those that are not finite or whose mask is False."""
         with _locked():
             state = queue_push(QueueState(self.gaps, self.mask), gaps, mask)
             # The mask last: the old mask is right for the new gaps too, if this ends in between.
