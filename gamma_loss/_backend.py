@@ -113,9 +113,9 @@ class Backend:
         """Return 1 / (1 + exp(-x)): no overflow, and a small relative error on both sides."""
         return 1 / (1 + self.exp(-x))
 
-    def log_sigmoid(self, x: Array) -> Array:
-        """Return log σ(x) without overflow."""
-        return self.minimum(x, self.zeros_like(x)) - self.log1p(self.exp(-self.abs(x)))
+    def softplus(self, x: Array) -> Array:
+        """Return log(1 + exp(x)) = -log σ(-x), without overflow."""
+        return self.maximum(x, self.zeros_like(x)) + self.log1p(self.exp(-self.abs(x)))
 
     def eps(self, array: Array) -> float:
         """Return the machine epsilon of an array's dtype."""
@@ -188,7 +188,9 @@ class _Torch(Backend):
             "abs", "exp", "full_like", "log", "log1p", "max", "maximum", "mean", "min", "minimum",
             "ones_like", "sqrt", "sum", "tanh", "where", "zeros_like",
         ))  # fmt: skip
-        vars(self).update(sigmoid=torch.sigmoid, log_sigmoid=torch.nn.functional.logsigmoid)
+        self.sigmoid = torch.sigmoid
+        # Beyond its threshold x itself is the value, to less than exp(-80).
+        self.softplus = functools.partial(torch.nn.functional.softplus, threshold=80.0)
         self._floats, self._strided = (torch.float32, torch.float64), torch.strided
         self._plain = torch.Tensor, torch.nn.Parameter  # a subclass may be a masked tensor
 
@@ -228,7 +230,7 @@ class _TorchDevice(_Torch):
 
 
 class _TorchTraced(_Torch):
-    """Torch inside torch.compile, torch.export, torch.func, or a capture: no number can be read."""
+    """Torch inside torch.compile, torch.export or torch.func: no number can be read."""
 
     is_host = can_read = False
     is_traced = True
@@ -240,15 +242,26 @@ class _TorchTraced(_Torch):
         """Return a sum with an error that does not grow with the size: a compiler adds in a row."""
         torch = sys.modules["torch"]
         if array.ndim == 1 and array.dtype == torch.float64:
-            rows = array.shape[0] // _ROW + 2  # never one, which torch.export would make a constant
-            rest = rows * _ROW - array.shape[0]
-            array = torch.sum(torch.nn.functional.pad(array, (0, rest)).reshape(rows, _ROW), 1)
+            # Never one row, which torch.export would make a constant.
+            rows = torch.nn.functional.pad(array, (0, 2 * _ROW - 1)).unfold(0, _ROW, _ROW)
+            array = torch.sum(rows, 1)
         return torch.sum(array, dtype=torch.float64).to(array.dtype)
 
     def repeat_until(self, done: Done, step: Step, state: Any, max_iter: int) -> Any:
-        for _ in range(max_iter):
-            state = step(state)
-        return state
+        torch = sys.modules["torch"]
+        pytree, loop = torch.utils._pytree, torch._higher_order_ops.while_loop
+        leaves, kind = pytree.tree_flatten(state)
+
+        def go_on(count: Array, *leaves: Array) -> Array:
+            return (count < max_iter) & ~done(pytree.tree_unflatten(leaves, kind))
+
+        def body(count: Array, *leaves: Array) -> tuple[Array, ...]:
+            new = pytree.tree_leaves(step(pytree.tree_unflatten(leaves, kind)))
+            return (count + 1, *(each.clone() for each in new))  # no output may be an input
+
+        first = torch.zeros((), dtype=torch.int64, device=leaves[0].device)
+        _, *leaves = loop(go_on, body, (first, *(each.clone() for each in leaves)))
+        return pytree.tree_unflatten(leaves, kind)
 
 
 class _Jax(Backend):
@@ -259,7 +272,7 @@ class _Jax(Backend):
         jax = sys.modules["jax"]
         super().__init__(jax.numpy)
         self.jax = jax
-        vars(self).update(sigmoid=jax.nn.sigmoid, log_sigmoid=jax.nn.log_sigmoid)
+        self.sigmoid, self.softplus = jax.nn.sigmoid, jax.nn.softplus
 
     @functools.cache  # noqa: B019 (there is one instance)
     def as_program(self, function: Callable[..., Any], constants: tuple[int, ...]) -> Any:
@@ -303,10 +316,7 @@ def _is_traced(torch: Any) -> bool:
 def _torch_kind(torch: Any, tensor: Any) -> type[Backend]:
     if _is_traced(torch) or tensor.device.type == "meta":
         return _TorchTraced
-    if tensor.device.type == "cpu":
-        return _Torch
-    capturing = tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return _TorchTraced if capturing else _TorchDevice
+    return _Torch if tensor.device.type == "cpu" else _TorchDevice
 
 
 _instances: dict[type, Backend] = {}  # by the type of an array

@@ -130,9 +130,9 @@ def _loss(
         return values if mask is None else xp.where(mask, values, xp.zeros_like(values))
 
     # Masked before the loss, so that a masked NaN leaves no NaN in the gradient either.
-    s = counted(gaps) - (shifts if settings.centered else margins)
+    deficit = counted((shifts if settings.centered else margins) - gaps)
     coef = settings.linear_coef
-    losses, pair_weights = counted(logistic(xp, s, coef)), xp.sigmoid(-xp.detach(s))
+    losses, pair_weights = counted(logistic(xp, deficit, coef)), xp.sigmoid(xp.detach(deficit))
     pair_weights = counted(pair_weights - coef if coef else pair_weights)
     if weights is not None:
         losses, pair_weights = losses * counted(weights), pair_weights * counted(weights)
@@ -169,7 +169,7 @@ def _total_weight(
     return xp.where(total > 0, total, xp.ones_like(total))
 
 
-def logistic(xp: Any, s: Array, linear_coef: float) -> Array:
-    """Return ``-log σ(s) + linear_coef s``."""
-    loss = -xp.log_sigmoid(s)
-    return loss + linear_coef * s if linear_coef else loss
+def logistic(xp: Any, deficit: Array, linear_coef: float) -> Array:
+    """Return ``-log σ(-deficit) - linear_coef deficit``."""
+    loss = xp.softplus(deficit)
+    return loss - linear_coef * deficit if linear_coef else loss

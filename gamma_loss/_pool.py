@@ -102,17 +102,16 @@ def solve_eagerly(
     with xp.ignore_fp_errors():
         if xp.is_host and weights is None and math.isfinite(xp.sum(gaps)):
             return _solver.solve(xp, gaps, None, gamma0, tau)
-        pool, weights, lost = finite_pool(xp, gaps, weights)
-        margins, nu, bound = _solver.solve(xp, pool, weights, gamma0, tau)
+        weights, lost = finite_pool(xp, gaps, weights)
+        margins, nu, bound = _solver.solve(xp, gaps, weights, gamma0, tau)
         return margins + lost, nu, bound
 
 
-def finite_pool(xp: Any, gaps: Array, weights: Array | None) -> tuple[Array, Array, Array]:
-    """Return finite gaps, weight 0 for each entry that takes no part, and NaN for its margin."""
+def finite_pool(xp: Any, gaps: Array, weights: Array | None) -> tuple[Array, Array]:
+    """Return weight 0 for each entry that takes no part, and NaN for its margin."""
     lost, zero = gaps - gaps, xp.zeros_like(gaps)
     valid = lost == 0 if weights is None else (lost == 0) & (weights > 0)
-    weights = xp.where(valid, zero + 1 if weights is None else weights, zero)
-    return xp.where(valid, gaps, zero), weights, lost
+    return xp.where(valid, zero + 1 if weights is None else weights, zero), lost
 
 
 def solve_shards(
@@ -123,7 +122,8 @@ def solve_shards(
     weights = xp.ones_like(gaps) if weights is None else weights
     if is_small := size <= _comm.GATHER_LIMIT:
         gaps, weights = comm.all_gather(xp.stack([gaps, weights]))
-    pool, weights, lost = finite_pool(xp, gaps, weights)
+    weights, lost = finite_pool(xp, gaps, weights)
+    pool = gaps
     if not gaps.shape[0]:  # no gap becomes one entry that takes no part
         pool = weights = xp.zeros(1, dtype=gaps.dtype, device=xp.device(gaps))
     within = _comm.LOCAL if is_small else comm

@@ -65,8 +65,7 @@ class Inner(NamedTuple):
     y: Array
     d: Array
     du: Array
-    scaled: Array  # |du| (1 + y)
-    largest: Array  # of these
+    largest: Array  # |du| (1 + y)
     before: Array  # the largest of the step before
 
 
@@ -86,7 +85,6 @@ class State(NamedTuple):
     dual: Dual
     error: Array  # of |x - x*| / (1 + x*), at most
     converged: Array
-    largest: Array  # |du| (1 + y) of the pairs' last step at this ν
 
 
 class Problem(NamedTuple):
@@ -110,7 +108,7 @@ def solve(
         zero = xp.number(0.0, gaps) if xp.can_read else gaps[0] * 0
         return xp.zeros_like(gaps), zero, zero
     passes = mild_passes(gamma0, tau, xp.eps(gaps) < 1e-10)
-    run = xp.as_program(_solve, (0, 5, 6)) if comm is LOCAL else _solve
+    run = xp.as_program(newton, (0, 5, 6)) if comm is LOCAL else newton
     numbers = gamma0, gamma0 / tau
     if xp.is_traced or (passes and not xp.is_host):  # a mild solve reads nothing from a device
         numbers = xp.number(gamma0, gaps), xp.number(gamma0 / tau, gaps)
@@ -120,18 +118,36 @@ def solve(
     return margins, nu, bound
 
 
-def _solve(
-    xp: Any, gaps: Array, weights: Array | None, gamma0: Any, a: Any, passes: int, comm: Comm
-) -> Solution:
+def newton(
+    xp: Any, gaps: Array, weights: Array | None, gamma0: Any, a: Any, passes: int,
+    comm: Comm = LOCAL,
+) -> Solution:  # fmt: skip
+    """Return the solution by Newton's method: in a mild setting by so many passes, else 0."""
+    if weights is not None:
+        gaps, weights = fill(xp, gaps, weights, comm)
     if passes:
         return solve_mild(xp, gaps, weights, gamma0, a, passes, comm)
     with xp.ignore_fp_errors():
         problem, state = init(xp, gaps, weights, gamma0, a, comm)
-        take = flat_step if xp.is_traced else step
         state = xp.repeat_until(
-            lambda each: each.converged, lambda each: take(xp, problem, each), state, MAX_ITER
+            lambda each: each.converged, lambda each: step(xp, problem, each), state, MAX_ITER
         )
         return terminate(xp, problem, state)
+
+
+def fill(xp: Any, gaps: Array, weights: Array, comm: Comm) -> tuple[Array, Array]:
+    """Give entries of weight 0 a gap that another has, so that they cost no pass.
+
+    The largest weight becomes 1. If no entry counts, all do, as equal gaps.
+    """
+    valid = weights > 0
+    most, high = comm.all_reduce_max(
+        xp.max(weights), xp.max(xp.where(valid, gaps, xp.full_like(gaps, -math.inf)))
+    )
+    is_empty = most <= 0
+    scale = xp.where(is_empty, 1 + 0 * most, most)
+    weights = xp.where(is_empty, xp.ones_like(weights), weights / scale)
+    return xp.where(valid, gaps, xp.where(is_empty, 0 * most, high)), weights
 
 
 def mild_passes(gamma0: float, tau: float, is_double: bool) -> int:
@@ -162,10 +178,7 @@ def solve_mild(
     bend, steep = 0.5 * a * (y_max + 0.77 * y_max * y_max), a * y_max
     total, is_close = gaps.shape[0], 8 * eps / bend
     if weights is not None:
-        ones = xp.ones_like(gaps)
-        total, size = comm.all_reduce_sum(xp.sum(weights), xp.sum(ones))
-        weights = xp.where(total > 0, weights, ones)  # if none counts, all do, as equal gaps
-        total = read(xp.where(total > 0, total, size))
+        (total,) = map(read, comm.all_reduce_sum(xp.sum(weights)))
     at_most, one, h = xp.scalar(a, gaps), xp.scalar(1.0, gaps), gaps * xp.scalar(0.5, gaps)
     y, u, budget = xp.scalar(half, gaps), xp.scalar(shift, gaps), half * total
     may_end = xp.is_host and comm is LOCAL  # ranks take all passes, as none may end alone
@@ -185,10 +198,7 @@ def solve_mild(
             if largest * largest <= is_close:
                 break
     else:
-        du = xp.abs(du)
-        largest = xp.max(du if weights is None else xp.where(weights > 0, du, 0 * du))
-    if comm is not LOCAL:
-        (largest,) = map(read, comm.all_reduce_max(largest))
+        (largest,) = map(read, comm.all_reduce_max(xp.max(xp.abs(du))))
     mass = xp.sum(y) if weights is None else xp.dot(weights, y)
     scale = budget / read(*comm.all_reduce_sum(mass))
     log_scale = num.log(scale)
@@ -209,115 +219,54 @@ def init(
 ) -> tuple[Problem, State]:
     """Take λ from Newton's step at equal margins, and the pairs in closed form."""
     num, read = _scalars(xp)
-    if weights is None:
-        least_weight, low, high = 1.0, xp.min(gaps), xp.max(gaps)
-        high, low = comm.all_reduce_max(high, -low)
-    else:
-        gaps, weights, least_weight, high, low = _fill(xp, gaps, weights, comm)
     g0, a_ = xp.scalar(gamma0, gaps), xp.scalar(a, gaps)
-    total, of_p, of_q = map(
-        read, comm.all_reduce_sum(*equal_margin_sums(xp, gaps, weights, g0, a_))
-    )
-    high, low, least_weight = read(high), -read(low), read(least_weight)
-    dual, u_max, far = first_dual(
-        num, gamma0, a, total, of_p, of_q, low, high, total / least_weight
-    )
+    least = 1.0 if weights is None else xp.min(xp.where(weights > 0, weights, 1 + 0 * weights))
+    extremes = comm.all_reduce_max(xp.max(gaps), -xp.min(gaps), -least)
+    high, low, least = (sign * read(each) for sign, each in zip((1, -1, -1), extremes, strict=True))
+    e = xp.exp(xp.minimum(gaps - g0, xp.full_like(gaps, -math.log(_TINY))))  # exp(-z) at x = 1
+    p = 1 / (1 + e)
+    q = e * p
+    w = 1 / (1 + a_ * g0 * p * q)
+    w, total = (w, gaps.shape[0] + 0 * a) if weights is None else (weights * w, xp.sum(weights))
+    total, of_p, of_q = map(read, comm.all_reduce_sum(total, xp.dot(w, p), xp.dot(w, q)))
+
+    # ν lies in the range of a σ(γ0 - g), and no x is above Σ w / w_i.
+    far = num.log1p(a) + 50  # beyond it a σ(z) is 0 or a to well below rounding error
+    lam_low, lam_high = (_clip(num, gamma0 - each, -far, far) for each in (high, low))
+    most = total / least
+    p1, q1 = _sigmoids(num, gamma0 * most - high)
+    cap = num.log(most) / a
+    lam_high = _clip(num, _log(num, p1 + cap) - _log(num, q1 - cap), lam_low, lam_high)
+    lam = _clip(num, _log(num, of_p) - _log(num, of_q), lam_low, lam_high)
+    u_max = num.log1p(num.maximum((far + high) / gamma0, 0.0 * a))
+    u_max = 1 + num.minimum(a, num.minimum(num.log(most), u_max))
     # Beyond these a gap changes nothing but overflows.
     top = gamma0 * num.exp(u_max) + far
     if not xp.can_read or low < -far or high > top:
         gaps = _clip(xp, gaps, xp.full_like(gaps, -1) * far, xp.full_like(gaps, 1) * top)
     pairs = Pairs(gaps, g0, a_, xp.number(u_max, gaps) if xp.can_read else u_max)
-    lam = dual.lam
     u = first_guess(xp, pairs, lam, *small_side(num, lam, a))
-    return Problem(pairs, weights, total, a, comm), State(
-        u, dual, dual.log_mean, lam != lam, dual.log_mean
-    )
-
-
-def equal_margin_sums(
-    xp: Any, gaps: Array, weights: Array | None, gamma0: Array, a: Array
-) -> tuple[Array, Array, Array]:
-    """Return Σ w, and Σ w σ(z) / D and Σ w σ(-z) / D at equal margins."""
-    e = xp.exp(xp.minimum(gaps - gamma0, xp.full_like(gaps, -math.log(_TINY))))  # exp(-z)
-    p = 1 / (1 + e)
-    q = e * p
-    w = 1 / (1 + a * gamma0 * p * q)
-    if weights is None:
-        return gaps[0] * 0 + gaps.shape[0], xp.dot(w, p), xp.dot(w, q)
-    w = weights * w
-    return xp.sum(weights), xp.dot(w, p), xp.dot(w, q)
-
-
-def first_dual(
-    num: Any, gamma0: Array, a: Array, total: Array, of_p: Array, of_q: Array,
-    low: Array, high: Array, most: Array,
-) -> tuple[Dual, Array, Array]:  # fmt: skip
-    """Return λ of Newton's step at equal margins with its bracket, u_max, and the largest |z|.
-
-    Gaps are in [low, high], and no x is above ``most``.
-    """
-    # ν lies in the range of a σ(γ0 - g).
-    far = num.log1p(a) + 50  # beyond it a σ(z) is 0 or a to well below rounding error
-    lam_low, lam_high = (_clip(num, gamma0 - each, -far, far) for each in (high, low))
-    p, q = _sigmoids(num, gamma0 * most - high)
-    cap = num.log(most) / a
-    lam_high = _clip(num, _log(num, p + cap) - _log(num, q - cap), lam_low, lam_high)
-    lam = _clip(num, _log(num, of_p) - _log(num, of_q), lam_low, lam_high)
-    u_max = num.minimum(a, num.minimum(
-        num.log(most), num.log1p(num.maximum((far + high) / gamma0, 0.0 * a))
-    )) + 1  # fmt: skip
-    return Dual(lam, lam_low, lam_high, 0 * lam + math.inf), u_max, far
-
-
-def _fill(
-    xp: Any, gaps: Array, weights: Array, comm: Comm
-) -> tuple[Array, Array, Array, Array, Array]:
-    """Give entries of weight 0 a gap that another entry has, so that they cost no pass."""
-    valid, infinity = weights > 0, xp.full_like(gaps, math.inf)
-    largest = (
-        xp.max(xp.where(valid, gaps, -infinity)), -xp.min(xp.where(valid, gaps, infinity)),
-        xp.max(weights), -xp.min(xp.where(valid, weights, infinity)),
-    )  # fmt: skip
-    high, low, most, least = comm.all_reduce_max(*largest)
-    empty = most <= 0  # then all count, as equal gaps
-    high, low = (xp.where(empty, 0 * most, each) for each in (high, low))
-    weights = xp.where(empty, xp.ones_like(weights), weights / xp.where(empty, 1 + most, most))
-    least = xp.where(empty, 1 + 0 * most, -least / xp.where(empty, 1 + most, most))
-    return xp.where(valid, gaps, high), weights, least, high, low
+    infinity = 0 * lam + math.inf
+    dual = Dual(lam, lam_low, lam_high, infinity)
+    return Problem(pairs, weights, total, a, comm), State(u, dual, infinity, lam != lam)
 
 
 def step(xp: Any, problem: Problem, state: State) -> State:
     """Bring the pairs close to their roots, and let ν take a step that they follow."""
     pairs = problem.pairs
     s, k = small_side(_scalars(xp)[0], state.dual.lam, problem.a)
-    inner = newton_step(xp, pairs, state.u, s, k, state.largest)
+    inner = newton_step(xp, pairs, state.u, s, k, math.inf)
     inner = xp.repeat_until(
         is_close, lambda each: inner_step(xp, pairs, each, s, k), inner, MAX_ITER
     )
     return multiplier_step(xp, problem, state, inner)
 
 
-def flat_step(xp: Any, problem: Problem, state: State) -> State:
-    """Let the pairs take one step or, where all are close, ν: a step without a loop inside."""
-    pairs = problem.pairs
-    s, k = small_side(xp, state.dual.lam, problem.a)
-    inner = newton_step(xp, pairs, state.u, s, k, state.largest)
-    close, new = is_close(inner), multiplier_step(xp, problem, state, inner)
-    u, y, _, du, scaled, largest, _ = inner
-    safe = safeguarded_step(xp, pairs, u, y, du, s, k)
-    u = xp.minimum(u + xp.where(scaled > SCALED_STEP_FAR, safe, du), pairs.u_max)
-    dual = Dual(*(xp.where(close, *each) for each in zip(new.dual, state.dual, strict=True)))
-    return State(
-        xp.where(close, new.u, u), dual, xp.where(close, new.error, state.error),
-        close & new.converged, xp.where(close, new.largest, largest),
-    )  # fmt: skip
-
-
 def multiplier_step(xp: Any, problem: Problem, state: State, inner: Inner) -> State:
     """Let ν take its step, and the pairs theirs and the change of ν."""
     pairs, weights, total, a, comm = problem
     num, read = _scalars(xp)
-    u, y, d, du = inner[:4]
+    u, y, d, du, *_ = inner
     w = y if weights is None else weights * y
     sums = comm.all_reduce_sum(xp.sum(w) + xp.dot(w, du), xp.sum(w / d))
     budget = total * read(pairs.gamma0)
@@ -332,7 +281,7 @@ def multiplier_step(xp: Any, problem: Problem, state: State, inner: Inner) -> St
         error = xp.max(move * (move + y * move) * (y / (pairs.gamma0 + y)))
         (error,) = map(read, comm.all_reduce_max(error))
     rounded = (error <= eps / 16) | ((error <= 16 * eps) & (error > state.error / 4))
-    return State(xp.minimum(u + move, pairs.u_max), dual, error, near & rounded, infinity)
+    return State(xp.minimum(u + move, pairs.u_max), dual, error, near & rounded)
 
 
 def is_close(inner: Inner) -> Array:
@@ -350,49 +299,49 @@ def newton_step(xp: Any, pairs: Pairs, u: Array, s: Array, k: Array, before: Arr
     at = a * t
     d = 1 + y * (at - at * t)
     du = (k - _signed(s, at) - u) / d
-    scaled = xp.abs(du + y * du)
-    largest = float(xp.max(scaled)) if xp.is_host else xp.max(scaled)
-    return Inner(u, y, d, du, scaled, largest, before + 0 * largest)
+    largest = xp.max(xp.abs(du + y * du))
+    largest = float(largest) if xp.is_host else largest
+    return Inner(u, y, d, du, largest, before + 0 * largest)
 
 
 def inner_step(xp: Any, pairs: Pairs, inner: Inner, s: Array, k: Array) -> Inner:
     """Take the step, and return the next; only pairs that are not close step if they are few."""
-    u, y, _, du, scaled, largest, _ = inner
+    u, y, _, du, largest, _ = inner
     if xp.is_host and xp.library and u.shape[0] > 64:
-        far = xp.nonzero(scaled > SCALED_STEP_CLOSE)[0]
+        far = xp.nonzero(xp.abs(du + y * du) > SCALED_STEP_CLOSE)[0]
         if 4 * far.shape[0] < u.shape[0]:
             return refine_subset(xp, pairs, inner, s, k, far)
     if not xp.is_host or largest > SCALED_STEP_FAR:
-        safe = safeguarded_step(xp, pairs, u, y, du, s, k)
-        du = xp.where(scaled > SCALED_STEP_FAR, safe, du)
+        du = safeguarded_step(xp, pairs, u, y, du, s, k)
     return newton_step(xp, pairs, xp.minimum(u + du, pairs.u_max), s, k, largest)
 
 
 def refine_subset(xp: Any, pairs: Pairs, inner: Inner, s: Array, k: Array, far: Array) -> Inner:
     """Iterate only the pairs that have not converged."""
     some = pairs._replace(gaps=pairs.gaps[far])
-    part = Inner._make([*(each[far] for each in inner[:5]), inner.largest, inner.before])
+    part = Inner._make([*(each[far] for each in inner[:4]), *inner[4:]])
     part = xp.repeat_until(is_close, lambda each: inner_step(xp, some, each, s, k), part, MAX_ITER)
-    arrays = [1 * inner.u, *inner[1:5]]  # the state still has u
-    for array, new in zip(arrays, part[:5], strict=True):
+    arrays = [1 * inner.u, *inner[1:4]]  # the state still has u
+    for array, new in zip(arrays, part[:4], strict=True):
         array[far] = new
-    return Inner._make([*arrays, part.largest, part.before])
+    return Inner._make([*arrays, *part[4:]])
 
 
 def safeguarded_step(
     xp: Any, pairs: Pairs, u: Array, y: Array, du: Array, s: Array, k: Array
 ) -> Array:
-    """Take the longer of the Newton steps on f and on log f; clip at the inflection."""
+    """Where a step is far, take the longer of those on f and on log f; clip at the inflection."""
     gaps, gamma0, a, _ = pairs
     at = a * xp.sigmoid(_signed(s, y - gaps))
     rest = xp.maximum(_signed(s, k - u), _TINY + 0 * u)
     fall = _log(xp, at / rest) * (rest / (1 + y * rest))
     longer = xp.where(s + 0 * u > 0, fall, xp.log1p(xp.maximum(fall, 0 * u)))
     new = u + xp.where(fall > 0, _signed(s, xp.minimum(_signed(s, du), -longer)), du)
-    y = inflection(xp, gaps)
-    u_bend = xp.log(y / gamma0)
-    is_below = u_bend + _signed(s, a * xp.sigmoid(_signed(s, y - gaps))) > k
-    return xp.where(is_below, xp.minimum(new, u_bend), xp.maximum(new, u_bend)) - u
+    y_bend = inflection(xp, gaps)
+    u_bend = xp.log(y_bend / gamma0)
+    is_below = u_bend + _signed(s, a * xp.sigmoid(_signed(s, y_bend - gaps))) > k
+    new = xp.where(is_below, xp.minimum(new, u_bend), xp.maximum(new, u_bend))
+    return xp.where(xp.abs(du + y * du) > SCALED_STEP_FAR, new - u, du)
 
 
 def inflection(xp: Any, gaps: Array) -> Array:

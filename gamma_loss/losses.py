@@ -209,7 +209,7 @@ def preference_loss(
     xp, (gaps,) = _checks.floats(reward_gaps=reward_gaps)
     margins = _checks.number_or_array("margins", margins, "reward_gaps", gaps)
     with xp.ignore_fp_errors():
-        return _compute.logistic(xp, gaps - margins, coef)
+        return _compute.logistic(xp, margins - gaps, coef)
 
 
 def _loss_of(logps: dict[str, Array], **options: Any) -> tuple[Array, GammaLossAux]:

@@ -147,7 +147,7 @@ def shift_from_label_smoothing(
         if match == "slope":
             # logit(p + k) - logit(p), in two terms of one sign; undefined beyond |k| = 1.
             k = xp.minimum(xp.maximum(k, xp.full_like(k, -2.0)), xp.full_like(k, 2.0))
-            shift = _log1p_exp(xp, k, -xp.log_sigmoid(-m)) - _log1p_exp(xp, -k, -xp.log_sigmoid(m))
+            shift = _log1p_exp(xp, k, xp.softplus(m)) - _log1p_exp(xp, -k, xp.softplus(-m))
             return _nan_unless(xp, finite, shift)
         # ℓ(m - δ) = ℓ(m) + t is e^δ = 1 + (e^t - 1) / p, which cancels for small e^δ. Written as
         # e^t (1 + e^m (1 - e^-t)) it does not: both logarithms have the sign of t.
@@ -178,7 +178,7 @@ def _value_change(xp: Any, m: Array, delta: Array) -> Array:
     one = xp.ones_like(delta)
     small = xp.minimum(xp.maximum(delta, -one), one)
     near = -xp.log1p(xp.sigmoid(-m) * xp.expm1(small))
-    far = -xp.logaddexp(xp.log_sigmoid(m), delta + xp.log_sigmoid(-m))
+    far = -xp.logaddexp(-xp.softplus(-m), delta - xp.softplus(m))
     return xp.where(xp.abs(delta) <= 1, near, far)
 
 
@@ -204,7 +204,7 @@ def _log1p_exp(xp: Any, s: Array, x: Array) -> Array:
     product = s * xp.exp(xp.minimum(x, largest * one))
     defined = product > -1
     near = xp.log1p(xp.where(defined, product, 0 * one))
-    far = -xp.log_sigmoid(-x - xp.log(xp.where(s > 0, s, one)))
+    far = xp.softplus(x + xp.log(xp.where(s > 0, s, one)))
     return _nan_unless(xp, defined, xp.where((x > largest) & (s > 0), far, near))
 
 
