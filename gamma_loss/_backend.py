@@ -188,9 +188,9 @@ class _Torch(Backend):
             "abs", "exp", "full_like", "log", "log1p", "max", "maximum", "mean", "min", "minimum",
             "ones_like", "sqrt", "sum", "tanh", "where", "zeros_like",
         ))  # fmt: skip
-        self.sigmoid = torch.sigmoid
-        # Beyond its threshold x itself is the value, to less than exp(-80).
-        self.softplus = functools.partial(torch.nn.functional.softplus, threshold=80.0)
+        # Above its threshold softplus(x) is x, to less than exp(-80).
+        softplus = functools.partial(torch.nn.functional.softplus, threshold=80.0)
+        vars(self).update(sigmoid=torch.sigmoid, softplus=softplus)
         self._floats, self._strided = (torch.float32, torch.float64), torch.strided
         self._plain = torch.Tensor, torch.nn.Parameter  # a subclass may be a masked tensor
 
@@ -272,7 +272,7 @@ class _Jax(Backend):
         jax = sys.modules["jax"]
         super().__init__(jax.numpy)
         self.jax = jax
-        self.sigmoid, self.softplus = jax.nn.sigmoid, jax.nn.softplus
+        vars(self).update(sigmoid=jax.nn.sigmoid, softplus=jax.nn.softplus)
 
     @functools.cache  # noqa: B019 (there is one instance)
     def as_program(self, function: Callable[..., Any], constants: tuple[int, ...]) -> Any:

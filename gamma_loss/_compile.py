@@ -18,7 +18,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch._inductor.codecache
@@ -31,7 +31,8 @@ from gamma_loss._backend import get_backend
 _SIZE = 1000  # gaps of an example: the loops of a program for fewer are not vectorised
 _MODULES = _backend, _pool, _solver, sys.modules[__name__]
 _SOURCES = b"".join(Path(str(module.__file__)).read_bytes() for module in _MODULES)
-_programs: dict[tuple[Any, ...], Callable[[list[Tensor]], list[Tensor]] | None] = {}
+Program: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
+_programs: dict[tuple[Any, ...], Program | None] = {}
 _lock = threading.RLock()  # held while a program is compiled; calls need none
 
 
@@ -39,26 +40,30 @@ def solve(
     xp: Any, gaps: Tensor, weights: Tensor | None, gamma0: float, tau: float
 ) -> _solver.Solution:
     """Return margins, ν and the error bound of a pool of two or more gaps."""
-    passes = _solver.mild_passes(gamma0, tau, gaps.dtype == torch.float64)
-    arrays = [gaps.contiguous(), *_scalars(gaps.dtype, gaps.device, gamma0, gamma0 / tau)]
-    if weights is not None:
-        arrays.append(weights.contiguous())
-    key = passes, len(arrays), gaps.dtype, gaps.device
-    if key not in _programs:
-        with _lock:
-            if key not in _programs:
-                _programs[key] = _load(passes, arrays)
-    program = _programs[key]
+    program, settings = _program(weights is not None, gaps.dtype, gaps.device, gamma0, tau)
     if program is None:
         return _pool.solve_eagerly(xp, gaps, weights, gamma0, tau)
+    arrays = [gaps.contiguous(), *settings]
+    if weights is not None:
+        arrays.append(weights.contiguous())
     found, nu, bound = program(arrays)
     return found, nu, bound
 
 
 @functools.lru_cache
 @torch.inference_mode(mode=False)
-def _scalars(dtype: torch.dtype, device: torch.device, *values: float) -> list[Tensor]:
-    return [torch.tensor(value, dtype=dtype, device=device) for value in values]
+def _program(
+    has_weights: bool, dtype: torch.dtype, device: torch.device, gamma0: float, tau: float
+) -> tuple[Program | None, list[Tensor]]:
+    """Return the program for a kind of pool, and its arguments γ0 and a."""
+    passes = _solver.mild_passes(gamma0, tau, dtype == torch.float64)
+    settings = [torch.tensor(each, dtype=dtype, device=device) for each in (gamma0, gamma0 / tau)]
+    key = passes, has_weights, dtype, device
+    with _lock:
+        if key not in _programs:
+            ones = settings[0].new_ones(_SIZE)
+            _programs[key] = _load(passes, [ones, *settings, *[1 * ones] * has_weights])
+        return _programs[key], settings
 
 
 class _Module(torch.nn.Module):
@@ -76,17 +81,16 @@ class _Module(torch.nn.Module):
         return found + lost, nu, bound
 
 
-def _load(passes: int, arrays: list[Tensor]) -> Callable[[list[Tensor]], list[Tensor]] | None:
+def _load(passes: int, examples: list[Tensor]) -> Program | None:
     """Load a program that an earlier process has kept, or compile it; None where that fails."""
-    path = _path(passes, len(arrays), arrays[0])
-    modes = torch.inference_mode(mode=False), torch.no_grad()
-    no_autocast = torch.autocast(arrays[0].device.type, enabled=False)
+    path = _path(passes, len(examples), examples[0])
+    no_autocast = torch.autocast(examples[0].device.type, enabled=False)
     try:
-        with modes[0], modes[1], no_autocast, warnings.catch_warnings():
+        with torch.no_grad(), no_autocast, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about itself
             if not path.exists():
-                _compile(_export(passes, arrays), path)
-            program = torch._inductor.aoti_load_package(str(path)).loader.run
+                _compile(_export(passes, examples), path)
+            program: Program = torch._inductor.aoti_load_package(str(path)).loader.run
     except Exception as error:  # such as no C++ compiler, or a device that Inductor does not know
         warnings.warn(
             "Inductor cannot compile this solve, gamma_loss solves eagerly: "
@@ -98,12 +102,10 @@ def _load(passes: int, arrays: list[Tensor]) -> Callable[[list[Tensor]], list[Te
     return program
 
 
-def _export(passes: int, arrays: list[Tensor]) -> Any:
+def _export(passes: int, examples: list[Tensor]) -> Any:
     size = torch.export.Dim("size", min=2)
-    examples = [each.new_ones(_SIZE if each.ndim else ()) for each in arrays]
-    shapes = [{0: size} if each.ndim else None for each in arrays]
-    module = _Module(passes)
-    return torch.export.export(module, (examples,), dynamic_shapes=(shapes,), strict=False)
+    shapes = [{0: size} if each.ndim else None for each in examples]
+    return torch.export.export(_Module(passes), (examples,), dynamic_shapes=(shapes,), strict=False)
 
 
 def _compile(exported: Any, path: Path) -> None:

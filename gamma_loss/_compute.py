@@ -63,17 +63,16 @@ def solve_pool(
     xp: Any, gaps: Array, inputs: PoolInputs, settings: LossSettings, comm: Comm | None
 ) -> _solver.Solution:
     """Return the margins of the batch, ν and the error bound."""
-    gamma0, tau = settings.gamma0, settings.tau
     solver = _pool.solve_eagerly
     if comm is not None:
         solver = functools.partial(_pool.solve_shards, comm=comm)
     elif xp.library == "torch":
-        from gamma_loss._operator import choose, solve_via_numpy
+        from gamma_loss import _operator
 
-        solver = choose(xp, gaps, inputs, settings)
-        if solver is solve_via_numpy:
-            return solve_via_numpy(gaps, inputs, gamma0, tau)
-    return _pool.solve_in(solver, xp, gaps, inputs, gamma0, tau)
+        solver = _operator.choose(xp, gaps, inputs, settings)
+        if solver is _operator.solve_via_numpy:
+            return _operator.solve_via_numpy(gaps, inputs, settings.gamma0, settings.tau)
+    return _pool.solve_in(solver, xp, gaps, inputs, settings.gamma0, settings.tau)
 
 
 def loss(

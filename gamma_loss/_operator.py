@@ -20,7 +20,6 @@ from gamma_loss._settings import LossSettings
 
 _without_triton: set[str] = set()  # types of device on which Triton cannot run
 NUMPY_LIMIT = 2**16  # gaps up to which NumPy is faster than torch with several threads
-COMPILE_LIMIT = 2**14  # gaps outside mild settings up to which a program is faster than NumPy
 _PLAIN = torch.Tensor, torch.nn.Parameter  # of which NumPy sees all
 
 
@@ -29,20 +28,19 @@ def choose(
 ) -> Callable[..., Any]:
     """Return the solver that ``impl`` stands for: the rule is in `_settings.DOCS`."""
     impl, gamma0, tau = settings.impl, settings.gamma0, settings.tau
-    is_mild = gamma0 == 0 or _solver.mild_passes(gamma0, tau, gaps.dtype == torch.float64) > 0
     kernels = impl == "triton" or (impl == "auto" and gaps.device.type in ("cuda", "xpu"))
     if gamma0 and kernels and launcher(gaps.device):
         return functools.partial(solve, kernel=True)
     if xp.is_traced:
+        is_mild = gamma0 == 0 or _solver.mild_passes(gamma0, tau, is_double=True) > 0
         return _pool.solve_eagerly if is_mild else solve
     if type(gaps) not in _PLAIN:
         return _pool.solve_eagerly
     size = gaps.shape[0] + (0 if inputs.context is None else inputs.context.shape[0])
-    is_large = not is_mild and size > COMPILE_LIMIT and xp.is_host
-    if impl == "compile" and gamma0 and size > 1 and not is_large:
-        from gamma_loss._compile import solve as solve_compiled
+    if impl == "compile" and gamma0 and size > 1:
+        from gamma_loss import _compile
 
-        return solve_compiled
+        return _compile.solve
     if not xp.is_host:
         return _pool.solve_eagerly
     few = size <= NUMPY_LIMIT or torch.get_num_threads() == 1

@@ -102,11 +102,12 @@ def solve(
 ) -> Solution:
     """Return the margins of a pool, ν, and a bound on the mean of |x - x*|.
 
-    Gaps are finite. An entry of weight 0 takes no part; ``weights=None`` stands for equal weights.
+    An entry of weight 0 takes no part; ``weights=None`` stands for equal weights of finite gaps.
     """
     if gamma0 == 0:  # nothing to share, and no scale to measure x by
-        zero = xp.number(0.0, gaps) if xp.can_read else gaps[0] * 0
-        return xp.zeros_like(gaps), zero, zero
+        margins = xp.zeros_like(gaps)
+        zero = xp.number(0.0, gaps) if xp.can_read else 1 * margins[0]
+        return margins, zero, zero
     passes = mild_passes(gamma0, tau, xp.eps(gaps) < 1e-10)
     run = xp.as_program(newton, (0, 5, 6)) if comm is LOCAL else newton
     numbers = gamma0, gamma0 / tau
@@ -223,32 +224,50 @@ def init(
     least = 1.0 if weights is None else xp.min(xp.where(weights > 0, weights, 1 + 0 * weights))
     extremes = comm.all_reduce_max(xp.max(gaps), -xp.min(gaps), -least)
     high, low, least = (sign * read(each) for sign, each in zip((1, -1, -1), extremes, strict=True))
-    e = xp.exp(xp.minimum(gaps - g0, xp.full_like(gaps, -math.log(_TINY))))  # exp(-z) at x = 1
-    p = 1 / (1 + e)
-    q = e * p
-    w = 1 / (1 + a_ * g0 * p * q)
-    w, total = (w, gaps.shape[0] + 0 * a) if weights is None else (weights * w, xp.sum(weights))
-    total, of_p, of_q = map(read, comm.all_reduce_sum(total, xp.dot(w, p), xp.dot(w, q)))
-
-    # ν lies in the range of a σ(γ0 - g), and no x is above Σ w / w_i.
-    far = num.log1p(a) + 50  # beyond it a σ(z) is 0 or a to well below rounding error
-    lam_low, lam_high = (_clip(num, gamma0 - each, -far, far) for each in (high, low))
-    most = total / least
-    p1, q1 = _sigmoids(num, gamma0 * most - high)
-    cap = num.log(most) / a
-    lam_high = _clip(num, _log(num, p1 + cap) - _log(num, q1 - cap), lam_low, lam_high)
-    lam = _clip(num, _log(num, of_p) - _log(num, of_q), lam_low, lam_high)
-    u_max = num.log1p(num.maximum((far + high) / gamma0, 0.0 * a))
-    u_max = 1 + num.minimum(a, num.minimum(num.log(most), u_max))
+    sums = comm.all_reduce_sum(*equal_margin_sums(xp, gaps, weights, g0, a_))
+    total, of_p, of_q = map(read, sums)
+    dual, u_max, far = first_dual(num, gamma0, a, total, of_p, of_q, low, high, total / least)
     # Beyond these a gap changes nothing but overflows.
     top = gamma0 * num.exp(u_max) + far
     if not xp.can_read or low < -far or high > top:
         gaps = _clip(xp, gaps, xp.full_like(gaps, -1) * far, xp.full_like(gaps, 1) * top)
     pairs = Pairs(gaps, g0, a_, xp.number(u_max, gaps) if xp.can_read else u_max)
-    u = first_guess(xp, pairs, lam, *small_side(num, lam, a))
-    infinity = 0 * lam + math.inf
-    dual = Dual(lam, lam_low, lam_high, infinity)
-    return Problem(pairs, weights, total, a, comm), State(u, dual, infinity, lam != lam)
+    u = first_guess(xp, pairs, dual.lam, *small_side(num, dual.lam, a))
+    start = State(u, dual, dual.log_mean, dual.lam != dual.lam)
+    return Problem(pairs, weights, total, a, comm), start
+
+
+def equal_margin_sums(
+    xp: Any, gaps: Array, weights: Array | None, gamma0: Array, a: Array
+) -> tuple[Array, Array, Array]:
+    """Return Σ w, and Σ w σ(z) / D and Σ w σ(-z) / D at equal margins."""
+    e = xp.exp(xp.minimum(gaps - gamma0, xp.full_like(gaps, -math.log(_TINY))))  # exp(-z)
+    p = 1 / (1 + e)
+    q = e * p
+    w = 1 / (1 + a * gamma0 * p * q)
+    if weights is None:
+        return gaps[0] * 0 + gaps.shape[0], xp.dot(w, p), xp.dot(w, q)
+    return xp.sum(weights), xp.dot(weights * w, p), xp.dot(weights * w, q)
+
+
+def first_dual(
+    num: Any, gamma0: Array, a: Array, total: Array, of_p: Array, of_q: Array,
+    low: Array, high: Array, most: Array,
+) -> tuple[Dual, Array, Array]:  # fmt: skip
+    """Return λ of Newton's step at equal margins with its bracket, u_max, and the largest |z|.
+
+    Gaps are in [low, high], and no x is above ``most``.
+    """
+    # ν lies in the range of a σ(γ0 - g).
+    far = num.log1p(a) + 50  # beyond it a σ(z) is 0 or a to well below rounding error
+    lam_low, lam_high = (_clip(num, gamma0 - each, -far, far) for each in (high, low))
+    p, q = _sigmoids(num, gamma0 * most - high)
+    cap = num.log(most) / a
+    lam_high = _clip(num, _log(num, p + cap) - _log(num, q - cap), lam_low, lam_high)
+    lam = _clip(num, _log(num, of_p) - _log(num, of_q), lam_low, lam_high)
+    limit = num.log1p(num.maximum((far + high) / gamma0, 0.0 * a))
+    u_max = 1 + num.minimum(a, num.minimum(num.log(most), limit))
+    return Dual(lam, lam_low, lam_high, 0 * lam + math.inf), u_max, far
 
 
 def step(xp: Any, problem: Problem, state: State) -> State:

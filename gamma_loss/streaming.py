@@ -227,7 +227,7 @@ def _root_finder(
         )  # fmt: skip
         # From here a step squares the error, until rounding error is left.
         before = math.inf
-        while 1e-8 < (largest := inner.scaled.max()) < 0.5 * before:
+        while 1e-8 < (largest := inner.largest) < 0.5 * before:
             u, before = np.minimum(inner.u + inner.du, u_max), largest
             inner = _solver.newton_step(xp, pairs, u, s, k, math.inf)
         u = np.minimum(inner.u + inner.du, u_max)

@@ -262,8 +262,8 @@ def test_entries_that_take_no_part_cost_no_step(solver, steps, monkeypatch):
     if solver.name == "jax":  # to run the loop in Python, without the program that is kept
         jax = pytest.importorskip("jax")
         monkeypatch.setattr(jax, "jit", lambda function, **_: function)
-        solve = _solver._solve
-        monkeypatch.setattr(_solver, "_solve", lambda *arguments: solve(*arguments))
+        solve = _solver.newton
+        monkeypatch.setattr(_solver, "newton", lambda *arguments: solve(*arguments))
         monkeypatch.setattr(jax.lax, "while_loop", while_loop)
 
     def count(gaps, **arrays):
