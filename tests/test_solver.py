@@ -278,7 +278,7 @@ def test_what_a_close_step_leaves(problem, distance, sign):
     step = problem.step(u)
     du, slack = step.du, problem.rounding(roots) + 1e-18
     new, f = u.astype(Real) + du, np.abs(problem.f(u))
-    close = step.largest <= _solver.SCALED_STEP_CLOSE
+    close = np.abs(du) * (1 + step.y) <= _solver.SCALED_STEP_CLOSE
     assert np.all(close | (distance > 0.02))
     assert np.all((np.abs(new - roots) <= 0.7 * du**2 * (1 + step.y) + slack)[close])
     assert np.all((np.abs(u - roots) <= 1.2 * f / step.d + slack)[close])
