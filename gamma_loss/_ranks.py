@@ -30,24 +30,21 @@ class ProcessGroupComm:
 
     def all_reduce_sum(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the sums over all ranks."""
-        return self._reduce(dist.ReduceOp.SUM, *values)
+        stacked = torch.stack(values)
+        dist.all_reduce(stacked, group=self.group)
+        return stacked.unbind()
 
     def all_reduce_max(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the maxima over all ranks."""
-        return self._reduce(dist.ReduceOp.MAX, *values)
-
-    def _reduce(self, operation: Any, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         stacked = torch.stack(values)
-        dist.all_reduce(stacked, operation, group=self.group)
+        dist.all_reduce(stacked, dist.ReduceOp.MAX, group=self.group)
         return stacked.unbind()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # Dynamo cannot read a group
     def exchange(self, *numbers: float, failed: Exception | None = None) -> list[list[float]]:
         """Return the numbers of each rank, once all have the same settings and none has failed."""
         digest = -1 if failed else zlib.crc32(repr(sorted(self.settings.items())).encode())
-        device = torch.device("cpu")
-        if device not in self.group._device_types:
-            device = self.group._device_types[0]
+        device = min(self.group._device_types, key=lambda device: device.type != "cpu")
         header = torch.tensor([*numbers, digest], dtype=torch.float64, device=device)
         headers = [torch.empty_like(header) for _ in range(self.size)]
         dist.all_gather(headers, header, group=self.group)
@@ -76,8 +73,7 @@ class ProcessGroupComm:
 
     def local_shard(self, values: torch.Tensor) -> torch.Tensor:
         """Return this rank's shard of gathered values."""
-        start = sum(self.sizes[: self.rank])
-        return values[start : start + self.sizes[self.rank]]
+        return values.split_with_sizes(self.sizes)[self.rank]
 
     def mark_replicated(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the values: eager ranks need no mark."""
@@ -93,11 +89,12 @@ def _explain(gathered: list[Any]) -> None:
     for rank, said in enumerate(gathered):
         if isinstance(said, str):
             raise RuntimeError(f"rank {rank} of the group failed: {said}")
-    names = dict.fromkeys(name for settings in gathered for name in settings)
-    differ = []
-    for name in names:
-        values = [settings.get(name, "not given") for settings in gathered]
-        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
-        if other is not None:
-            differ.append(f"{name} is {values[0]!r} on rank 0 and {values[other]!r} on {other}")
-    raise ValueError(f"all ranks of a group must have the same settings: {', '.join(differ)}")
+    first: dict[str, Any] = gathered[0]
+    differ: dict[str, str] = {}
+    for rank, settings in enumerate(gathered):
+        for name in first | settings:
+            ours, theirs = (each.get(name, "not given") for each in (first, settings))
+            if ours != theirs:
+                differ.setdefault(name, f"{name} is {ours!r} on rank 0 and {theirs!r} on {rank}")
+    found = ", ".join(differ.values())
+    raise ValueError(f"all ranks of a group must have the same settings: {found}")

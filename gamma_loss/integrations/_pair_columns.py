@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,13 +20,9 @@ class Stream(IterableDataset):
 
     def map(self, *arguments: Any, num_proc: int | None = None, **options: Any) -> Any:
         """Return a mapped stream of the same kind; num_proc is for datasets in memory."""
-        return as_stream(super().map(*arguments, **options))
-
-
-def as_stream(data: Any) -> Any:
-    """Turn an IterableDataset into a `Stream`, in place."""
-    data.__class__ = Stream
-    return data
+        data = IterableDataset.map(self, *arguments, **options)
+        data.__class__ = Stream
+        return data
 
 
 def check(data: Any, name: str) -> Any:
@@ -47,7 +42,7 @@ def check(data: Any, name: str) -> Any:
     columns = [column for column in COLUMNS if column in found]
     if isinstance(data, IterableDataset):
         keywords = {"columns": columns, "name": name}
-        return as_stream(data.map(_check_row, with_indices=True, fn_kwargs=keywords))
+        return Stream.map(data, _check_row, with_indices=True, fn_kwargs=keywords)
     for column in columns:
         for index, value in enumerate(data.with_format(None)[column]):
             _number(column, value, index, name)
@@ -55,10 +50,11 @@ def check(data: Any, name: str) -> Any:
 
 
 def _check_row(row: dict[str, Any], index: int, columns: list[str], name: str) -> dict[str, Any]:
-    for column in columns:
-        _number(column, row.get(column), index, name)
-    for column in COLUMNS.keys() & row.keys() - set(columns):
-        _number(column, None, 0, name)  # the first row has no such column
+    for column in COLUMNS:
+        if column in columns:
+            _number(column, row.get(column), index, name)
+        elif column in row:
+            _number(column, None, 0, name)  # the first row has no such column
     return row
 
 
@@ -76,24 +72,16 @@ def _number(column: str, value: Any, index: int, name: str) -> float:
     return number
 
 
-@dataclass
-class Collator:
-    """A collator that adds the columns of the pairs to the batch of another one."""
-
-    collate: Any
-
-    def __call__(self, rows: list[dict[str, Any]]) -> Any:
-        """Return the batch, with a tensor for each column that a row has."""
-        tensors = {}
-        for column in COLUMNS:
-            if any(column in row for row in rows):
-                found = (
-                    _number(column, row.get(column), i, "a batch") for i, row in enumerate(rows)
-                )
-                tensors[column] = torch.tensor([*found])
-        batch = self.collate(rows)
-        batch.update(tensors)
-        return batch
+def collate(collator: Any, rows: list[dict[str, Any]]) -> Any:
+    """Return a collator's batch, with a tensor for each of these columns that a row has."""
+    tensors = {}
+    for column in COLUMNS:
+        if any(column in row for row in rows):
+            values = [_number(column, row.get(column), i, "a batch") for i, row in enumerate(rows)]
+            tensors[column] = torch.tensor(values)
+    batch = collator(rows)
+    batch.update(tensors)
+    return batch
 
 
 def without(batch: Any) -> dict[str, Any]:

@@ -7,17 +7,18 @@ logging and checkpoints are TRL's. The queue of recent gaps is saved with the mo
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-import os
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 
 from gamma_loss import _checks
-from gamma_loss._settings import documented, loss_settings
+from gamma_loss._settings import DOCS, documented, loss_settings
 from gamma_loss.metrics import metrics
 from gamma_loss.torch import GammaDPOLoss, GammaSimPOLoss, sequence_logps
 
@@ -38,27 +39,24 @@ except ImportError as error:
 __all__ = ["GammaDPOConfig", "GammaDPOTrainer", "GammaSimPOConfig", "GammaSimPOTrainer"]
 
 _QUEUE_FILE = "gamma_loss.pt"
-_TAKES_MODEL = "model" in inspect.signature(DPOTrainer.compute_ref_log_probs).parameters  # TRL 1.10
+_TAKES_MODEL = "model" in inspect.signature(DPOTrainer.compute_ref_log_probs).parameters  # TRL 1.9
 _LABELS = ("chosen_labels", "rejected_labels")
 
 
-def _option(default: Any, meaning: str) -> Any:
-    return field(default=default, metadata={"help": meaning})
+def _option(default: Any, doc: str) -> Any:
+    """Return a field of a config, with its text, or that of the losses, as the help."""
+    return field(default=default, metadata={"help": " ".join(doc.split("\n", 1)[-1].split())})
 
 
 @dataclass
 class _GammaOptions:
-    gamma0: float = _option(4.0, "Mean target margin γ0, in reward units.")
+    gamma0: float = _option(4.0, DOCS["gamma0"])
     gamma_beta_ratio: float | None = _option(
         None, "Another way to give gamma0, SimPO's: gamma0 = beta * gamma_beta_ratio."
     )
-    tau: float = _option(
-        10.0, "Weight of the margins' KL term, in nats. A large one keeps every margin at gamma0."
-    )
-    centered: bool = _option(True, "Whether the loss subtracts γ_i - γ0 rather than γ_i.")
-    queue_size: int = _option(
-        2048, "Number of recent reward gaps that the margins are solved over as well; 0 for none."
-    )
+    tau: float = _option(10.0, DOCS["tau"])
+    centered: bool = _option(True, DOCS["centered"])
+    queue_size: int = _option(2048, DOCS["queue_size"])
 
     def __post_init__(self: Any) -> None:
         super().__post_init__()  # type: ignore[misc]
@@ -71,8 +69,8 @@ class _GammaOptions:
                     f"gamma_beta_ratio is given, got {self.gamma0}"
                 )
             self.gamma0 = gamma0
-        names = "beta", "gamma0", "tau", "centered"
-        loss_settings(**{name: getattr(self, name) for name in names})  # a bad one is refused now
+        # A bad setting is refused now.
+        loss_settings(beta=beta, gamma0=self.gamma0, tau=self.tau, centered=self.centered)
         _checks.whole_number("queue_size", self.queue_size, least=0)
 
 
@@ -80,6 +78,10 @@ class _GammaOptions:
 @dataclass
 class GammaDPOConfig(_GammaOptions, DPOConfig):
     """TRL's `DPOConfig` with the hyperparameters of γ-PO.
+
+    Of DPOConfig's own, ``label_smoothing`` smooths the γ-loss conservatively, or as rDPO does with
+    ``loss_type="robust"``. TRL computes further losses of ``loss_type``, with their
+    ``loss_weights``: ``["sigmoid", "sft"]`` is γ-DPO with an SFT term.
 
     Parameters
     ----------
@@ -92,14 +94,9 @@ class GammaDPOConfig(_GammaOptions, DPOConfig):
 
     Raises
     ------
-    ValueError
-        If gamma0 and gamma_beta_ratio contradict each other, or one is out of its range.
-
-    Notes
-    -----
-    Of DPOConfig's own: ``label_smoothing`` smooths the γ-loss conservatively, or as rDPO does with
-    ``loss_type="robust"``. TRL adds further losses of ``loss_type``, with their ``loss_weights``:
-    ``["sigmoid", "sft"]`` is γ-DPO with an SFT term.
+    TypeError, ValueError
+        For an option of a wrong type or out of its range, or a gamma0 that contradicts
+        gamma_beta_ratio.
 
     Examples
     --------
@@ -136,27 +133,18 @@ class GammaSimPOConfig(_GammaOptions, CPOConfig):
     beta: float = _option(10.0, "Reward units per nat of mean log-probability.")
     loss_type: str = _option("simpo", "simpo, and no other.")
     cpo_alpha: float = _option(0.0, "Weight of an added SFT term on the chosen responses.")
-    centered: bool = _option(False, "Whether the loss subtracts γ_i - γ0 rather than γ_i.")
+    centered: bool = _option(False, DOCS["centered"])
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.simpo_gamma = self.gamma0
 
 
-def _must_be(method: str, args: Any, **only: Any) -> None:
-    for name, value in only.items():
-        if getattr(args, name) != value:
-            raise ValueError(f"{name} must be {value!r} for {method}, got {getattr(args, name)!r}")
-
-
-def _has_tokens(row: dict[str, Any], first: int) -> bool:
-    return all(any(label != -100 for label in row[name][first:]) for name in _LABELS)
-
-
 class _GammaTrainer:
     """The addition of both trainers to TRL's: columns of the data, metrics and the queue."""
 
     gamma_loss: GammaDPOLoss | GammaSimPOLoss
+    _only: ClassVar[dict[str, Any]]  # TRL's options that have to keep their value
     _step_weight: torch.Tensor | None = None
     _paper: ClassVar = {
         "title": "Robust Preference Optimization via Dynamic Target Margins",
@@ -171,13 +159,16 @@ class _GammaTrainer:
 }""",
     }
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self: Any, *arguments: Any, args: Any, **options: Any) -> None:
+        for name, only in self._only.items():
+            if args is not None and (value := getattr(args, name)) != only:
+                raise ValueError(f"{name} must be {only!r} for {self._name}, got {value!r}")
         self._sizes = {}
         for name in ("train_dataset", "eval_dataset"):
             data = options[name] = _pair_columns.check(options.get(name), name)
             if isinstance(data, Dataset):
                 self._sizes[name] = len(data)
-        super().__init__(*arguments, **options)
+        super().__init__(*arguments, args=args, **options)  # type: ignore[call-arg]
 
     def _make_loss(
         self: Any, loss: Any, defaults: Any, model: Any, units: Any = None, **settings: Any
@@ -192,8 +183,8 @@ class _GammaTrainer:
             **settings,
         ).to(self.accelerator.device)
         self.gamma_loss._units |= units or {}
-        self.gamma_loss._warmup_left *= self.args.gradient_accumulation_steps
-        self.data_collator = _pair_columns.Collator(self.data_collator)
+        self.gamma_loss._warmup *= self.args.gradient_accumulation_steps
+        self.data_collator = functools.partial(_pair_columns.collate, self.data_collator)
         for name, size in self._sizes.items():
             if (left := len(getattr(self, name))) < size:
                 words = (
@@ -207,18 +198,17 @@ class _GammaTrainer:
                     words += ": as it is, evaluation reports no loss"
                 warnings.warn(words, stacklevel=3)
         folder = model if isinstance(model, str) else getattr(model, "name_or_path", "")
-        if folder and os.path.isfile(os.path.join(folder, _QUEUE_FILE)):
-            self._load_queue(folder)
+        if folder:
+            self._load_queue(folder, is_checkpoint=False)
 
     def _set_signature_columns_if_needed(self: Any) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
         self._signature_columns += _pair_columns.COLUMNS.keys() - set(self._signature_columns)
 
-    def _weights(self: Any, batch: Any) -> torch.Tensor:
+    def _weights(self: Any, batch: Any) -> Any:
         """Return the weights of the pairs, 0 for those with a response truncated to nothing."""
         chosen, rejected = self._lengths(batch)
-        weights: torch.Tensor = ((chosen > 0) & (rejected > 0)) * batch.get("weight", 1.0)
-        return weights
+        return ((chosen > 0) & (rejected > 0)) * batch.get("weight", 1.0)
 
     def get_batch_samples(self: Any, *arguments: Any) -> Any:
         """Return TRL's, and remember the mean weight of the step's micro-batches."""
@@ -241,8 +231,7 @@ class _GammaTrainer:
         *columns, weights = self.accelerator.gather(torch.stack(rows, 1)).unbind(1)
         if training and self._step_weight is not None:
             # The mean over the step's pairs: micro-batches, which TRL averages, may differ in size.
-            tiny = torch.finfo(weights.dtype).tiny
-            loss = loss * (weights.sum() / self._step_weight.clamp(min=tiny))
+            loss = loss * (weights.sum() / self._step_weight).nan_to_num()
         gathered = dict(zip(local, columns, strict=True))
         summary = metrics(aux._replace(**gathered | {"mask": gathered["mask"] > 0}))
         logs = {name: value for name, value in summary.items() if name.startswith("gamma/")}
@@ -251,18 +240,17 @@ class _GammaTrainer:
     def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what TRL does, and the queue beside it."""
         if self.args.should_save:  # every rank holds the same queue
-            folder = output_dir or self.args.output_dir
-            os.makedirs(folder, exist_ok=True)
-            torch.save(self.gamma_loss.state_dict(), os.path.join(folder, _QUEUE_FILE))
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(self.gamma_loss.state_dict(), folder / _QUEUE_FILE)
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
-    def _load_queue(self, folder: str) -> None:
-        path = os.path.join(folder, _QUEUE_FILE)
-        if not os.path.isfile(path):
+    def _load_queue(self, folder: str, is_checkpoint: bool = True) -> None:
+        if (path := Path(folder, _QUEUE_FILE)).is_file():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.gamma_loss.load_state_dict(state, strict=False)  # it may have been without a queue
+        elif is_checkpoint:
             warnings.warn(f"no {_QUEUE_FILE} in {folder}: the queue starts empty", stacklevel=2)
-            return
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        self.gamma_loss.load_state_dict(state, strict=False)  # it may have been without a queue
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
@@ -282,14 +270,13 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
     to nothing takes no part. Beside TRL's metrics it logs the ``gamma/*`` of `metrics`, over all
     ranks, averaged over micro-batches as TRL's are.
 
-    Evaluation reads the queue and never writes it. The queue is saved with the model: a resumed run
-    and ``load_best_model_at_end`` go on with it, and so does a new trainer of a saved model that
-    gets a ``ref_model``. Without one the reference is another, and the queue starts empty.
+    Evaluation only reads the queue. The queue is saved with the model: a resumed run and
+    ``load_best_model_at_end`` go on with it, and so does a new trainer of a saved model that gets a
+    ``ref_model``. Without one the reference is another, and the queue starts empty.
 
-    A column ``margin`` of the data gives each pair a target m_i in reward units: the loss is
-    ``-log σ(g_i - m_i - (γ_i - γ0))``, and the pool and the queue hold ``g - m``. TRL's
-    ``rewards/*`` stay those of g. A column ``weight`` gives each pair its weight in the pool and in
-    the mean.
+    A column ``margin`` of the data gives each pair a target m_i in reward units: g_i - m_i replaces
+    the gap g_i in the loss, the pool and the queue; TRL's ``rewards/*`` stay those of g. A column
+    ``weight`` gives each pair its weight in the pool and in the mean.
 
     Parameters
     ----------
@@ -312,22 +299,17 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
 
     Examples
     --------
-    >>> trainer = GammaDPOTrainer(  # doctest: +SKIP
-    ...     model="Qwen/Qwen3-0.6B",
-    ...     args=GammaDPOConfig("out", beta=0.1, gamma0=4.0, tau=10.0),
-    ...     train_dataset=dataset,
-    ... )
-    >>> trainer.train()  # doctest: +SKIP
+    >>> args = GammaDPOConfig("out", beta=0.1, gamma0=2.0, tau=2.3)  # doctest: +SKIP
+    >>> GammaDPOTrainer(model, args=args, train_dataset=pairs).train()  # doctest: +SKIP
     """
 
-    loss_types: list[str]
-    loss_weights: list[float]
     precompute_ref_logps: bool
     _tag_names = ("trl", "dpo", "gamma-po")
     _name = "γ-DPO"
+    _only: ClassVar = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False}
 
     def __init__(
-        self, model: Any, ref_model: Any = None, args: DPOConfig | None = None, **kwargs: Any
+        self: Any, model: Any, ref_model: Any = None, args: DPOConfig | None = None, **kwargs: Any
     ) -> None:
         if getattr(args, "use_liger_kernel", False) and hasattr(DPOTrainer, "_compute_loss_liger"):
             raise ValueError(
@@ -336,17 +318,13 @@ class GammaDPOTrainer(_GammaTrainer, DPOTrainer):
                 "apply_liger_kernel_to_llama(fused_linear_cross_entropy=False), or that of your "
                 "model, before the model is made, or use TRL 1.15"
             )
-        super().__init__(model, ref_model, args, **kwargs)
-        args = self.args
-        _must_be(
-            self._name, args, f_divergence_type="reverse_kl", ld_alpha=None, use_weighting=False
-        )
+        super().__init__(model, ref_model, args=args, **kwargs)
         own = ("sigmoid", "sigmoid_norm", "robust")
-        places = [i for i, name in enumerate(args.loss_type) if name in own]
+        places = [i for i, name in enumerate(self.loss_types) if name in own]
         if len(places) != 1:
             raise ValueError(
                 f"loss_type must hold exactly one of {own}, whose place γ-DPO takes, "
-                f"got {args.loss_type!r}"
+                f"got {self.loss_types!r}"
             )
         # TRL computes the other losses of the list.
         self.loss_types, self.loss_weights = list(self.loss_types), list(self.loss_weights)
@@ -439,33 +417,28 @@ class GammaSimPOTrainer(_GammaTrainer, CPOTrainer):
 
     Examples
     --------
-    >>> trainer = GammaSimPOTrainer(  # doctest: +SKIP
-    ...     model="Qwen/Qwen3-0.6B",
-    ...     args=GammaSimPOConfig("out", beta=10.0, gamma_beta_ratio=0.3, tau=3.0),
-    ...     train_dataset=dataset,
-    ...     processing_class=tokenizer,
-    ... )
-    >>> trainer.train()  # doctest: +SKIP
+    >>> args = GammaSimPOConfig("out", beta=10.0, gamma_beta_ratio=0.3)  # doctest: +SKIP
+    >>> data = {"train_dataset": pairs, "processing_class": tokenizer}  # doctest: +SKIP
+    >>> GammaSimPOTrainer(model, args=args, **data).train()  # doctest: +SKIP
     """
 
     _tag_names = ("trl", "simpo", "gamma-po")
     _name = "γ-SimPO"
+    _only: ClassVar = {"loss_type": "simpo", "alpha": 0.0}
 
     def __init__(self, model: Any, args: CPOConfig, **kwargs: Any) -> None:
-        _must_be(self._name, args, loss_type="simpo", alpha=0.0)
         if isinstance(kwargs.get("train_dataset"), IterableDataset):  # as DPOTrainer does
             args.accelerator_config.dispatch_batches = False
-        super().__init__(model, args, **kwargs)
+        super().__init__(model, args=args, **kwargs)
+        first = self._first = 0 if self.is_encoder_decoder else 1  # that has a log-probability
         for name in ("train_dataset", "eval_dataset"):
             if (data := getattr(self, name)) is not None:
                 with self.args.main_process_first():
-                    data = data.filter(_has_tokens, fn_kwargs={"first": self._first})
+                    data = data.filter(
+                        lambda row: all({*row[label][first:]} - {-100} for label in _LABELS)
+                    )
                 setattr(self, name, data)
         self._make_loss(GammaSimPOLoss, GammaSimPOConfig, model, gamma0=self.args.simpo_gamma)
-
-    @property
-    def _first(self) -> int:  # the first token that has a log-probability
-        return 0 if self.is_encoder_decoder else 1
 
     def _lengths(self, batch: Any) -> list[torch.Tensor]:
         return [(batch[name][:, self._first :] != -100).sum(1) for name in _LABELS]

@@ -37,13 +37,12 @@ def sequence_logps(
     labels : integer Tensor, shape (responses, length)
         Token ids, usually the model's ``input_ids``.
     mask : boolean Tensor, shape (responses, length), optional
-        True for the labels that count, the tokens of the response, and False for its prompt and
-        for padding. All by default.
+        True for the labels that count (the response), False for prompt and padding. All by default.
     average : bool
         Whether to divide by the number of labels that count.
     shift : bool
-        Whether position t of the logits predicts label t + 1, as models return them, so that the
-        first label and the last logits are not used. With False it predicts label t.
+        True if position t of the logits predicts label t + 1, as models return them: the first
+        label and the last logits are then not used. False if it predicts label t.
     ignore_index : int
         A label that does not count.
 
@@ -66,10 +65,8 @@ def sequence_logps(
     Notes
     -----
     In a graph of torch.compile or torch.export it is one operator each way, which takes no more
-    memory. torch.vmap refuses it, and so does torch.func inside torch.compile.
-
-    On a CPU, torch's float32 softmax leaves an error of some 1e-5 nats a token where the vocabulary
-    has 128,256 entries.
+    memory. torch.vmap refuses it, and so does torch.func inside torch.compile. On a CPU, torch's
+    float32 softmax of 128,256 logits leaves an error of some 1e-5 nats a token.
 
     Examples
     --------
@@ -97,6 +94,12 @@ def sequence_logps(
     return total / (~unused).sum(1).clamp(min=1) if average else total
 
 
+def _empty(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return room for log-probabilities: float32, or float64 for float64 logits."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return torch.empty(targets.shape, dtype=dtype, device=logits.device)
+
+
 def _token_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """Return each target's log-probability by the logits at its position; more are not used."""
     if targets.device.type == "cpu":  # where a value is free to read
@@ -105,7 +108,7 @@ def _token_logps(logits: Tensor, targets: Tensor) -> Tensor:
             raise IndexError(
                 f"labels must be in [0, {logits.shape[2]}) where they count, got {int(wrong[0])}"
             )
-    logps = torch.empty(targets.shape, dtype=_accumulated(logits), device=logits.device)
+    logps = _empty(logits, targets)
     for chunk in _chunks(logits, targets):
         each = torch.log_softmax(logits[chunk], -1, dtype=logps.dtype)
         logps[chunk] = each.gather(2, targets[chunk].unsqueeze(2)).squeeze(2)
@@ -136,11 +139,6 @@ def _chunks(logits: Tensor, targets: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(row, row + high), slice(position, min(position + wide, length))
 
 
-def _accumulated(logits: Tensor) -> torch.dtype:
-    """Return the dtype of sums: float32, or float64 for float64."""
-    return torch.promote_types(logits.dtype, torch.float32)
-
-
 def _check(logits: Tensor, labels: Tensor, mask: Tensor | None) -> None:
     _checks.tensors(logits=logits, labels=labels)
     if not logits.is_floating_point():
@@ -166,30 +164,22 @@ class _Gradient(torch.autograd.Function):
     """`_token_logps_gradient`, of which a derivative is refused instead of taken as 0."""
 
     forward = staticmethod(_token_logps_gradient)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        pass
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> None:
         raise RuntimeError("sequence_logps has no second derivative")
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 class _TokenLogps(torch.autograd.Function):
     """`_token_logps` with its gradient."""
 
     forward = staticmethod(_token_logps)
-    setup_context = staticmethod(_keep)
+    setup_context = staticmethod(lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
     @staticmethod
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None]:
-        gradient = _Gradient.apply(slopes, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
-        return gradient, None
+        return _Gradient.apply(slopes, *ctx.saved_tensors), None  # type: ignore[no-untyped-call]
 
 
 # A graph takes each of the two as one operator, so that it needs no more memory there.
@@ -197,20 +187,9 @@ _operator = torch.library.custom_op("gamma_loss::token_logps", _token_logps, mut
 _gradient_operator = torch.library.custom_op(
     "gamma_loss::token_logps_gradient", _token_logps_gradient, mutates_args=()
 )
-
-
-@_operator.register_fake
-def _(logits: Tensor, targets: Tensor) -> Tensor:
-    return torch.empty(targets.shape, dtype=_accumulated(logits), device=logits.device)
-
-
-@_gradient_operator.register_fake
-def _(slopes: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    return torch.empty_like(logits)
-
-
-def _backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None]:
-    return _gradient_operator(slopes, *ctx.saved_tensors), None
-
-
-_operator.register_autograd(_backward, setup_context=_keep)
+_operator.register_fake(_empty)
+_gradient_operator.register_fake(lambda slopes, logits, targets: torch.empty_like(logits))
+_operator.register_autograd(
+    lambda ctx, slopes: (_gradient_operator(slopes, *ctx.saved_tensors), None),
+    setup_context=_TokenLogps.setup_context,
+)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ _WARMUP = 100  # training forwards, after which a loss tells whether it has any 
 _MIN_KL = 1e-4  # nats: below this KL, margins are within about 1.4 % of gamma0
 _SHARED = ("gamma0", "tau", "centered", "label_smoothing", "robust", "reduction", "impl", "group",
            "queue_size")  # fmt: skip
+_Result = tuple[Tensor, GammaLossAux]
 
 
 class _Group:
@@ -54,13 +55,7 @@ class _QueuedLoss(torch.nn.Module):
 
     queue: GapQueue | None
 
-    def __init__(
-        self,
-        function: Callable[..., tuple[Tensor, GammaLossAux]],
-        queue_size: int,
-        group: Any = None,
-        **settings: Any,
-    ) -> None:
+    def __init__(self, function: Any, queue_size: int, group: Any = None, **settings: Any) -> None:
         super().__init__()
         try:  # a setting that a call would refuse is refused now
             loss_settings(**settings)
@@ -68,15 +63,14 @@ class _QueuedLoss(torch.nn.Module):
         except Exception as error:
             broadcast_error(group, error)
             raise
-        self._function = function
+        self._function, self._names = function, list(inspect.signature(function).parameters)
         self._group = None if group is None else _Group(group)
         self.settings = settings
         self.queue = GapQueue(queue_size) if queue_size else None
         # The units of the queue's gaps, which are saved with them: settings may change later.
         self._units = {name: settings[name] for name in ("beta", "gamma0") if name in settings}
-        self._is_first = True
+        self._forwards, self._warmup = 0, _WARMUP
         self._context: QueueState | None = None  # what the last training forward solved over
-        self._warmup_left = _WARMUP
 
     @property
     def group(self) -> Any:
@@ -86,54 +80,41 @@ class _QueuedLoss(torch.nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 
-    def _loss(
-        self, mask: Tensor | None, weights: Tensor | None, **arrays: Any
-    ) -> tuple[Tensor, GammaLossAux]:
-        ranks = self._ranks()
+    def _loss(self, mask: Tensor | None, weights: Tensor | None, *arrays: Tensor) -> _Result:
+        ranks, queue, context = None, self.queue, None
+        if self._group is not None:  # every rank holds the whole queue, and contributes a part
+            size = 0 if queue is None else queue.capacity
+            ranks = ProcessGroupComm(self.group, queue_size=size, training=self.training)
         try:
-            self._check(**arrays)
+            _checks.tensors(**dict(zip(self._names, arrays, strict=False)))
+            if queue is not None and arrays[0].device != queue.gaps.device:
+                raise ValueError(
+                    f"{self._names[0]} must be on the device of the module, {queue.gaps.device}, "
+                    f"which .to() changes, got {arrays[0].device}"
+                )
         except Exception as error:
             broadcast_error(ranks, error)
             raise
-        again = self.training and _is_recomputation()
-        context = None
-        if self.queue is not None:
-            context = self._context if again and self._context is not None else self.queue.context()
+        # A forward inside a backward pass is a recomputation. A compiler runs no Python twice.
+        again = self.training and not torch.compiler.is_compiling()
+        again = again and torch._C._current_graph_task_id() != -1
+        options = {"mask": mask, "weights": weights, "group": ranks, **self.settings}
+        if queue is not None:
+            context = (self._context if again else None) or queue.context()
             gaps, filled = context if ranks is None else map(ranks.chunk, context)
-            arrays |= {"context": gaps, "context_mask": filled}
-        loss, aux = self._function(
-            **arrays, mask=mask, weights=weights, group=ranks, **self.settings
-        )
+            options |= {"context": gaps, "context_mask": filled}
+        loss, aux = self._function(*arrays, **options)
         if self.training and not again:
             self._remember(aux, context, ranks)
         return loss, aux
 
-    def _check(self, **arrays: Tensor) -> None:
-        _checks.tensors(**arrays)
-        name, first = next(iter(arrays.items()))
-        if self.queue is not None and first.device != self.queue.gaps.device:
-            raise ValueError(
-                f"{name} must be on the device of the module, {self.queue.gaps.device}, which "
-                f".to() changes, got {first.device}"
-            )
-
-    def _ranks(self) -> ProcessGroupComm | None:
-        """Return who shares the pool: every rank holds the whole queue and contributes a part."""
-        if self.group is None:
-            return None
-        size = 0 if self.queue is None else self.queue.capacity
-        return ProcessGroupComm(self.group, queue_size=size, training=self.training)
-
-    def _remember(
-        self, aux: GammaLossAux, context: QueueState | None, ranks: ProcessGroupComm | None
-    ) -> None:
-        """Push the gaps of a training forward, and count it."""
+    def _remember(self, aux: GammaLossAux, context: QueueState | None, ranks: Any) -> None:
+        """Push the gaps of a training forward, and look at the first and the hundredth."""
         first = watched = False
         if not torch.compiler.is_compiling():
             self._context = context
-            first, self._is_first = self._is_first, False
-            self._warmup_left -= 1
-            watched = self._warmup_left == 0
+            self._forwards += 1
+            first, watched = self._forwards == 1, self._forwards == self._warmup
         if self.queue is None and not (first or watched):
             return
         gaps = torch.where(aux.mask, aux.reward_gaps, torch.nan)
@@ -146,50 +127,23 @@ class _QueuedLoss(torch.nn.Module):
             warnings.warn(
                 "no pair of the first batch takes part: each is masked or has a gap that is not "
                 "finite, as where a prompt fills max_length and no token of a response is left",
-                stacklevel=5,
+                stacklevel=6,
             )
-        if watched and self.queue is not None and not self.queue.mask.any():
-            raise RuntimeError(
-                "no pair took part in a hundred steps of training: each was masked or had a gap "
-                "that is not finite. Increase max_length, or look at the mask and the gaps"
-            )
-        if watched and (ranks is None or ranks.rank == 0):
-            self._warn_if_idle(gaps if self.queue is None else self.queue.gaps[self.queue.mask])
-
-    @property
-    def units(self) -> Tensor:
-        """The settings in whose units the queue's gaps are; tools look up each key of a state."""
-        return torch.tensor(list(self._units.values()), dtype=torch.float64)
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.queue is not None:
-            destination[prefix + "units"] = self.units
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        saved, mask = state_dict.pop(prefix + "units", None), prefix + "queue.mask"
-        if self.queue is None:
-            for name in (prefix + "queue.gaps", mask):
-                state_dict.pop(name, None)
-        elif saved is not None and saved.tolist() != self.units.tolist():
-            rows = saved.tolist(), self.units.tolist()
-            then, now = (", ".join(map("{} = {:g}".format, self._units, row)) for row in rows)
-            warnings.warn(
-                f"the saved queue was filled with {then}, this loss has {now}: the saved gaps are "
-                "in other units, so the queue starts empty",
-                stacklevel=2,
-            )
-            if mask in state_dict:
-                state_dict[mask] = torch.zeros_like(state_dict[mask])
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
-    def _warn_if_idle(self, pool: Tensor) -> None:
-        gaps = pool[pool.isfinite()].double().cpu().numpy()
-        gamma0, tau = self.settings["gamma0"], self.settings["tau"]
-        if not gaps.size:
+        if not watched:
             return
+        if self.queue is not None:
+            gaps = self.queue.gaps[self.queue.mask]
+            if not gaps.numel():
+                raise RuntimeError(
+                    "no pair took part in a hundred steps of training: each was masked or had a "
+                    "gap that is not finite. Increase max_length, or look at the mask and the gaps"
+                )
+        gaps = gaps[gaps.isfinite()]
+        if gaps.numel() and (ranks is None or ranks.rank == 0):
+            self._warn_if_idle(gaps.double().cpu().numpy())
+
+    def _warn_if_idle(self, gaps: Any) -> None:
+        gamma0, tau = self.settings["gamma0"], self.settings["tau"]
         _, aux = gamma_preference_loss(gaps, gamma0=gamma0, tau=tau)
         if (kl := float(metrics(aux)["gamma/kl"])) >= _MIN_KL:
             return
@@ -204,21 +158,43 @@ class _QueuedLoss(torch.nn.Module):
             f"gamma/kl is {kl:.1e} after a hundred steps of training: with gamma0 = {gamma0:g} and "
             f"tau = {tau:g} this run is {base} to rounding. For the last {gaps.size} gaps, of mean "
             f"{gaps.mean():.3g} and standard deviation {gaps.std():.3g}, {cure}",
-            stacklevel=6,
+            stacklevel=7,
         )
 
+    @property
+    def units(self) -> Tensor:
+        """The settings in whose units the queue's gaps are; tools look up each key of a state."""
+        return torch.tensor(list(self._units.values()), dtype=torch.float64)
 
-def _is_recomputation() -> bool:
-    """Whether a backward pass is running; a compiler's checkpointing runs no Python twice."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    def _save_to_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._save_to_state_dict(state, prefix, *rest)
+        if self.queue is not None:
+            state[prefix + "units"] = self.units
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        saved, mask = state_dict.pop(prefix + "units", self.units), prefix + "queue.mask"
+        rows = saved.tolist(), self.units.tolist()
+        if self.queue is None:
+            for name in (prefix + "queue.gaps", mask):
+                state_dict.pop(name, None)
+        elif rows[0] != rows[1]:
+            then, now = (", ".join(map("{} = {:g}".format, self._units, row)) for row in rows)
+            warnings.warn(
+                f"the saved queue was filled with {then}, this loss has {now}: the saved gaps are "
+                "in other units, so the queue starts empty",
+                stacklevel=2,
+            )
+            if mask in state_dict:
+                state_dict[mask] = torch.zeros_like(state_dict[mask])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 @documented("beta", *_SHARED)
 class GammaDPOLoss(_QueuedLoss):
     """`gamma_dpo_loss` with a queue of recent gaps, as a module.
 
-    In training mode, solves over the queue and the batch, then pushes the batch's gaps. In
-    evaluation mode, reads the queue and leaves it as it is. The queue is its only state: save its
+    In training mode a call solves over the queue and the batch, then pushes the batch's gaps. In
+    evaluation mode it only reads the queue. The queue is the only state: save the module's
     ``state_dict`` with the model's.
 
     Parameters
@@ -236,23 +212,26 @@ class GammaDPOLoss(_QueuedLoss):
     TypeError, ValueError
         As `gamma_dpo_loss` does, for settings when the module is made; for a queue_size that is no
         integer >= 0. With a group all ranks raise.
+    RuntimeError
+        After 100 training forwards (in TRL's trainers, steps) in which no pair took part.
+
+    Warns
+    -----
+    UserWarning
+        If no pair of the first batch takes part. After 100 training forwards, if ``gamma/kl`` of
+        the pool is below 1e-4, so that γ-PO does nothing; the warning names a tau that helps. A
+        compiled module does not look. On loading a queue that was filled with another ``beta`` or
+        ``gamma0``: it starts empty.
 
     Notes
     -----
-    - Gradient accumulation: each micro-batch's forward pushes once, and later micro-batches of the
-      same step see it.
-    - Activation checkpointing: a forward inside a backward pass is a recomputation. It pushes
-      nothing, and solves over what the last forward solved over; with several forwards before the
-      first backward (pipeline schedules) that may be a later queue than at first.
-    - A retried step: take ``saved = copy.deepcopy(loss.state_dict())`` before the step, as for the
-      optimizer, and ``loss.load_state_dict(saved)`` before running it again.
-    - A step that a loss scaler skips: its finite gaps stay in the queue, and are right.
-    - A run in which γ-PO does nothing: after a hundred training forwards (in TRL's trainers, steps)
-      the host reads the pool's ``gamma/kl`` once. Below 1e-4 a UserWarning names a tau that would
-      change it. If no pair of the first batch takes part, a UserWarning says so; if the queue is
-      empty after the hundred, a RuntimeError ends the run. A compiled module does not look.
-    - Loading: from a queue of another size the newest gaps that fit are kept. ``beta`` and
-      ``gamma0`` are saved too; a loss of other values starts empty, and a UserWarning names both.
+    - Each micro-batch's forward pushes once, and later ones of the same step see its gaps.
+    - A forward inside a backward pass is a recomputation (activation checkpointing). It pushes
+      nothing, and solves over what the last forward solved over: with several forwards before the
+      first backward (pipeline schedules) perhaps a later queue than at first.
+    - To retry a step, load a ``copy.deepcopy(loss.state_dict())`` from before it, as for the
+      optimizer. If a loss scaler skips a step, its gaps stay in the queue, and are right.
+    - From a queue of another size the newest gaps that fit are loaded.
 
     Examples
     --------
@@ -279,14 +258,9 @@ class GammaDPOLoss(_QueuedLoss):
         weights: Tensor | None = None,
     ) -> tuple[Tensor, GammaLossAux]:
         """Return the ``(loss, aux)`` of `gamma_dpo_loss`."""
-        return self._loss(
-            mask,
-            weights,
-            policy_chosen_logps=policy_chosen_logps,
-            policy_rejected_logps=policy_rejected_logps,
-            reference_chosen_logps=reference_chosen_logps,
-            reference_rejected_logps=reference_rejected_logps,
-        )
+        policy = policy_chosen_logps, policy_rejected_logps
+        reference = reference_chosen_logps, reference_rejected_logps
+        return self._loss(mask, weights, *policy, *reference)
 
 
 @documented("beta", *_SHARED)
@@ -320,12 +294,7 @@ class GammaSimPOLoss(_QueuedLoss):
         weights: Tensor | None = None,
     ) -> tuple[Tensor, GammaLossAux]:
         """Return the ``(loss, aux)`` of `gamma_simpo_loss`."""
-        return self._loss(
-            mask,
-            weights,
-            policy_chosen_logps=policy_chosen_logps,
-            policy_rejected_logps=policy_rejected_logps,
-        )
+        return self._loss(mask, weights, policy_chosen_logps, policy_rejected_logps)
 
 
 @documented(*_SHARED)
@@ -351,4 +320,4 @@ class GammaPreferenceLoss(_QueuedLoss):
         self, reward_gaps: Tensor, *, mask: Tensor | None = None, weights: Tensor | None = None
     ) -> tuple[Tensor, GammaLossAux]:
         """Return the ``(loss, aux)`` of `gamma_preference_loss`."""
-        return self._loss(mask, weights, reward_gaps=reward_gaps)
+        return self._loss(mask, weights, reward_gaps)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.types import Device
 
 from gamma_loss import _checks
 from gamma_loss.queue import QueueState, queue_init, queue_push
@@ -16,12 +17,18 @@ _DTYPES = (torch.float32, torch.float64)
 _lock = threading.Lock()  # gaps and mask of a queue belong together
 
 
+def _locked() -> AbstractContextManager[Any]:
+    """Keep other threads out; in a graph there are none."""
+    return nullcontext() if torch.compiler.is_compiling() else _lock
+
+
 class GapQueue(torch.nn.Module):
     """The last `capacity` reward gaps, first in first out, as buffers of a module.
 
     It starts empty, has fixed shapes and never reads a value on the host: CUDA graphs and
     ``torch.compile(fullgraph=True)`` take it as it is. The buffers are in the ``state_dict``, move
     with ``.to()``, and stay float32 or float64 when the module is cast to half precision.
+    ``load_state_dict`` keeps the newest gaps that fit of a queue of another capacity.
 
     Parameters
     ----------
@@ -33,7 +40,7 @@ class GapQueue(torch.nn.Module):
     Attributes
     ----------
     gaps, mask : Tensor, shape (capacity,)
-        As in `QueueState`.
+        As in `QueueState`. Two queues with the same gaps are equal, since a push moves the gaps up.
 
     Raises
     ------
@@ -42,14 +49,8 @@ class GapQueue(torch.nn.Module):
 
     Notes
     -----
-    ``load_state_dict`` takes a queue of another capacity: the newest gaps that fit are kept.
-
-    A push moves the gaps up, so two queues that hold the same gaps are equal. `QueueState` and
-    `queue_push` are the same queue as a value.
-
     The published implementation keeps 2,048 gaps on each rank and draws a pool of at most 256 from
-    them. Here the losses solve over all; `sample` draws a pool like the paper's (Algorithm 2 of
-    arXiv:2506.03690).
+    them (Algorithm 2 of arXiv:2506.03690), as `sample` does. Here the losses solve over all.
 
     Examples
     --------
@@ -63,11 +64,7 @@ class GapQueue(torch.nn.Module):
     mask: torch.Tensor
 
     def __init__(
-        self,
-        capacity: int = 2048,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
+        self, capacity: int = 2048, *, dtype: torch.dtype = torch.float32, device: Device = None
     ) -> None:
         super().__init__()
         if dtype not in _DTYPES:
@@ -95,25 +92,11 @@ class GapQueue(torch.nn.Module):
             return QueueState(self.gaps.clone(), self.mask.clone())
 
     def sample(self, k: int, *, generator: torch.Generator | None = None) -> QueueState:
-        """Draw k of the stored gaps, each at most once and all equally likely.
+        """Return k of the stored gaps, each at most once and all equally likely.
 
-        Parameters
-        ----------
-        k : int
-            Between 1 and the capacity.
-        generator : torch.Generator, optional
-            On the queue's device. The same state of it draws the same gaps from the same queue.
-
-        Returns
-        -------
-        gaps : Tensor, shape (k,)
-        mask : boolean Tensor, shape (k,)
-            False for the last entries where fewer than k gaps are stored.
-
-        Raises
-        ------
-        TypeError, ValueError
-            For a k that is no integer between 1 and the capacity.
+        The mask is False for the last entries if fewer than k gaps are stored. A generator on the
+        queue's device draws the same gaps again in the same state. A k that is no integer between 1
+        and the capacity is a TypeError or ValueError.
         """
         k = _checks.whole_number("k", k, least=1)
         if k > self.capacity:
@@ -140,12 +123,6 @@ class GapQueue(torch.nn.Module):
                 empty = queue_init(saved.new_empty(0, dtype=self.gaps.dtype), self.capacity)
                 state_dict |= zip(names, queue_push(empty, saved, mask), strict=True)
             except (TypeError, ValueError) as error:
-                *_, error_msgs = rest
-                error_msgs.append(f"{prefix or 'the queue: '}{error}")
+                rest[-1].append(f"{prefix or 'the queue: '}{error}")
                 return
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
-def _locked() -> contextlib.AbstractContextManager[Any]:
-    """Keep other threads out; in a graph there are none."""
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else _lock
