@@ -1,8 +1,8 @@
 """γ-PO: preference losses with exact dynamic target margins, for torch, NumPy and JAX.
 
 An independent implementation of Sun et al., *Robust Preference Optimization via Dynamic Target
-Margins*, Findings of ACL 2025, arXiv:2506.03690. Importing it imports no array library. Each one is
-imported when its arrays arrive, and torch also when a module or `sequence_logps` is asked for.
+Margins*, Findings of ACL 2025, arXiv:2506.03690. Importing it imports no array library; each one is
+imported when its arrays arrive, and torch also with a module or `sequence_logps`.
 ``python -m gamma_loss`` tells what is installed, and tests one solve.
 
 Losses, on any array library:
@@ -98,16 +98,13 @@ _TORCH = {"GammaDPOLoss", "GammaPreferenceLoss", "GammaSimPOLoss", "GapQueue", "
 
 
 def __getattr__(name: str) -> object:
-    if name in __all__:
-        for home in ("torch",) if name in _TORCH else ("matching", "streaming"):
-            module = importlib.import_module(f"gamma_loss.{home}")
-            if hasattr(module, name):
-                return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    is_streaming = name in ("MarginRule", "solve_margins_streaming")
+    home = "torch" if name in _TORCH else "streaming" if is_streaming else "matching"
+    return getattr(importlib.import_module(f"gamma_loss.{home}"), name)
 
 
 def __dir__() -> list[str]:
-    names = {*globals(), *__all__}
-    if importlib.util.find_spec("torch") is None:  # help() looks up every name
-        names -= _TORCH
-    return sorted(names)
+    has_torch = importlib.util.find_spec("torch") is not None  # help() looks up every name
+    return sorted({*globals(), *__all__} - (set() if has_torch else _TORCH))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from gamma_loss._backend import Array
 
@@ -10,46 +10,40 @@ from gamma_loss._backend import Array
 GATHER_LIMIT = 2**17
 
 
-class Comm(Protocol):
-    """The members of a group that share one pool, each with a shard of the gaps."""
-
-    size: int
-
-    def all_reduce_sum(self, *values: Array) -> tuple[Array, ...]:
-        """Return the sums over all members."""
-
-    def all_reduce_max(self, *values: Array) -> tuple[Array, ...]:
-        """Return the maxima over all members."""
-
-    def pool_size(self, gaps: Array, **settings: Any) -> int:
-        """Return how many gaps all members have, once all agree on dtype and settings."""
-
-    def all_gather(self, values: Array) -> Array:
-        """Return the values of all members along the last axis, one shard after the other."""
-
-    def local_shard(self, values: Array) -> Array:
-        """Return this member's shard of gathered values."""
-
-    def mark_replicated(self, *values: Array) -> tuple[Array, ...]:
-        """Return numbers that all members have computed alike, for a compiler that cannot know."""
-
-
-class _Local:
-    """A pool in one piece."""
+class Comm:
+    """The members of a group that share one pool, each with a shard of the gaps; here one alone."""
 
     size = 1
 
     def all_reduce_sum(self, *values: Array) -> tuple[Array, ...]:
+        """Return the sums over all members."""
         return values
 
     def all_reduce_max(self, *values: Array) -> tuple[Array, ...]:
+        """Return the maxima over all members."""
+        return values
+
+    def pool_size(self, gaps: Array, **settings: Any) -> int:
+        """Return how many gaps all members have, once all agree on dtype and settings."""
+        return int(gaps.shape[0] * self.size)  # on a mesh one program has the settings of all
+
+    def all_gather(self, values: Array) -> Array:
+        """Return the values of all members along the last axis, one shard after the other."""
+        return values
+
+    def local_shard(self, values: Array) -> Array:
+        """Return this member's shard of gathered values."""
+        return values
+
+    def mark_replicated(self, *values: Array) -> tuple[Array, ...]:
+        """Return numbers that all members have computed alike, for a compiler that cannot know."""
         return values
 
 
-LOCAL: Any = _Local()
+LOCAL = Comm()
 
 
-class MeshAxisComm:
+class MeshAxisComm(Comm):
     """The devices along a mesh axis, inside JAX's shard_map, each with a shard of one size."""
 
     def __init__(self, axis: Any) -> None:
@@ -63,25 +57,17 @@ class MeshAxisComm:
         self.size = int(jax.lax.psum(1, axis))  # of a constant: known while tracing
 
     def all_reduce_sum(self, *values: Array) -> tuple[Array, ...]:
-        """Return the sums over all devices."""
         return tuple(self.jax.lax.psum(self.jax.numpy.stack(values), self.axis))
 
     def all_reduce_max(self, *values: Array) -> tuple[Array, ...]:
-        """Return the maxima over all devices."""
         return tuple(self.jax.lax.pmax(self.jax.numpy.stack(values), self.axis))
 
     mark_replicated = all_reduce_max
 
-    def pool_size(self, gaps: Array, **settings: Any) -> int:
-        """Return how many gaps there are; one program has one dtype and one setting."""
-        return int(gaps.shape[0] * self.size)
-
     def all_gather(self, values: Array) -> Array:
-        """Return all shards, one after the other."""
         return self.jax.lax.all_gather(values, self.axis, axis=values.ndim - 1, tiled=True)
 
     def local_shard(self, values: Array) -> Array:
-        """Return this device's shard."""
         size = values.shape[0] // self.size
         start = self.jax.lax.axis_index(self.axis) * size
         return self.jax.lax.dynamic_slice_in_dim(values, start, size)
@@ -99,8 +85,7 @@ def as_comm(group: Any, gaps: Array, xp: Any, impl: str, /, **settings: Any) -> 
         return MeshAxisComm(group)
     if xp.library != "torch":
         raise TypeError(f"a group takes torch tensors, got {type(gaps).__name__}")
-    ranks: Comm = ranks_of(group, **settings)
-    return ranks
+    return ranks_of(group, **settings)  # type: ignore[no-any-return]
 
 
 def ranks_of(group: Any, /, **settings: Any) -> Any:

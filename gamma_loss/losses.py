@@ -27,7 +27,12 @@ def gamma_dpo_loss(
         r = β (log π - log π_ref),    g_i = r_chosen - r_rejected,    ℓ_i = -log σ(g_i - (γ_i - γ0))
 
     with γ from `solve_margins` as constants. The loss is centred on γ0, as in the published code,
-    since DPO has no margin of its own; ``centered=False`` subtracts the whole γ_i.
+    since DPO has no margin of its own; ``centered=False`` subtracts the whole γ_i. γ-DPO is by Sun
+    et al., Findings of ACL 2025, arXiv:2506.03690; DPO by Rafailov et al., NeurIPS 2023,
+    arXiv:2305.18290.
+
+    A log-probability that is not finite makes the loss of its pair and the mean not finite, so that
+    monitors and loss scalers see it. It changes the margin of no other pair.
 
     Parameters
     ----------
@@ -39,30 +44,14 @@ def gamma_dpo_loss(
 
     {returns}
 
-    Notes
-    -----
-    A log-probability that is not finite makes the loss of its pair and the mean not finite, so that
-    monitors and loss scalers see it. It changes the margin of no other pair.
-
-    References
-    ----------
-    Sun et al., Findings of ACL 2025, arXiv:2506.03690; Rafailov et al., *Direct Preference
-    Optimization*, NeurIPS 2023, arXiv:2305.18290.
-
     Examples
     --------
     >>> import numpy as np
     >>> chosen, rejected = np.array([-10.0, -12.0, -9.0]), np.array([-14.0, -12.5, -8.0])
-    >>> reference = np.array([-12.0, -12.0, -9.0])
-    >>> loss, aux = gamma_dpo_loss(
-    ...     chosen, rejected, reference, reference, beta=1.0, gamma0=1.0, tau=0.5
-    ... )
-    >>> aux.reward_gaps
-    array([ 4. ,  0.5, -1. ])
-    >>> aux.margins.round(3)
-    array([1.824, 0.733, 0.443])
-    >>> round(float(loss), 4)
-    0.4538
+    >>> logps = chosen, rejected, np.full(3, -12.0), np.full(3, -12.0)
+    >>> loss, aux = gamma_dpo_loss(*logps, beta=1.0, gamma0=1.0, tau=0.5)
+    >>> round(float(loss), 4), aux.margins.round(3)
+    (0.4538, array([1.824, 0.733, 0.443]))
     """
     logps = {
         "policy_chosen_logps": policy_chosen_logps,
@@ -87,7 +76,8 @@ def gamma_simpo_loss(
         r = β log π(y) / |y|,    g_i = r_chosen - r_rejected,    ℓ_i = -log σ(g_i - γ_i)
 
     with γ from `solve_margins` as constants. By the envelope theorem the gradient is exactly that
-    of the objective minimised over the margins as well.
+    of the objective minimised over the margins as well. γ-SimPO is by Sun et al., Findings of ACL
+    2025, arXiv:2506.03690; SimPO by Meng et al., NeurIPS 2024, arXiv:2405.14734.
 
     Parameters
     ----------
@@ -97,23 +87,14 @@ def gamma_simpo_loss(
 
     {returns}
 
-    References
-    ----------
-    Sun et al., Findings of ACL 2025, arXiv:2506.03690; Meng et al., *SimPO*, NeurIPS 2024,
-    arXiv:2405.14734.
-
     Examples
     --------
     >>> import numpy as np
     >>> from gamma_loss import PUBLISHED_SETTINGS
-    >>> chosen, rejected = np.array([-0.8, -0.9]), np.array([-1.4, -0.8])
-    >>> loss, aux = gamma_simpo_loss(
-    ...     chosen, rejected, **PUBLISHED_SETTINGS["llama-3-8b-instruct"]
-    ... )
-    >>> aux.margins.round(3)
-    array([4.624, 3.376])
-    >>> round(float(loss), 4)
-    2.307
+    >>> logps = np.array([-0.8, -0.9]), np.array([-1.4, -0.8])
+    >>> loss, aux = gamma_simpo_loss(*logps, **PUBLISHED_SETTINGS["llama-3-8b-instruct"])
+    >>> round(float(loss), 4), aux.margins.round(3)
+    (2.307, array([4.624, 3.376]))
     """
     logps = {
         "policy_chosen_logps": policy_chosen_logps,
@@ -130,7 +111,7 @@ def gamma_preference_loss(
 
         ℓ_i = -log σ(g_i - γ_i)    or, with centered=True,    -log σ(g_i - (γ_i - γ0))
 
-    with γ from `solve_margins` as constants: γ-PO for rewards of your own.
+    with γ from `solve_margins` as constants: γ-PO (arXiv:2506.03690) for rewards of your own.
 
     Parameters
     ----------
@@ -141,16 +122,10 @@ def gamma_preference_loss(
 
     {returns}
 
-    References
-    ----------
-    Sun et al., Findings of ACL 2025, arXiv:2506.03690.
-
     Examples
     --------
     >>> import numpy as np
     >>> loss, aux = gamma_preference_loss(np.array([-1.0, 0.0, 3.0]), gamma0=1.0, tau=1.0)
-    >>> round(float(loss), 4)
-    1.0936
     >>> (aux.pair_weights / 3).round(3)  # minus the gradient of the mean with respect to the gaps
     array([0.283, 0.233, 0.057])
     """
@@ -171,7 +146,9 @@ def preference_loss(
 
         ℓ(g - margin),    ℓ(s) = -log σ(s)
 
-    ``preference_loss(gaps)`` is DPO's sigmoid loss, a positive constant margin SimPO's.
+    ``preference_loss(gaps)`` is DPO's sigmoid loss, a positive constant margin SimPO's. cDPO is by
+    Mitchell, *A note on DPO with noisy preferences*, 2023; rDPO by Chowdhury et al., *Provably
+    robust DPO*, ICML 2024, arXiv:2403.00409.
 
     Parameters
     ----------
@@ -190,11 +167,6 @@ def preference_loss(
     ------
     TypeError, ValueError
         For a wrong type, dtype, library, shape or ε, naming the argument.
-
-    References
-    ----------
-    cDPO: Mitchell, *A note on DPO with noisy preferences*, 2023. rDPO: Chowdhury et al., *Provably
-    robust DPO*, ICML 2024, arXiv:2403.00409.
 
     Examples
     --------

@@ -1,8 +1,4 @@
-"""The margin problem: how a pool of preference pairs shares one total target margin.
-
-`_compute` checks the arguments and chooses a solver, `_pool` puts batch and context together, and
-`_solver` states and solves the problem.
-"""
+"""The margin problem: how a pool of preference pairs shares one total target margin."""
 
 from __future__ import annotations
 
@@ -63,8 +59,7 @@ def solve_margins(
     reward_gaps : array, shape (pairs,)
         Reward of the chosen minus reward of the rejected response, in reward units (already
         multiplied by beta). Any real floating dtype of torch, NumPy, JAX or another array API
-        library; half precision becomes float32, float64 stays. Constants for autograd: no gradient
-        flows into the margins.
+        library; half precision becomes float32, float64 stays. Constants for autograd.
     {parameters}
 
     Returns
@@ -83,27 +78,22 @@ def solve_margins(
     -----
     For gamma0 in [1e-3, 100], tau in [1e-3, 1e3] and gaps in ±1e4, ``|x - x*| / (1 + x*)`` is at
     most 1e-13 (float64) or 3e-6 (float32); in ill-conditioned pools (condition number C) at most
-    16·C·eps.
-
-    A gap that is not finite takes no part. If no entry takes part, every margin is gamma0.
+    16·C·eps. A gap that is not finite takes no part. If no entry takes part, every margin is
+    gamma0.
 
     gamma0 and tau are constants of a compiled graph. For a schedule inside torch.compile set
     ``torch._dynamo.config.specialize_float = True``; each value then compiles anew.
 
-    References
-    ----------
-    Sun et al., *Robust Preference Optimization via Dynamic Target Margins*, Findings of ACL 2025,
-    arXiv:2506.03690. The optimality condition and its exact solution are this library's.
+    The problem is by Sun et al., *Robust Preference Optimization via Dynamic Target Margins*,
+    Findings of ACL 2025, arXiv:2506.03690; the optimality condition and its exact solution are
+    this library's.
 
     Examples
     --------
     >>> import numpy as np
-    >>> gaps = np.array([-2.0, 0.0, 2.0, 6.0])
-    >>> solution = solve_margins(gaps, gamma0=4.0, tau=10.0)
+    >>> solution = solve_margins(np.array([-2.0, 0.0, 2.0, 6.0]), gamma0=4.0, tau=10.0)
     >>> solution.margins.round(3)
     array([3.626, 3.657, 3.827, 4.891])
-    >>> round(float(solution.margins.mean()), 12)
-    4.0
     >>> bool(solution.error_bound < 1e-12)
     True
     """

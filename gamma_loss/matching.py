@@ -1,13 +1,13 @@
-"""The plain logistic loss whose pair weights are closest to γ-PO's, and settings for a wanted one.
+"""The plain logistic loss that is closest to γ-PO on a pool, and settings for a wanted effect.
 
 At a pool's multiplier every margin is a function of the pair's own gap, so γ-PO acts as one scalar
-loss of the gap; docs/theory.md has its shape and limits. Its pair weight ``w = σ(margin - g)`` is
-compared here with ``c σ(d - b g)``, that of DPO or SimPO with b times the beta, a margin d and
-c / b times the loss. This reads values on the host: it is no part of a training step.
+loss of the gap; docs/theory.md has its shape and limits. Values are read on the host: this is no
+part of a training step.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -31,13 +31,13 @@ class MatchedLoss(NamedTuple):
     Attributes
     ----------
     scale : float
-        c, the weight that no pair exceeds.
+        c, the largest weight that a pair can have.
     margin : float
         d, in units of ``beta_factor`` times the reward.
     beta_factor : float
-        b, what beta is multiplied by.
+        b, the factor of beta.
     unexplained : float
-        Share of the variance of γ-PO's pair weights over the pool that it leaves.
+        Share of the variance of γ-PO's pair weights over the pool that this loss leaves.
     """
 
     scale: float
@@ -52,22 +52,25 @@ def match_logistic(
 ) -> MatchedLoss:
     """Return the plain logistic loss whose pair weights are closest to those of γ-PO.
 
-    Minimises ``Σ (c σ(d - b g_i) - w_i)²`` over c > 0, d and b by SciPy's ``least_squares``, where
-    ``w_i = σ(γ_i - g_i)`` or, if centred, ``σ(γ_i - γ0 - g_i)``, with the exact margins γ of the
-    gaps as one pool. If `unexplained` is small, γ-PO acts on these gaps as DPO or SimPO does with
-    ``beta_factor * beta``, the margin ``margin`` and ``scale / beta_factor`` times the loss.
+    Minimises ``Σ (c σ(d - b g_i) - w_i)²`` over c > 0, d and b by SciPy's ``least_squares``. The
+    weights w_i are ``σ(γ_i - g_i)`` or, if centred, ``σ(γ_i - γ0 - g_i)``, with the exact margins γ
+    of the gaps as one pool. If `unexplained` is small, γ-PO acts on these gaps as DPO or SimPO does
+    with ``beta_factor * beta``, the margin ``margin`` and ``scale / beta_factor`` times the loss.
+    For equal gaps it is DPO or SimPO itself. If the weights are close to an exponential of the gap,
+    only b and ``c e^d`` are determined: c is then 1, or at most 1e9 times the weight at the mean
+    gap.
 
     Parameters
     ----------
     reward_gaps : array, shape (pairs,)
-        The pool, in reward units, of any library and on any device: it is copied to the host. Gaps
-        that are not finite are left out, as in a solve.
+        Gaps in reward units, of any library and device; copied to the host. Gaps that are not
+        finite are left out.
     {parameters}
 
     Returns
     -------
     MatchedLoss
-        Four Python floats, found in float64: c, d, b, and ``unexplained``.
+        Python floats, computed in float64.
 
     Raises
     ------
@@ -76,16 +79,9 @@ def match_logistic(
     ImportError
         Without SciPy (``pip install "gamma-loss[matching]"``).
 
-    Notes
-    -----
-    If all gaps are equal, so are the margins, and the match is DPO or SimPO itself. If the weights
-    are close to an exponential of the gap, only b and ``c e^d`` are determined: c is then 1, or at
-    most 1e9 times the weight at the mean gap.
-
     Examples
     --------
-    On gaps with mean 1 and standard deviation 3, the published setting of llama-3-8b-instruct is
-    SimPO with 0.73 times the beta and a margin of 3.3, up to 0.05 % of the variance:
+    On these gaps llama-3-8b-instruct's setting is SimPO with 0.73 times the beta, margin 3.3:
 
     >>> import numpy as np
     >>> gaps = np.random.default_rng(0).normal(1.0, 3.0, 4000)
@@ -119,12 +115,12 @@ def choose_settings(
     Parameters
     ----------
     reward_gaps : array, shape (pairs,)
-        Gaps in reward units, with the beta of the later run, from a run without γ-PO such as a few
-        hundred steps of DPO or SimPO. Of any library; copied to the host.
+        As for `match_logistic`, with the beta of the later run, from a run without γ-PO such as a
+        few hundred steps of DPO or SimPO.
     margin_std : float, optional
         Wanted standard deviation of the margins, in reward units.
     beta_factor : float, optional
-        Wanted b < 1: γ-PO weighs these pairs about as b times the beta would, see `match_logistic`.
+        Wanted b < 1: γ-PO then acts about as b times the beta does. Needs SciPy.
     gamma0 : float, optional
         Mean margin in reward units, such as SimPO's own ``beta * gamma_beta_ratio``. By default the
         median of the gaps, around which weights differ most, if that is positive.
@@ -142,22 +138,14 @@ def choose_settings(
         For a wrong type, dtype, shape or number, naming the argument; for both or none of
         ``margin_std`` and ``beta_factor``; where no tau gives the wanted number, with the number
         that another gamma0 gives.
-    ImportError
-        For ``beta_factor`` without SciPy, see `match_logistic`.
 
     Examples
     --------
     >>> import numpy as np
-    >>> from gamma_loss import solve_margins
     >>> gaps = np.random.default_rng(0).normal(1.0, 3.0, 512)
     >>> settings = choose_settings(gaps, gamma0=2.0, margin_std=0.5)
-    >>> print("tau = {tau:.2f}".format(**settings))
-    tau = 2.73
-    >>> print(f"{solve_margins(gaps, **settings).margins.std():.3f}")
-    0.500
-    >>> settings = choose_settings(gaps, gamma0=2.0, beta_factor=0.5)
-    >>> print(f"{match_logistic(gaps, **settings).beta_factor:.3f}")
-    0.500
+    >>> print(f"{settings['tau']:.2f} {solve_margins(gaps, **settings).margins.std():.3f}")
+    2.73 0.500
     """
     gaps, centered = _on_host(reward_gaps), _checks.flag("centered", centered)
     if (margin_std is None) is (beta_factor is None):
@@ -167,12 +155,10 @@ def choose_settings(
         if gamma0 <= 0:
             raise ValueError(f"gamma0 must be given where the median gap is not > 0: {gamma0:.3g}")
     gamma0 = _checks.number("gamma0", gamma0, above=0.0)
-
-    name = "margin_std" if beta_factor is None else "beta_factor"
     if beta_factor is None:
-        wanted = _checks.number(name, margin_std, above=0.0)
+        wanted = _checks.number("margin_std", margin_std, above=0.0)
     else:  # negative, so that a larger κ gives more of both
-        wanted = -_checks.number(name, beta_factor, above=0.0, below=1.0)
+        wanted = -_checks.number("beta_factor", beta_factor, above=0.0, below=1.0)
 
     def measure(gamma0: float, kappa: float) -> float:
         tau = gamma0**2 / kappa
@@ -182,7 +168,7 @@ def choose_settings(
 
     low, high, reached = _scan(measure, wanted, gamma0)
     if reached < wanted:
-        raise ValueError(_explain(name, measure, wanted, gaps, gamma0, reached))
+        raise ValueError(_explain(measure, wanted, gaps, gamma0, reached))
     for _ in range(40):
         middle = math.sqrt(low * high)
         low, high = (low, middle) if measure(gamma0, middle) >= wanted else (middle, high)
@@ -190,7 +176,7 @@ def choose_settings(
 
 
 def _scan(measure: Measure, wanted: float, gamma0: float) -> tuple[float, float, float]:
-    """Return two neighbouring κ, the second the first that reaches it, and the largest measure."""
+    """Return the last κ that does not reach it, the first that does, and the largest measure."""
     most, low, high = -math.inf, 0.0, KAPPAS[0] / 10
     for kappa in KAPPAS[0.999 * gamma0 * _checks.MAX_A >= KAPPAS]:
         low, high = high, kappa
@@ -200,27 +186,23 @@ def _scan(measure: Measure, wanted: float, gamma0: float) -> tuple[float, float,
     return low, high, most
 
 
-def _explain(
-    name: str, measure: Measure, wanted: float, gaps: Vector, gamma0: float, reached: float
-) -> str:
-    """Say why no tau does it, and what another gamma0 does."""
+def _explain(measure: Measure, wanted: float, gaps: Vector, gamma0: float, reached: float) -> str:
+    """Say why no tau gives the wanted number, and what another gamma0 gives."""
+    name, bound = ("margin_std", "at most") if wanted > 0 else ("beta_factor", "at least")
     mean, std = float(gaps.mean()), float(gaps.std())
-    bound = "at most" if name == "margin_std" else "at least"
     said = f"no tau gives {name} = {abs(wanted):g}: with gamma0 = {gamma0:g} it is {bound} "
     said += f"{abs(reached):.3g}. Your gaps (mean {mean:.3g}, standard deviation {std:.3g}) are "
     if std <= 1e-9 * np.abs(gaps).max():
         return said + "all equal, and so are their margins"
-    where = "far below" if mean + 2 * std < gamma0 else "around"
-    said += f"{'far above' if mean - 2 * std > gamma0 else where} gamma0; "
-    if name == "margin_std" and wanted >= std:
+    above = "far above" if mean - 2 * std > gamma0 else "around"
+    said += f"{'far below' if mean + 2 * std < gamma0 else above} gamma0; "
+    if wanted >= std:
         return said + f"margins differ less than the gaps: choose a margin_std below {std:.3g}"
-    value, verb, other = max(
-        (_scan(measure, wanted, other)[2], verb, other)
-        for verb, other in (("lower", gamma0 / 2), ("raise", 2 * gamma0))
-    )
+    others = {"lower": gamma0 / 2, "raise": 2 * gamma0}
+    value, verb = max((_scan(measure, wanted, others[verb])[2], verb) for verb in others)
     if value <= reached + 1e-6 * abs(wanted):  # more is not rounding alone
         return said + "half of it and twice its value do no better"
-    return said + f"{verb} gamma0: gamma0 = {other:.3g} gives {abs(value):.3g}"
+    return said + f"{verb} gamma0: gamma0 = {others[verb]:.3g} gives {abs(value):.3g}"
 
 
 def _fit(z: Vector, logits: Vector) -> tuple[float, float, float, float]:
@@ -247,33 +229,27 @@ def _fit(z: Vector, logits: Vector) -> tuple[float, float, float, float]:
         share = expit(at[1] + math.log(top) - at[2] * z)
         return math.exp(min(at[0], 50.0)) * share / top, share, top
 
-    def errors(at: Vector) -> Vector:
-        return value(at)[0] - target
-
     def jacobian(at: Vector) -> Vector:
         fitted, share, top = value(at)
         return np.stack([fitted, fitted * (top - share) / top, fitted * (share - 1) * z], 1)
 
+    solve = functools.partial(
+        least_squares, lambda at: value(at)[0] - target, jac=jacobian, x_scale="jac",
+        bounds=([-np.inf, _MIN_T, -np.inf], np.inf), xtol=1e-14, ftol=1e-14, gtol=1e-14,
+    )  # fmt: skip
     # Two starts: the straight line through the logits, the solution at κ = 0, and a constant.
     trust = np.sqrt(target * -np.expm1(log_weights) + 1e-12)
     slope, height = np.polyfit(z, logits, 1, w=trust)
+    starts = (height, -slope), (-2.0, 0.0)
     with np.errstate(over="ignore", invalid="ignore"):  # in steps that SciPy then refuses
-        fits = [
-            least_squares(
-                errors, [math.log(target.mean()), max(np.logaddexp(0.0, at_0), 1e-6), fall],
-                jacobian, bounds=([-np.inf, _MIN_T, -np.inf], np.inf), x_scale="jac",
-                xtol=1e-14, ftol=1e-14, gtol=1e-14,
-            )
-            for at_0, fall in ((height, -slope), (-2.0, 0.0))
-        ]  # fmt: skip
-    fit = min(fits, key=lambda each: each.cost)
+        firsts = ([math.log(target.mean()), max(np.logaddexp(0.0, d), 1e-6), b] for d, b in starts)
+        fit = min(map(solve, firsts), key=lambda each: each.cost)
     log_value, t, b = map(float, fit.x)
-    d = math.log(math.expm1(min(t, 30.0))) + max(t - 30.0, 0.0)
-    log_scale = log_value + largest - math.log(-math.expm1(-t))
+    log_top = math.log(-math.expm1(-t))
+    d, log_scale = t + log_top, log_value + largest - log_top
     if t <= 2 * _MIN_T and log_scale < 0:  # an exponential: c = 1 serves as well
         d, log_scale = d + log_scale, 0.0
-    variance = float(target.var())
-    unexplained = 2 * float(fit.cost) / z.size / variance if variance > 0 else 0.0
+    unexplained = 2 * float(fit.cost) / z.size / (float(target.var()) or math.inf)
     return math.exp(min(max(log_scale, -700.0), 700.0)), d, b, unexplained
 
 

@@ -8,23 +8,22 @@ from gamma_loss.smoothing import label_smoothing_from_shift
 
 
 def metrics(aux: GammaLossAux) -> dict[str, Array]:
-    """Summarise a loss call in scalars, as arrays on the loss's device.
+    """Return scalars for a log, as arrays on the loss's device: nothing is copied to the host.
 
-    Nothing is copied to the host, so logging can wait until it is convenient. Means are over the
-    unmasked pairs of the batch; a pair that is not finite makes them NaN, as it does the loss. With
-    every pair masked they are 0, and the margins' extremes gamma0; of an empty batch (one rank of a
-    group may have one) they are 0, and the extremes NaN.
+    Means are over the unmasked pairs of the batch; a pair that is not finite makes them NaN, as it
+    does the loss. With every pair masked they are 0, and the margins' extremes gamma0. Of an empty
+    batch, which one rank of a group may have, they are 0, and the extremes NaN.
 
     Parameters
     ----------
     aux : GammaLossAux
-        Second result of a loss.
+        Second result of a loss; anything else is a TypeError.
 
     Returns
     -------
     dict of str to array, shape ()
         - ``rewards/chosen``, ``rewards/rejected``: mean rewards (reward units).
-        - ``rewards/margins``: mean reward gap, under the name that TRL gives it.
+        - ``rewards/margins``: mean reward gap, under TRL's name.
         - ``rewards/accuracies``: share of pairs with a positive gap.
         - ``gamma/mean``, ``gamma/min``, ``gamma/max``: of the target margins (reward units).
         - ``gamma/kl``: KL of the batch's shares of the margin to uniform (nats).

@@ -26,6 +26,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 GREY = "#777777"
 DOTS: dict[str, Any] = {"s": 7, "alpha": 0.5, "lw": 0}
 BARS: dict[str, Any] = {"density": True, "histtype": "stepfilled", "alpha": 0.5}
+GAP, MARGIN = "reward gap $g_i$ (reward units)", "target margin $γ_i$ (reward units)"
 
 
 def plot_margins(
@@ -43,23 +44,19 @@ def plot_margins(
     pairs : GammaLossAux or array, shape (pairs,)
         Second result of a loss, whose masked pairs are left out, or reward gaps in reward units.
     margins : array, shape (pairs,), optional
-        The margins γ_i of gaps given as an array, in reward units.
+        With gaps as an array: their margins γ_i in reward units. Margins that are missing, or given
+        with an aux, are a TypeError, and margins of another shape a ValueError.
     gamma0 : float, optional
-        Where to draw a line at the mean margin of the pool, in reward units.
+        The mean margin of the pool in reward units, to draw a line there.
     ax : matplotlib.axes.Axes, optional
         Where to draw; a new figure by default. A further call on the same axes takes the next of
-        six colours that readers with any colour vision can tell apart.
+        six colours.
     **style
         For `matplotlib.axes.Axes.scatter`, such as ``label``, which makes a legend.
 
     Returns
     -------
     matplotlib.axes.Axes
-
-    Raises
-    ------
-    TypeError, ValueError
-        For margins that are missing, or of another shape than the gaps.
 
     Examples
     --------
@@ -75,7 +72,7 @@ def plot_margins(
     heights = _unmasked(pairs, "margins") if margins is None else _numbers("margins", margins)
     if gaps.shape != heights.shape:
         raise ValueError(f"margins must have the shape of pairs, {gaps.shape}, got {heights.shape}")
-    ax = _axes(ax, "reward gap $g_i$ (reward units)", "target margin $γ_i$ (reward units)")
+    ax = _axes(ax, GAP, MARGIN)
     style = DOTS | {"color": _colour(ax.collections)} | style
     ax.scatter(gaps, heights, **style)
     return _finish(ax, "label" in style, gamma0)
@@ -89,7 +86,7 @@ def plot_reward_gaps(
     Parameters
     ----------
     pairs : GammaLossAux or array, shape (pairs,)
-        As for `plot_margins`. Gaps that are not finite are left out.
+        As for `plot_margins`. Gaps that are not finite are left out; no finite gap is a ValueError.
     bins : int or sequence of float
         Number or edges (reward units) of the histogram's bins.
     ax : matplotlib.axes.Axes, optional
@@ -101,11 +98,6 @@ def plot_reward_gaps(
     -------
     matplotlib.axes.Axes
 
-    Raises
-    ------
-    ValueError
-        For gaps that are not 1-D, or none that is finite.
-
     Examples
     --------
     >>> import numpy as np
@@ -116,8 +108,7 @@ def plot_reward_gaps(
     if not gaps.size:
         raise ValueError("pairs must have a finite gap that is not masked, got none")
     style = BARS | style
-    height = "density (per reward unit)" if style["density"] else "pairs"
-    ax = _axes(ax, "reward gap $g_i$ (reward units)", height)
+    ax = _axes(ax, GAP, "density (per reward unit)" if style["density"] else "pairs")
     ax.hist(gaps, bins, **{"color": _colour(ax.patches)} | style)
     return _finish(ax, "label" in style)
 
@@ -130,9 +121,9 @@ def plot_margin_history(
     Parameters
     ----------
     history : iterable of dict
-        Logged `gamma_loss.metrics`, such as the ``state.log_history`` of a transformers or TRL
-        trainer. Rows without ``gamma/mean``, ``gamma/min`` and ``gamma/max`` are skipped. A row's
-        ``step`` is its place on the axis, or else its number in the history, from 1.
+        Logged `gamma_loss.metrics`, such as a transformers or TRL trainer's ``state.log_history``.
+        Rows without ``gamma/mean``, ``gamma/min`` and ``gamma/max`` are skipped; a history without
+        others is a ValueError. A row is drawn at its ``step``, or else at its number, from 1.
     gamma0, ax
         As for `plot_margins`.
     **style
@@ -142,18 +133,13 @@ def plot_margin_history(
     -------
     matplotlib.axes.Axes
 
-    Raises
-    ------
-    ValueError
-        For a history without any such row.
-
     Examples
     --------
     >>> row = {"gamma/mean": 4.0, "gamma/min": 3.6, "gamma/max": 4.9}
     >>> ax = plot_margin_history([{"step": 10, **row}, {"step": 20, **row}], gamma0=4.0)
     """
     steps, mean, least, largest = _rows(history, "gamma/mean", "gamma/min", "gamma/max")
-    ax = _axes(ax, "training step", "target margin $γ_i$ (reward units)")
+    ax = _axes(ax, "training step", MARGIN)
     band = None if "label" in style else "smallest to largest in the batch"
     style = {"color": _colour(ax.collections), "label": "mean of the batch"} | style
     ax.fill_between(steps, least, largest, color=style["color"], alpha=0.25, lw=0, label=band)
@@ -179,11 +165,6 @@ def plot_smoothing_history(history: History, *, ax: Axes | None = None, **style:
     Returns
     -------
     matplotlib.axes.Axes
-
-    Raises
-    ------
-    ValueError
-        For a history without any such row.
 
     Examples
     --------

@@ -29,18 +29,14 @@ def queue_init(like: Array, capacity: int = 2048) -> QueueState:
     Parameters
     ----------
     like : array
-        An array of the library, device and dtype of the queue; half precision becomes float32.
+        An array of the library, device and dtype of the queue; half precision becomes float32. A
+        TypeError if it has no real floats.
     capacity : int
-        How many gaps the queue holds, >= 1.
+        How many gaps the queue holds, >= 1. A TypeError or ValueError otherwise.
 
     Returns
     -------
     QueueState
-
-    Raises
-    ------
-    TypeError, ValueError
-        If `like` is no array of real floats, or the capacity no integer >= 1.
 
     Examples
     --------
@@ -57,7 +53,7 @@ def queue_init(like: Array, capacity: int = 2048) -> QueueState:
 def queue_push(state: QueueState, gaps: Array, mask: Array | None = None) -> QueueState:
     """Return the queue with a batch of gaps behind it, without its oldest where it is full.
 
-    The shapes are fixed, and no value is read on the host.
+    The shapes are fixed, and no value is read on the host. Errors are those of `solve_margins`.
 
     Parameters
     ----------
@@ -73,20 +69,11 @@ def queue_push(state: QueueState, gaps: Array, mask: Array | None = None) -> Que
     QueueState
         Constants for automatic differentiation.
 
-    Raises
-    ------
-    TypeError, ValueError
-        As `solve_margins` does, naming the argument.
-
     Examples
     --------
     >>> import numpy as np
-    >>> state = queue_init(np.zeros(0), capacity=3)
-    >>> state = queue_push(state, np.array([1.0, np.nan, 2.0]))
-    >>> state
+    >>> queue_push(queue_init(np.zeros(0), capacity=3), np.array([1.0, np.nan, 2.0]))
     QueueState(gaps=array([0., 1., 2.]), mask=array([False,  True,  True]))
-    >>> queue_push(state, np.array([3.0, 4.0])).gaps
-    array([2., 3., 4.])
     """
     if not hasattr(state, "mask"):
         raise TypeError(f"state must be a QueueState, got {type(state).__name__}")

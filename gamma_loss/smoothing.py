@@ -4,7 +4,7 @@ Write m for a reward gap, δ for a margin shift γ - γ0, ℓ(s) = -log σ(s) an
 ℓ(-m) = ℓ(m) + m, label smoothing only tilts the loss: cDPO's is ``ℓ(m) + ε m``, rDPO's
 ``ℓ(m) - k m`` with ``k = ε / (1 - 2ε)``. So a match with ℓ(m - δ), in value or in slope, is linear
 in ε or in k. The paper's statement (Sun et al., arXiv:2506.03690) is the robust value match to
-first order; docs/theory.md derives the other forms, and bounds on the first order.
+first order; docs/theory.md derives all forms.
 """
 
 from __future__ import annotations
@@ -14,10 +14,6 @@ from typing import Any
 
 from gamma_loss import _checks
 from gamma_loss._backend import Array
-
-KINDS = ("robust", "conservative")
-MATCHES = ("value", "slope")
-ORDERS = ("exact", "first")
 
 
 def label_smoothing_from_shift(
@@ -49,9 +45,9 @@ def label_smoothing_from_shift(
     Returns
     -------
     array
-        ε for each pair (dimensionless): positive where the pair is smoothed, negative where it is
-        sharpened, and beyond [0, 0.5) for some large shifts. NaN where the gap or the shift is not
-        finite.
+        ε (dimensionless): positive where the pair is smoothed, negative where it is sharpened, and
+        beyond [0, 0.5) for some large shifts. NaN where the gap or the shift is not finite, or ε is
+        beyond the dtype's range, as for the robust kind with k = -1/2.
 
     Raises
     ------
@@ -60,10 +56,9 @@ def label_smoothing_from_shift(
 
     Notes
     -----
-    As m → 0 the robust value match tends to 1/2, and is 0 at δ = 0. The conservative value match
-    and the first-order value match grow like 1/m. At m = 0 no smoothing changes the value: the
-    result is NaN unless δ = 0. It is NaN too where ε is beyond the dtype's range, as in a robust
-    match with k = -1/2. The conservative slope match is finite everywhere.
+    As m → 0 the exact robust value match tends to 1/2. Other value matches grow like 1/m; at m = 0
+    no smoothing changes the value, and they are NaN. All are 0 at δ = 0. The conservative slope
+    match is finite everywhere.
 
     Examples
     --------
@@ -73,14 +68,14 @@ def label_smoothing_from_shift(
     >>> label_smoothing_from_shift(np.array([2.0, 2.0]), np.array([-0.5, 0.5])).round(4)
     array([ 0.0229, -0.0402])
     """
-    _checks.choice("order", order, ORDERS)
+    _checks.choice("order", order, ("exact", "first"))
     m, delta, finite, xp = _arguments(reward_gaps, shift, "shift", kind, match)
     exact = order == "exact"
     with xp.ignore_fp_errors():
-        p, p_other = xp.sigmoid(-m), xp.sigmoid(m)
+        p = xp.sigmoid(-m)
         if match == "slope":
-            k = _slope_change(xp, m, delta) if exact else delta * p * p_other
-            numerator, denominator = k, xp.ones_like(k)
+            numerator = _slope_change(xp, m, delta) if exact else delta * p * xp.sigmoid(m)
+            denominator = xp.ones_like(m)
         else:
             numerator = _value_change(xp, m, delta) if exact else -delta * p
             denominator = m
@@ -92,15 +87,13 @@ def label_smoothing_from_shift(
 
 
 def shift_from_label_smoothing(
-    reward_gaps: Array,
-    epsilon: Array | float,
-    *,
-    kind: str = "robust",
-    match: str = "value",
+    reward_gaps: Array, epsilon: Array | float, *, kind: str = "robust", match: str = "value"
 ) -> Array:
     """Return the margin shift δ that acts on a pair as label smoothing ε does.
 
-    The inverse of `label_smoothing_from_shift` (exact) in δ.
+    The inverse of `label_smoothing_from_shift` (exact) in δ, with its errors: in value
+    ``e^δ = e^t (1 + e^m (1 - e^-t))`` with ``t = -k m``, in slope
+    ``δ = log(1 + k / p) - log(1 - k / (1 - p))`` with p = σ(-m).
 
     Parameters
     ----------
@@ -117,16 +110,6 @@ def shift_from_label_smoothing(
         δ in reward units. NaN where the gap or ε is not finite, and where there is no shift: for a
         value ℓ(m - δ) <= 0, a slope outside (-1, 0), or ε = 1/2 of the robust kind.
 
-    Raises
-    ------
-    TypeError, ValueError
-        As `label_smoothing_from_shift` does.
-
-    Notes
-    -----
-    Exact to the rounding of m and k: in value from ``e^δ = e^t (1 + e^m (1 - e^-t))`` with
-    ``t = -k m``, in slope from ``δ = log(1 + k / p) - log(1 - k / (1 - p))``.
-
     Examples
     --------
     >>> import numpy as np
@@ -139,21 +122,17 @@ def shift_from_label_smoothing(
     """
     m, epsilon, finite, xp = _arguments(reward_gaps, epsilon, "epsilon", kind, match)
     with xp.ignore_fp_errors():
-        k = -epsilon
-        if kind == "robust":
-            k = _ratio(xp, epsilon / 2, 0.5 - epsilon)
-            finite = finite & (epsilon != 0.5)
-            k = xp.where(finite, k, xp.zeros_like(k))
+        k = _ratio(xp, epsilon / 2, 0.5 - epsilon) if kind == "robust" else -epsilon
         if match == "slope":
             # logit(p + k) - logit(p), in two terms of one sign; undefined beyond |k| = 1.
             k = xp.minimum(xp.maximum(k, xp.full_like(k, -2.0)), xp.full_like(k, 2.0))
             shift = _log1p_exp(xp, k, xp.softplus(m)) - _log1p_exp(xp, -k, xp.softplus(-m))
-            return _nan_unless(xp, finite, shift)
-        # ℓ(m - δ) = ℓ(m) + t is e^δ = 1 + (e^t - 1) / p, which cancels for small e^δ. Written as
-        # e^t (1 + e^m (1 - e^-t)) it does not: both logarithms have the sign of t.
-        t = -k * m
-        share = xp.sign(t) * -xp.expm1(-xp.abs(t))
-        shift = t + _log1p_exp(xp, share, m - xp.minimum(t, xp.zeros_like(t)))
+        else:
+            # ℓ(m - δ) = ℓ(m) + t is e^δ = 1 + (e^t - 1) / p, which cancels for small e^δ. Written
+            # as e^t (1 + e^m (1 - e^-t)) it does not: both logarithms have the sign of t.
+            t = -k * m
+            share = xp.sign(t) * -xp.expm1(-xp.abs(t))
+            shift = t + _log1p_exp(xp, share, m - xp.minimum(t, xp.zeros_like(t)))
         return _nan_unless(xp, finite, shift)
 
 
@@ -161,8 +140,8 @@ def _arguments(
     reward_gaps: Array, other: Array | float, name: str, kind: str, match: str
 ) -> tuple[Array, Array, Array, Any]:
     """Return both in one dtype, 0 where one is not finite, and where both are finite."""
-    _checks.choice("kind", kind, KINDS)
-    _checks.choice("match", match, MATCHES)
+    _checks.choice("kind", kind, ("robust", "conservative"))
+    _checks.choice("match", match, ("value", "slope"))
     xp, (m,) = _checks.floats(reward_gaps=reward_gaps)
     other = _checks.number_or_array(name, other, "reward_gaps", m)
     if isinstance(other, float):
