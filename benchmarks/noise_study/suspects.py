@@ -15,7 +15,6 @@ gap from SmolLM2-135M-Instruct; small gaps are suspect:
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -73,28 +72,28 @@ def judge(gaps: np.ndarray, wrong: np.ndarray) -> dict[str, Any]:
         some = rng.integers(len(gaps), size=len(gaps))
         areas.append(roc_auc_score(wrong[some], -gaps[some]))
     return {
-        "auc": round(float(roc_auc_score(wrong, -gaps)), 4),
-        "interval": np.quantile(areas, (0.025, 0.975)).round(4).tolist(),
+        "auc": float(roc_auc_score(wrong, -gaps)),
+        "interval": np.quantile(areas, (0.025, 0.975)).tolist(),
         "wrong_in_100": int(wrong[np.argsort(gaps)[:100]].sum()),
-        "ranked_right_by_others": round(float(((gaps > 0) != wrong).mean()), 4),
+        "ranked_right_by_others": float(((gaps > 0) != wrong).mean()),
         "negative": int((gaps < 0).sum()),
-        "mean": float(f"{gaps.mean():.4g}"), "std": float(f"{gaps.std():.4g}"),
+        "mean": float(gaps.mean()), "std": float(gaps.std()),
     }  # fmt: skip
 
 
-def measure(count: int) -> dict[str, Any]:
+def measure() -> dict[str, Any]:
     torch.set_num_threads(1)
     rated = raters.read(raters.fetch(), "movies")
     generator = torch.Generator().manual_seed(0)
-    drawn = raters.draw(rated.ratings, torch.arange(len(rated.texts)), count, generator, APART)
+    drawn = raters.draw(rated.ratings, torch.arange(len(rated.texts)), PAIRS, generator, APART)
     used = drawn.items.unique()
     reviews = raters.prepare([rated.texts[i] for i in used], LAYERS, "cpu")
     better = torch.searchsorted(used, drawn.items)
     pairs = torch.where(drawn.wrong[:, None], better.flip(1), better)  # as the labels have it
     with torch.no_grad():
         reference = reviews.logps(reviews.reference(LAYERS), pairs)
-    halves = torch.randperm(count, generator=generator).tensor_split(2)
-    seen, unseen = torch.empty(count), torch.empty(count)
+    halves = torch.randperm(PAIRS, generator=generator).tensor_split(2)
+    seen, unseen = torch.empty(PAIRS), torch.empty(PAIRS)
     for one, other in (halves, halves[::-1]):
         gaps = dpo_gaps(reviews, pairs, reference, one)
         seen[one], unseen[other] = gaps[one], gaps[other]
@@ -110,7 +109,7 @@ def measure(count: int) -> dict[str, Any]:
     }
     wrong = drawn.wrong.numpy()
     return {
-        "pairs": count, "wrong": int(wrong.sum()),
+        "pairs": PAIRS, "wrong": int(wrong.sum()),
         "steps": STEPS, "batch": BATCH, "beta": BETA, "learning_rate": RATE,
         **{name: judge(gaps.astype(float), wrong) for name, gaps in found.items()},
         "processor_seconds": round(time.process_time()),
@@ -119,15 +118,6 @@ def measure(count: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=PAIRS)
-    parser.add_argument("--out", type=Path, default=OUT)
-    args = parser.parse_args()
-    result = measure(args.pairs)
-    args.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    print(json.dumps(result, indent=1, ensure_ascii=False))
-
-
 if __name__ == "__main__":
-    main()
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
+    harness.write(OUT, measure())

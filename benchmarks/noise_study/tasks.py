@@ -12,11 +12,11 @@ two sides of a pair share, and the reference the network after a little regressi
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 import sys
 from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -32,21 +32,17 @@ from benchmarks.noise_study import raters
 PROMPT_BYTES = 16  # the last of the example's 40, for speed
 
 
-# "large" is for a GPU. A run sees each training pair several times: wrong labels can be learned.
+# A run sees each training pair several times: wrong labels can be learned.
 def _size(*values: int, names: str = "width pretrain pairs steps batch") -> dict[str, int]:
     return dict(zip(names.split(), values, strict=True))
 
 
-_model = functools.partial(_size, names="layers pairs steps batch samples")
-DIGITS, DIABETES = _size(64, 100, 1024, 200, 64), _size(32, 100, 1024, 200, 64)
-QUICK = _size(16, 30, 128, 18, 32)
+_model = partial(_size, names="layers pairs steps batch samples")
 SIZES = {
-    "quick": {"bytes": _size(16, 5, 96, 6, 16), "digits": QUICK, "diabetes": QUICK,
-              "reviews": _model(1, 8, 2, 4, 2)},
-    "full": {"bytes": _size(32, 300, 768, 120, 32), "digits": DIGITS, "diabetes": DIABETES,
-             "reviews": _model(6, 1024, 60, 16, 64)},
-    "large": {"bytes": _size(512, 2000, 4096, 320, 64), "digits": DIGITS, "diabetes": DIABETES,
-              "reviews": _model(30, 8000, 1000, 16, 512)},
+    "quick": {"bytes": _size(16, 5, 48, 3, 16), "digits": _size(16, 30, 128, 12, 32),
+              "diabetes": _size(16, 30, 128, 12, 32), "reviews": _model(1, 8, 2, 4, 2)},
+    "full": {"bytes": _size(32, 300, 768, 120, 32), "digits": _size(64, 100, 1024, 200, 64),
+             "diabetes": _size(32, 100, 1024, 200, 64), "reviews": _model(6, 1024, 60, 16, 64)},
 }  # fmt: skip
 for size in SIZES.values():  # the raters' tasks are tables too
     size |= dict.fromkeys(raters.DOMAINS, size["digits"])
@@ -85,40 +81,35 @@ class Task(NamedTuple):
     sample: Callable[[nn.Module], dict[str, float]] | None = None  # what a policy writes
 
 
-@functools.lru_cache(maxsize=32)
-def load(name: str, size: str, seed: int, device: str) -> Task:
+@lru_cache(maxsize=32)
+def load(name: str, size: str, seed: int) -> Task:
     """Make a task: data, splits and reference, all from the seed."""
-    make = {"bytes": byte_task, "reviews": review_task}.get(name)
-    arguments = SIZES[size][name], seed, device
-    return make(*arguments) if make else table_task(name, *arguments)
+    make = {"bytes": byte_task, "reviews": review_task}.get(name, partial(table_task, name))
+    return make(SIZES[size][name], seed)
 
 
 def wrong_labels(split: Split, kind: str, rate: float, seed: int) -> Tensor:
-    """Say which labels are wrong: one rater's, as often but with one probability, or by `flips`."""
-    if split.by_rater is not None and kind == "rater":
-        return split.by_rater
-    if split.by_rater is not None and kind == "as often":
-        kind, rate = "uniform", split.by_rater.double().mean().item()
-    return flips(split.difference, kind, rate, seed)
-
-
-def flips(difference: Tensor, kind: str, rate: float, seed: int) -> Tensor:
-    """Draw which labels are wrong.
+    """Draw which labels are wrong: one rater's, as often as these, or at a rate.
 
     ``ambiguous``: with probability σ(-difference / s), a Bradley-Terry annotator, with s such that
     the mean is `rate`. A seed's flips at a lower rate are among those at a higher one.
     """
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "rater":
+        return split.by_rater
     if kind == "call":
-        return flips_of_a_call(len(difference), rate, torch.Generator().manual_seed(seed))
-    probability = torch.full_like(difference, rate)
+        return flips_of_a_call(len(split), rate, generator)
+    if kind == "as often":
+        rate = split.by_rater.double().mean().item()
+    probability = torch.full_like(split.difference, rate)
     if kind == "ambiguous" and rate > 0:
 
-        def excess(log_scale: float) -> float:
-            return torch.sigmoid(-difference * 10**-log_scale).mean().item() - rate
+        def mean(log_scale: float) -> float:
+            return torch.sigmoid(-split.difference * 10**-log_scale).mean().item()
 
-        probability = torch.sigmoid(-difference * 10 ** -brentq(excess, -6, 9))
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(len(difference), generator=generator) < probability
+        scale = 10 ** -brentq(lambda x: mean(x) - rate, -6, 9)
+        probability = torch.sigmoid(-split.difference * scale)
+    return torch.rand(len(split), generator=generator) < probability
 
 
 def flips_of_a_call(pairs: int, rate: float, generator: torch.Generator) -> Tensor:
@@ -133,16 +124,16 @@ def example() -> ModuleType:
     if folder not in sys.path:
         sys.path.append(folder)
     module = importlib.import_module("noisy_preferences")
-    module.tqdm = functools.partial(tqdm, disable=True)
+    module.tqdm = partial(tqdm, disable=True)
     return module
 
 
-def byte_task(size: dict[str, int], seed: int, device: str) -> Task:
+def byte_task(size: dict[str, int], seed: int) -> Task:
     job = example()
     generator = torch.Generator().manual_seed(seed)
     text, pair_text, test_text = job.library_text(generator)
     how = {"width": size["width"], "pretrain_steps": size["pretrain"]}
-    settings = SimpleNamespace(seed=seed, device=device, **how)
+    settings = SimpleNamespace(seed=seed, device="cpu", **how)
     reference = job.pretrain(text, settings, generator).requires_grad_(False)
     cut = len(pair_text) * 4 // 5  # no byte is in training and validation pairs
     length = job.RESPONSE_BYTES
@@ -159,8 +150,8 @@ def byte_task(size: dict[str, int], seed: int, device: str) -> Task:
 
     def split(source: Tensor, count: int) -> Split:
         pairs = job.make_pairs(source, count, generator)
-        tokens = pairs.tokens[:, :, -PROMPT_BYTES - length :].to(device)
-        difference = (tokens[:, 0] != tokens[:, 1]).sum(1).cpu().float()
+        tokens = pairs.tokens[:, :, -PROMPT_BYTES - length :]
+        difference = (tokens[:, 0] != tokens[:, 1]).sum(1).float()
         logged = in_slices(logps, reference, tokens)
         return Split(tokens, difference, logged, torch.full_like(logged, length))
 
@@ -170,7 +161,7 @@ def byte_task(size: dict[str, int], seed: int, device: str) -> Task:
     return Task(reference, logps, *splits, size["steps"], size["batch"])
 
 
-def table_task(name: str, size: dict[str, int], seed: int, device: str) -> Task:
+def table_task(name: str, size: dict[str, int], seed: int) -> Task:
     """Pairs of a table's rows, or of the texts of one of the raters' domains."""
     ratings = None
     if name in raters.DOMAINS:
@@ -183,7 +174,7 @@ def table_task(name: str, size: dict[str, int], seed: int, device: str) -> Task:
     order = torch.randperm(len(target), generator=generator)
     parts = order.tensor_split([len(order) * 3 // 5, len(order) * 3 // 4])
     learned = features[parts[0]]
-    features = ((features - learned.mean(0)) / (learned.std(0) + 1e-3)).to(device)
+    features = (features - learned.mean(0)) / (learned.std(0) + 1e-3)
     reference = regression(features[parts[0]], target[parts[0]], size, seed)
 
     def score(model: nn.Module, inputs: Tensor) -> Tensor:
@@ -207,7 +198,7 @@ def table_task(name: str, size: dict[str, int], seed: int, device: str) -> Task:
     return Task(reference, score, *splits, size["steps"], size["batch"])
 
 
-def review_task(size: dict[str, int], seed: int, device: str) -> Task:
+def review_task(size: dict[str, int], seed: int) -> Task:
     """Pairs of responses of a language model; those that train it are rated at most 1 apart."""
     rated = raters.read(raters.fetch(), "movies")
     generator = torch.Generator().manual_seed(seed)
@@ -219,28 +210,27 @@ def review_task(size: dict[str, int], seed: int, device: str) -> Task:
         for items, (pairs, apart) in zip(parts, asked, strict=True)
     ]
     used = torch.cat([pairs.items for pairs in drawn]).unique()
-    reviews = raters.prepare([rated.texts[i] for i in used], size["layers"], device)
+    reviews = raters.prepare([rated.texts[i] for i in used], size["layers"], "cpu")
     reference = reviews.reference(size["layers"]).requires_grad_(False)
 
     def split(pairs: raters.Pairs) -> Split:
-        inputs = torch.searchsorted(used, pairs.items).to(device)
+        inputs = torch.searchsorted(used, pairs.items)
         logged = in_slices(reviews.logps, reference, inputs)
         return Split(inputs, pairs.difference, logged, reviews.lengths()[inputs], pairs.wrong)
 
     return Task(  # evaluated at its end alone, as that takes long
         reference, reviews.logps, *map(split, drawn), size["steps"], size["batch"], checkpoints=1,
-        sample=functools.partial(reviews.sample, count=size["samples"], longest=RESPONSE_TOKENS),
+        sample=partial(reviews.sample, count=size["samples"], longest=RESPONSE_TOKENS),
     )  # fmt: skip
 
 
 def regression(features: Tensor, target: Tensor, size: dict[str, int], seed: int) -> nn.Module:
     """Return a small network after a little regression on the first items of a table."""
     torch.manual_seed(seed)
-    width, device = size["width"], features.device
+    width = size["width"]
     model = nn.Sequential(nn.Linear(features.shape[1], width), nn.ReLU(), nn.Linear(width, 1))
-    model = model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    wanted = target[:LABELLED_ITEMS].to(device)
+    wanted = target[:LABELLED_ITEMS]
     wanted = (wanted - wanted.mean()) / wanted.std()
     for _ in range(size["pretrain"]):
         loss = (model(features[:LABELLED_ITEMS])[:, 0] - wanted).square().mean()

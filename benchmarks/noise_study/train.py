@@ -7,7 +7,6 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from gamma_loss import label_smoothing_from_shift, solve_margins
 FLIPS, VALIDATION_FLIPS, BATCHES = 10_000, 20_000, 30_000
 TRACED = 250  # pairs of a traced interval that the figures get
 FIGURED = ("dpo", "simpo", "gamma-dpo", "gamma-simpo")  # of these methods, for the file's size
-SHOWN = (*FIGURED, "gamma-dpo-published", "gamma-simpo-published")  # and their test gaps
 FIGURE_NOISE = ("uniform", 0.4)
 Spec = dict[str, Any]
 
@@ -32,16 +30,14 @@ def run(spec: Spec) -> dict[str, Any]:
     """Do what a spec asks for, and return it with its result. The same spec, the same result."""
     torch.set_num_threads(1)
     began = time.perf_counter()
+    task = tasks.load(spec["task"], spec["size"], spec["seed"])
     with warnings.catch_warnings():  # that γ-PO does nothing in some settings is what is studied
         warnings.filterwarnings("ignore", "gamma/kl is")
-        result = train(spec) if "method" in spec else start(spec)
+        if "method" in spec:
+            result = train(spec, task)
+        else:  # of the reference, where every policy starts
+            result = {"ranking": accuracy(-task.test.reference.diff()[:, 0])}
     return {**spec, "result": result, "seconds": round(time.perf_counter() - began, 2)}
-
-
-def start(spec: Spec) -> dict[str, Any]:
-    """Return what the reference, where every policy starts, ranks right."""
-    task = tasks.load(spec["task"], spec["size"], spec["seed"], spec["device"])
-    return {"ranking": accuracy(-task.test.reference.diff()[:, 0])}
 
 
 def method_of(spec: Spec) -> tuple[Method, dict[str, Any]]:
@@ -50,28 +46,21 @@ def method_of(spec: Spec) -> tuple[Method, dict[str, Any]]:
     del settings["lr"]
     if spec["stage"] == "ablation":
         settings |= spec["change"]
-        method = method._replace(loss=functools.partial(GammaVariant, relative=method.relative))
+        variant = functools.partial(GammaVariant, relative=method.relative)
+        method = method._replace(loss=variant, raw=False)
     if method.scheduled:
         settings["steps"] = tasks.SIZES[spec["size"]][spec["task"]]["steps"]
     return method, settings
 
 
-def make_loss(spec: Spec) -> Callable[[Logps], Tensor]:
-    method, settings = method_of(spec)
-    return method.make(**settings)
-
-
-def train(spec: Spec) -> dict[str, Any]:
-    device = spec["device"]
-    task = tasks.load(spec["task"], spec["size"], spec["seed"], device)
+def train(spec: Spec, task: Task) -> dict[str, Any]:
     method, settings = method_of(spec)
     noise = spec["kind"], spec["rate"]
     wrong = tasks.wrong_labels(task.train, *noise, spec["seed"] + FLIPS)
     wrong_validation = tasks.wrong_labels(task.validation, *noise, spec["seed"] + VALIDATION_FLIPS)
-    wrong_validation = wrong_validation.to(device)
 
     torch.manual_seed(spec["seed"])
-    compute_loss = make_loss(spec)
+    compute_loss = method.make(**settings)
     model = copy.deepcopy(task.reference).requires_grad_(True)
     optimizer = torch.optim.Adam(model.parameters(), lr=spec["settings"]["lr"])
     order = torch.Generator().manual_seed(spec["seed"] + BATCHES)  # the same for every method
@@ -81,21 +70,18 @@ def train(spec: Spec) -> dict[str, Any]:
     traced = spec["stage"] == "trace"
     names = ["test", "ranking", "noisy", "clean"]
     names += ["clear"] * (task.test.by_rater is not None)
-    if traced:
-        names += ["step", "weights", "auc_loss", "auc_margin", "auc_smoothing", "pairs"]
+    names += ["weights", "auc_loss", "auc_margin", "auc_smoothing", "pairs"] * traced
     curves: dict[str, list[Any]] = {name: [] for name in names}
     seen: list[tuple[Tensor, Tensor, Tensor]] = []  # since the last checkpoint
     diverged = False
     for step in range(1, task.steps + 1):
         index = torch.randint(len(task.train), (task.batch,), generator=order)
-        on_device = index.to(device)
         flipped = wrong[index]
         if spec["kind"] == "call":
             flipped = tasks.flips_of_a_call(len(index), spec["rate"], calls)
-        swap = flipped.to(device)
-        tokens = task.train.tokens[on_device] if method.averaged else 1
-        policy = labelled(task.logps(model, task.train.inputs[on_device]) / tokens, swap)
-        reference = labelled(task.train.reference[on_device] / tokens, swap)
+        tokens = task.train.tokens[index] if method.averaged else 1
+        policy = labelled(task.logps(model, task.train.inputs[index]) / tokens, flipped)
+        reference = labelled(task.train.reference[index] / tokens, flipped)
         policy.retain_grad()
         logps = Logps(*policy.unbind(1), *reference.unbind(1))
         loss = compute_loss(logps)
@@ -108,30 +94,26 @@ def train(spec: Spec) -> dict[str, Any]:
         optimizer.step()
 
         if traced:
-            gaps = settings["beta"] * (logps.h if method.relative else logps.d).detach()
+            gaps = method.gaps(logps, settings["beta"]).detach()
             weights = -policy.grad[:, 0] * task.batch / settings["beta"]
-            seen.append((gaps.cpu(), weights.cpu(), flipped))
+            seen.append((gaps, weights, flipped))
         if step in at:
             evaluate(task, model, method, wrong_validation, curves)
             if traced:
-                curves["step"].append(step)
                 trace(*(torch.cat(parts) for parts in zip(*seen, strict=True)), spec, curves)
                 seen = []
-    if traced:
-        last = curves["pairs"][-1:]
-        curves["pairs"] = ends_and_middle(curves["pairs"]) if noise == FIGURE_NOISE else last
+    if kept := curves.get("pairs"):
+        middle = [kept[0], kept[len(kept) // 2]] * (noise == FIGURE_NOISE)
+        curves["pairs"] = [*middle, kept[-1]]
     result = {**curves, "diverged": diverged}
     if task.sample and not diverged:
         result |= task.sample(model)
         if "gamma0" in settings:
-            logps = tasks.in_slices(task.logps, model, task.validation.inputs)
-            gaps = settings["beta"] * gaps_of(task.validation, logps, method)
-            gaps = torch.where(wrong_validation, -gaps, gaps)
-            margins = solve_margins(gaps, gamma0=settings["gamma0"], tau=settings["tau"]).margins
+            gaps = settings["beta"] * gaps_of(task, task.validation, model, method)[0]
+            margins = margins_of(torch.where(wrong_validation, -gaps, gaps), settings)
             result["spread"] = round(margins.std().item() / settings["gamma0"], 5)
-    if traced and spec["seed"] == 0 and spec["method"] in SHOWN:
-        logps = tasks.in_slices(task.logps, model, task.test.inputs)
-        gaps = settings["beta"] * gaps_of(task.test, logps, method)
+    if traced and spec["seed"] == 0 and spec["method"] in FIGURED:
+        gaps = settings["beta"] * gaps_of(task, task.test, model, method)[0]
         result["test_gaps"] = rounded(gaps[: 2 * TRACED])
     return result
 
@@ -146,7 +128,7 @@ def trace(
     settings = spec["settings"]
     if "gamma0" in settings:  # the margins that these gaps have as one pool
         gaps = gaps.double()
-        margins = solve_margins(gaps, gamma0=settings["gamma0"], tau=settings["tau"]).margins
+        margins = margins_of(gaps, settings)
         shift = margins - settings["gamma0"]
         smoothing = label_smoothing_from_shift(gaps, shift, kind="conservative", match="slope")
         curves["auc_margin"].append(auc(-margins, flipped))
@@ -156,35 +138,34 @@ def trace(
         curves["pairs"].append([rounded(column[:TRACED]) for column in columns])
 
 
-def ends_and_middle(values: list[Any]) -> list[Any]:
-    return [values[i] for i in sorted({0, len(values) // 2, len(values) - 1})] if values else []
-
-
 def labelled(logps: Tensor, swap: Tensor) -> Tensor:
     """Columns (chosen, rejected) as the labels have it, from (better, worse)."""
     return torch.where(swap[:, None], logps.flip(1), logps)
 
 
-def gaps_of(split: Split, logps: Tensor, method: Method) -> Tensor:
-    """What a method ranks a pair by: log-probabilities, less the reference's if it is relative."""
+def margins_of(gaps: Tensor, settings: dict[str, Any]) -> Tensor:
+    return solve_margins(gaps, gamma0=settings["gamma0"], tau=settings["tau"]).margins
+
+
+def gaps_of(task: Task, split: Split, model: nn.Module, method: Method) -> tuple[Tensor, Tensor]:
+    """Return what a method ranks pairs by, the gap of its rewards over β; and log-ratios."""
+    logps = tasks.in_slices(task.logps, model, split.inputs)
     own = logps - split.reference if method.relative else logps
     if method.averaged:
         own = own / split.tokens
-    return own[:, 0] - own[:, 1]
+    return own[:, 0] - own[:, 1], logps[:, 0] - logps[:, 1]
 
 
 def evaluate(
     task: Task, model: nn.Module, method: Method, wrong: Tensor, curves: dict[str, list[Any]]
 ) -> None:
     """Append accuracies; ``ranking`` is by log-probability, ``clear`` of pairs rated 1 apart."""
-    logps = tasks.in_slices(task.logps, model, task.test.inputs)
-    gaps = gaps_of(task.test, logps, method)
+    gaps, ratios = gaps_of(task, task.test, model, method)
     curves["test"].append(accuracy(gaps))
     if "clear" in curves:
-        curves["clear"].append(accuracy(gaps[(task.test.difference > 1).to(gaps.device)]))
-    curves["ranking"].append(accuracy(logps[:, 0] - logps[:, 1]))
-    logps = tasks.in_slices(task.logps, model, task.validation.inputs)
-    gaps = gaps_of(task.validation, logps, method)
+        curves["clear"].append(accuracy(gaps[task.test.difference > 1]))
+    curves["ranking"].append(accuracy(ratios))
+    gaps, _ = gaps_of(task, task.validation, model, method)
     curves["clean"].append(accuracy(gaps))
     curves["noisy"].append(accuracy(torch.where(wrong, -gaps, gaps)))
 
