@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from gamma_loss._comm import Comm
 
-class ProcessGroupComm:
+
+class ProcessGroupComm(Comm):
     """The ranks of a group, each with gaps of its own or none."""
 
     def __init__(self, group: Any, **settings: Any) -> None:
@@ -29,13 +31,11 @@ class ProcessGroupComm:
         self.sizes: list[int] = []
 
     def all_reduce_sum(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the sums over all ranks."""
         stacked = torch.stack(values)
         dist.all_reduce(stacked, group=self.group)
         return stacked.unbind()
 
     def all_reduce_max(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the maxima over all ranks."""
         stacked = torch.stack(values)
         dist.all_reduce(stacked, dist.ReduceOp.MAX, group=self.group)
         return stacked.unbind()
@@ -58,13 +58,11 @@ class ProcessGroupComm:
         return [row[:-1] for row in rows]
 
     def pool_size(self, gaps: torch.Tensor, **settings: Any) -> int:
-        """Return how many values all ranks have, once all agree on dtype and settings."""
         self.settings |= settings | {"dtype": str(gaps.dtype)}
         self.sizes = [int(size) for (size,) in self.exchange(gaps.shape[0])]
         return sum(self.sizes)
 
     def all_gather(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the values of all ranks along the last axis, one rank after the other."""
         padded = torch.nn.functional.pad(values, (0, max(self.sizes) - values.shape[-1]))
         shards = [torch.empty_like(padded) for _ in self.sizes]
         dist.all_gather(shards, padded, group=self.group)
@@ -72,12 +70,7 @@ class ProcessGroupComm:
         return torch.cat([shard[..., :size] for shard, size in sizes], -1)
 
     def local_shard(self, values: torch.Tensor) -> torch.Tensor:
-        """Return this rank's shard of gathered values."""
         return values.split_with_sizes(self.sizes)[self.rank]
-
-    def mark_replicated(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the values: eager ranks need no mark."""
-        return values
 
     def chunk(self, values: torch.Tensor) -> torch.Tensor:
         """Return this rank's equal share of values that every rank holds."""
