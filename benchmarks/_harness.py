@@ -77,6 +77,9 @@ def ways(args: argparse.Namespace, interpret: bool = False) -> dict[str, Way]:
     found = {"eager": Way(tensor, _by_torch)}
     for impl in ("auto", "compile", "triton"):
         found[impl] = Way(tensor, functools.partial(solve_margins, impl=impl))
+    if args.quick:
+        args.left_out["compile"] = "it takes too long for --quick"
+        del found["compile"]
     if args.device == "cpu":
         found["numpy"] = Way(np.asarray, solve_margins)
         if not (interpret and os.environ.get("TRITON_INTERPRET") == "1"):
@@ -193,7 +196,7 @@ def arguments(doc: str, seconds: float, folder: Path | None = None) -> argparse.
     if args.device == "cuda" and not has_cuda:
         parser.error("--device cuda, but torch finds no CUDA device")
     if args.seconds is None:
-        args.seconds = 5.0 if args.quick and not folder else seconds
+        args.seconds = 1.0 if args.quick and not folder else seconds
     if not 0 < args.seconds < math.inf:
         parser.error(f"--seconds must be positive and finite, got {args.seconds:g}")
     out = args.out_dir / "gpu_tests.txt" if folder else args.out
@@ -414,28 +417,22 @@ def graph_replay(call: Call) -> Call:
 
 
 def write(out: Path | None, record: Result) -> None:
-    """Write a record as JSON, a line for each result, numbers with five digits."""
+    """Write a record as JSON, a line for each result, five digits, null for no finite number."""
     if out is None:
         return
+    rounded = json.loads(
+        json.dumps(record),
+        parse_float=lambda number: float(f"{float(number):.5g}"),
+        parse_constant=lambda _: None,  # NaN and infinities
+    )
     fields = []
-    for key, value in _plain(record).items():
+    for key, value in rounded.items():
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         if isinstance(value, list) and value and isinstance(value[0], dict):
             lines = [json.dumps(each, ensure_ascii=False, allow_nan=False) for each in value]
             text = "[\n  " + ",\n  ".join(lines) + "\n ]"
         fields.append(f" {json.dumps(key, ensure_ascii=False)}: {text}")
     out.write_text("{\n" + ",\n".join(fields) + "\n}\n", encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    """Round numbers, and make those that are not finite null."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -447,10 +444,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
 
 def _text(value: Any) -> str:
-    if value is None:
-        return "-"
     if not isinstance(value, float):
-        return str(value)
+        return "-" if value is None else str(value)
     if value == 0 or 1e-2 <= abs(value) < 1e6:
         return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return f"{value:.1e}"

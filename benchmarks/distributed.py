@@ -98,9 +98,7 @@ def measure(group: Any, size: int, name: str, seconds: float) -> Result:
     return {"setting": name, "pool": size, "ways": rows}
 
 
-def rank_main(
-    rank: int, folder: str, jobs: list[tuple[str, int]], seconds: float, results: Any
-) -> None:
+def rank_main(rank: int, folder: str, jobs: list[Any], seconds: float, results: Any) -> None:
     """Run all jobs on one rank, and send what rank 0 found."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -117,11 +115,12 @@ def rank_main(
 def measure_ranks(args: argparse.Namespace, seconds: float) -> list[Result]:
     """Measure every setting and size in real processes, in one start of the ranks."""
     jobs = list(product(NAMES, (2**8, 2**14) if args.quick else SIZES))
-    results, found = processes.get_context("spawn").SimpleQueue(), []
+    context = processes.get_context("forkserver")  # which imports torch once for all ranks
+    context.set_forkserver_preload(["benchmarks._harness"])
+    results, found = context.SimpleQueue(), []
     with tempfile.TemporaryDirectory() as folder:
-        started = processes.spawn(
-            rank_main, (folder, jobs, seconds, results), nprocs=RANKS, join=False
-        )
+        job = (folder, jobs, seconds, results)
+        started = processes.start_processes(rank_main, job, RANKS, False, start_method="forkserver")
         alive = True
         while alive:  # what it has sent fits no pipe, so it is read meanwhile
             alive = not started.join(timeout=0.1)
@@ -171,9 +170,7 @@ def queue_rows(results: list[Result]) -> Iterator[list[Any]]:
 
 
 SECTIONS = {
-    "over_ranks": harness.Section(
-        lambda args: [()], measure_ranks, COLUMNS, rank_rows, share=0.8
-    ),
+    "over_ranks": harness.Section(lambda args: [()], measure_ranks, COLUMNS, rank_rows, share=0.8),
     "queue": harness.Section(
         lambda args: [(size,) for size in (BATCHES[:1] if args.quick else BATCHES)],
         measure_queue, ("batch", "what", "µs, hot", "cold"), queue_rows, share=0.2,

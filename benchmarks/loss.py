@@ -101,19 +101,14 @@ def rows(results: list[Result]) -> Iterator[list[Any]]:
 
 def python_calls(call: Call) -> int:
     """Count the Python functions of the package that a call enters."""
-    count = 0
-
-    def see(frame: Any, event: str, _: Any) -> None:
-        nonlocal count
-        count += event == "call" and frame.f_code.co_filename.startswith(PACKAGE)
-
+    files: list[str] = []
     call()
-    sys.setprofile(see)
+    sys.setprofile(lambda f, event, _: event == "call" and files.append(f.f_code.co_filename))
     try:
         call()
     finally:
         sys.setprofile(None)
-    return count
+    return sum(file.startswith(PACKAGE) for file in files)
 
 
 def measure_calls(args: argparse.Namespace, seconds: float) -> list[Result]:

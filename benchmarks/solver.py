@@ -37,7 +37,6 @@ SECONDS = 300
 SIZES = {LLAMA: (8, 64, POOL_SIZE, 2304, 65_536)} | dict.fromkeys(
     HARD, (8, POOL_SIZE, 4096, 65_536)
 )
-DTYPES = ("float32", "float64")
 LOOP, COMPILED = "published loop", "published loop, compiled"
 
 
@@ -46,12 +45,12 @@ def cases(args: argparse.Namespace) -> list[tuple[str, int, str, dict[str, Way]]
     ways = harness.ways(args)
     if args.quick:
         return [(name, POOL_SIZE, "float32", ways) for name in (LLAMA, "γ0 = 4, τ = 0.1")]
-    return [(name, size, dtype, ways) for dtype in DTYPES for name in SETTINGS
+    return [(name, size, dtype, ways) for dtype in ("float32", "float64") for name in SETTINGS
             for size in SIZES[name]]  # fmt: skip
 
 
 def calls_on(
-    gaps: np.ndarray, name: str, ways: dict[str, Way], device: str
+    gaps: np.ndarray, name: str, ways: dict[str, Way], device: str, steps: int
 ) -> tuple[dict[str, Call], dict[str, Call]]:
     """Return every solver as a call on the same pool, and the published algorithm's."""
     setting, tensor = SETTINGS[name], torch.tensor(gaps, device=device)
@@ -64,10 +63,10 @@ def calls_on(
         calls["jax"] = lambda: jax.block_until_ready(jitted(array))
     if (gaps.size, gaps.dtype, device) == (65_536, np.float64, "cpu"):
         calls["streaming"] = lambda: [solve_margins_streaming([gaps], **setting).margins(gaps)]
-    peers: dict[str, Call] = {LOOP: lambda: [published_margins(tensor, **setting)]}
+    peers: dict[str, Call] = {LOOP: lambda: [published_margins(tensor, **setting, steps=steps)]}
     if name == LLAMA:
         compiled = harness.fresh_compile(published_margins)
-        peers[COMPILED] = lambda: [compiled(tensor, **setting)]
+        peers[COMPILED] = lambda: [compiled(tensor, **setting, steps=steps)]
     return calls, peers
 
 
@@ -78,7 +77,7 @@ def measure(
     """Time all solvers on one pool."""
     setting, gaps = SETTINGS[name], harness.pool(name, size).astype(dtype)
     exact = solve_margins(gaps.astype(np.float64), **setting).margins
-    ours, peers = calls_on(gaps, name, ways, args.device)
+    ours, peers = calls_on(gaps, name, ways, args.device, steps=2 if args.quick else 20)
     calls = ours | peers
     harness.warm_up(calls, args.device, args.left_out, 1)
     plain = dict(calls)

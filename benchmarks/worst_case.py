@@ -14,8 +14,7 @@ FILE.jsonl, from which the next search starts and which the tests replay. A furt
 those that have not had their time yet (without FILE.json: with all). The seconds are the
 processor's, so that other work beside takes nothing away, and all implementations have as many.
 "ranks" is the solver for shards, with all gaps in one; "eager" is torch's own operations, "auto"
-NumPy's on views of tensors. Triton's interpreter takes part if
-TRITON_INTERPRET=1, in small pools.
+NumPy's on views of tensors. With TRITON_INTERPRET=1 Triton's interpreter solves small pools.
 """
 
 from __future__ import annotations
@@ -273,7 +272,7 @@ def measure(
 
 def reproduce(name: str, dtype: str, pool: Pool) -> dict[str, float]:
     """Return the figures of an implementation on a pool (on the CPU)."""
-    ways = solvers(argparse.Namespace(device="cpu", left_out={}))
+    ways = solvers(argparse.Namespace(device="cpu", quick=False, left_out={}))
     return figures(ways[name], ways["numpy"], dtype, pool)
 
 

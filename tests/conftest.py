@@ -7,6 +7,7 @@ Tests call public names. The internals that they may call as well are few:
   `_operator._without_triton`, `streaming._MAX_READINGS`, `torch.logps`'s limits of a chunk.
 """
 
+import contextlib
 import functools
 import http.server
 import importlib
@@ -21,6 +22,7 @@ import pytest
 from gamma_loss import MarginSolution, solve_margins
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")  # for a mesh
 # Random examples on a developer's machine, the same ones every time where CI is to be repeatable.
 hypothesis.settings.register_profile(
     "default", deadline=None, print_blob=True, derandomize=bool(os.environ.get("CI"))
@@ -153,10 +155,9 @@ def browser():
     program = shutil.which("chromium") or shutil.which("google-chrome")
     if not program:
         pytest.skip("needs chromium")
-    quiet = ("no-sandbox", "disable-gpu", "disable-quic", "disable-background-networking",
-             "disable-sync")  # fmt: skip
+    quiet = "no-sandbox disable-gpu disable-quic disable-background-networking disable-sync"
     with playwright.sync_playwright() as running:
-        options = [f"--{option}" for option in quiet]
+        options = [f"--{option}" for option in quiet.split()]
         browser = running.chromium.launch(executable_path=program, args=options)
         yield browser
         browser.close()
@@ -170,16 +171,13 @@ def serve():
         def log_message(self, *_):
             pass
 
-    servers = []
+    with contextlib.ExitStack() as servers:
 
-    def start(folder):
-        handler = functools.partial(Quiet, directory=folder)
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
+        def start(folder):
+            handler = functools.partial(Quiet, directory=folder)
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+            threading.Thread(target=servers.enter_context(server).serve_forever).start()
+            servers.callback(server.shutdown)
+            return f"http://127.0.0.1:{server.server_port}"
 
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield start

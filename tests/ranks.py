@@ -2,12 +2,26 @@
 
 import multiprocessing
 import os
+import pkgutil
 import signal
 import traceback
+from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
+from unittest import mock
 
 import numpy as np
+
+import gamma_loss
+from gamma_loss import _comm, gamma_preference_loss, metrics
+
+try:
+    import torch
+    import torch.distributed as dist
+
+    from gamma_loss import GammaPreferenceLoss
+except ImportError:  # other tests use `pool` without torch
+    pass
 
 RANKS = (1, 2, 3, 5)
 PATIENCE = timedelta(seconds=90)  # of a rank that waits for another
@@ -33,13 +47,13 @@ class Ranks:
         """Have the first `ranks` processes call ``task(group, *arguments)``; return the results."""
         for pipe in self.pipes[:ranks]:
             pipe.send((ranks, gather_limit, task, arguments))
-        results = []
+        answers = []
         for rank, pipe in enumerate(self.pipes[:ranks]):
             assert pipe.poll(120), f"rank {rank} of {ranks} does not answer"
-            failed, result = pipe.recv()
+            answers.append(pipe.recv())
+        for rank, (failed, result) in enumerate(answers):
             assert not failed, f"rank {rank} of {ranks}:\n{result}"
-            results.append(result)
-        return results
+        return [result for _, result in answers]
 
     def close(self):
         for process in self.processes:
@@ -49,11 +63,6 @@ class Ranks:
 
 def _serve(pipe, init_method, rank):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    import torch
-    import torch.distributed as dist
-
-    from gamma_loss import _comm
-
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=init_method, rank=rank, world_size=max(RANKS), timeout=PATIENCE
@@ -71,103 +80,59 @@ def pool(size, scale=5.0, seed=0):
     return np.random.default_rng(seed).normal(size=size) * scale
 
 
-def shard(values, sizes, rank):
-    start = sum(sizes[:rank])
-    return values[start : start + sizes[rank]]
+def shards(sizes, **arrays):
+    """The arrays of each rank: consecutive parts of the given sizes."""
+    ends = np.cumsum(sizes)
+    return [
+        {name: each[end - size : end] for name, each in arrays.items()}
+        for size, end in zip(sizes, ends, strict=True)
+    ]
 
 
-def sharded_loss(group, sizes, setting, gaps=None, mask=None, options=None, weights=None):
-    """This rank's share of a loss and its gradient, as NumPy arrays."""
-    import torch
-    import torch.distributed as dist
-
-    from gamma_loss import gamma_preference_loss
-
-    rank = dist.get_rank(group)
-    whole = pool(sum(sizes)) if gaps is None else gaps
-    mine = torch.tensor(shard(whole, sizes, rank), requires_grad=True)
-    kept = None if mask is None else torch.tensor(shard(mask, sizes, rank))
-    weights = None if weights is None else torch.tensor(shard(weights, sizes, rank))
-    loss, aux = gamma_preference_loss(
-        mine, mask=kept, weights=weights, group=group, **setting, **(options or {})
-    )
-    loss.sum().backward()
-    return {
-        "loss": loss.detach().numpy(),
-        "gradient": mine.grad.numpy(),
-        **{
-            name: getattr(aux, name).numpy()
-            for name in ("margins", "pair_weights", "error_bound", "multiplier")
-        },
-    }
+# --- tasks ---
 
 
-def with_context(group, gaps, context, setting):
-    """Margins where only some ranks have a context, and only some a mask of it."""
-    import torch
-    import torch.distributed as dist
-
-    from gamma_loss import solve_margins
-
-    rank = dist.get_rank(group)
-    others, mask = context[rank]
-    return solve_margins(
-        torch.tensor(gaps[rank]),
-        context=None if others is None else torch.tensor(others),
-        context_mask=None if mask is None else torch.tensor(mask),
-        group=group,
-        **setting,
-    ).margins.numpy()
+def loss(arrays, settings, group=None):
+    """A loss with its gradient and aux, as NumPy arrays, and its metrics."""
+    arrays = {name: torch.tensor(each) for name, each in arrays.items()}
+    gaps = arrays.pop("gaps").requires_grad_()
+    value, aux = gamma_preference_loss(gaps, group=group, **arrays, **settings)
+    value.sum().backward()
+    logs = {name: each.item() for name, each in metrics(aux).items()}
+    found = {"loss": value.detach(), "gradient": gaps.grad, **aux._asdict()}
+    return {name: each.numpy() for name, each in found.items() if each is not None} | logs
 
 
-def collectives(group, task, *arguments):
-    """Which collectives the task issues, and with how many numbers."""
-    import torch.distributed as dist
+def shard_loss(group, of_rank, settings):
+    """This rank's part of a loss."""
+    return loss(of_rank[dist.get_rank(group)], settings, group)
 
-    log, originals = [], {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
 
-    def logged(name, *arguments, **keywords):
-        log.append((name, max(each.numel() for each in arguments if hasattr(each, "numel"))))
-        return originals[name](*arguments, **keywords)
+def calls(group, names, task, *arguments):
+    """The calls of named functions by a task, with length and bytes of the last array of each."""
+    log = []
 
-    for name in originals:
-        setattr(dist, name, partial(logged, name))
-    try:
+    def logged(name, function, *arguments, **keywords):
+        arrays = [each for each in arguments if isinstance(each, torch.Tensor)]
+        log.append((name, *((arrays[-1].numel(), arrays[-1].nbytes) if arrays else ())))
+        return function(*arguments, **keywords)
+
+    with ExitStack() as stack:
+        for name in names:
+            patch = mock.patch(name, partial(logged, name, pkgutil.resolve_name(name)))
+            stack.enter_context(patch)
         task(group, *arguments)
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
     return log
 
 
-def steps(group, task, *arguments):
-    """How many steps of the pairs a task takes."""
-    from gamma_loss import _solver
-
-    step, count = _solver.newton_step, []
-
-    def counted(*arguments):
-        count.append(1)
-        return step(*arguments)
-
-    _solver.newton_step = counted
-    try:
-        task(group, *arguments)
-    finally:
-        _solver.newton_step = step
-    return len(count)
+COLLECTIVES = ("torch.distributed.all_reduce", "torch.distributed.all_gather")
 
 
 def refused(group, name, of_rank):
     """What a call with this rank's gaps and arguments ends in: an error, or None."""
-    import torch
-    import torch.distributed as dist
-
-    import gamma_loss
-
     gaps, given = of_rank[dist.get_rank(group)]
     function, given = getattr(gamma_loss, name), dict(given)
-    dtype = getattr(torch, given.pop("dtype", "float64"))
+    dtype = getattr(torch, given.pop("dtype", "torch.float64").removeprefix("torch."))
     arrays = [torch.tensor(gaps, dtype=dtype)] if isinstance(gaps, list) else []
     try:
         if isinstance(function, type):
@@ -196,8 +161,6 @@ class FailsLater:
 
 def outlived(group):
     """What a solve ends in for a rank, of which the last one dies."""
-    import torch.distributed as dist
-
     if dist.get_rank(group) == dist.get_world_size(group) - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return refused(group, "solve_margins", [([1.0], {"gamma0": 4.0, "tau": 10.0})] * 9)
@@ -208,13 +171,9 @@ def train(group, engine, sizes, steps, setting):
 
     ``engine`` None is one process with all pairs.
     """
-    import torch
-    import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
-
-    from gamma_loss import GammaPreferenceLoss
 
     model = wrapped = torch.nn.Linear(4, 1, dtype=torch.float64)
     with torch.no_grad():
@@ -224,15 +183,14 @@ def train(group, engine, sizes, steps, setting):
         wrapped = torch.nn.parallel.DistributedDataParallel(model, process_group=group)
     elif engine == "fsdp":
         fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
-    loss_module = GammaPreferenceLoss(
-        queue_size=40, group=group if engine else None, **setting
-    ).double()
+    loss_module = GammaPreferenceLoss(queue_size=40, group=group, **setting).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
     weights, losses = [], []
     for step in range(steps):
         data = np.random.default_rng(step).normal(size=(12, 4))
-        mine = shard(data, sizes, dist.get_rank(group)) if engine else data
-        loss, _ = loss_module(wrapped(torch.tensor(mine))[:, 0])
+        if engine:
+            data = shards(sizes, data=data)[dist.get_rank(group)]["data"]
+        loss, _ = loss_module(wrapped(torch.tensor(data))[:, 0])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -244,22 +202,8 @@ def train(group, engine, sizes, steps, setting):
     return np.stack(weights), np.array(losses), gaps[mask].numpy()
 
 
-def logs_of_no_pairs(group):
-    """The metrics of a rank without pairs, in a group where another has some."""
-    import torch
-    import torch.distributed as dist
-
-    from gamma_loss import gamma_preference_loss, metrics
-
-    gaps = torch.zeros(2 * dist.get_rank(group))
-    _, aux = gamma_preference_loss(gaps, gamma0=4.0, tau=10.0, group=group)
-    return {name: value.item() for name, value in metrics(aux).items()}
-
-
 def run_example(group, code):
     """Run a script that expects to be started by torchrun; return its queue."""
-    from unittest import mock
-
     names = {}
     with mock.patch("torch.distributed.init_process_group"):
         exec(compile(code, "queue.md", "exec"), names)

@@ -16,19 +16,24 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("tqdm")
 
 from benchmarks import _harness as harness  # noqa: E402
-from benchmarks import (  # noqa: E402
-    accuracy,
-    distributed,
-    gpu,
-    logps,
-    loss,
-    published,
-    worst_case,
-)
+from benchmarks import accuracy, distributed, gpu, logps, loss, published, worst_case  # noqa: E402
 from benchmarks.__main__ import listing  # noqa: E402
 from gamma_loss import _solver, solve_margins  # noqa: E402
 
-HERE = Path(published.__file__).parent
+CPU = {"device": "cpu", "quick": False}
+
+
+@pytest.fixture
+def start(monkeypatch, capsys):
+    """Runs a program with arguments; returns its exit code and what it printed."""
+
+    def run(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["/x/benchmarks/solver.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            sys.exit(main())
+        return stopped.value.code, capsys.readouterr()
+
+    return run
 
 
 # --- the harness ---
@@ -45,18 +50,18 @@ def test_calls_come_in_any_order_hot_after_the_same_and_cold_after_a_training_st
     times = harness.in_turns(calls, seconds=0.0, device="cpu", least=40)
     # Two readings by each call, and not what the clock takes.
     assert times == {name: dict.fromkeys(harness.STATES, [4.0] * 40) for name in "ab"}
-    log = log[2000:]  # without what the clock itself takes
-    timed = [tuple(log[i : i + 4]) for i in range(0, len(log), 4)]
-    kinds = [(before, name) for before, _, name, _ in timed]
-    assert {each[1::2] for each in timed} == {("clock", "clock")}
-    assert set(kinds) == {("a", "a"), ("b", "b"), ("step", "a"), ("step", "b")}
-    turns = {tuple(kinds[i : i + 4]) for i in range(0, len(kinds), 4)}
-    assert all(len(set(turn)) == 4 for turn in turns)
-    assert len(turns) > 10  # of 24 orders
-    times = [i * 1e-6 for i in range(11)]  # 0, 1, ..., 10 microseconds
-    assert harness.quantiles(times) == pytest.approx([1.0, 5.0, 9.0])
+    timed = np.reshape(log[2000:], (-1, 4))  # without what the clock itself takes
+    assert np.all(timed[:, 1::2] == "clock")
+    kinds = [before + name for before, _, name, _ in timed]
+    turns = [tuple(kinds[i : i + 4]) for i in range(0, len(kinds), 4)]
+    assert all(sorted(turn) == ["aa", "bb", "stepa", "stepb"] for turn in turns)
+    assert len(set(turns)) > 10  # of 24 orders
+
+
+def test_times_are_quantiles_in_microseconds_and_speed_compares_medians():
+    assert harness.quantiles(np.arange(11) * 1e-6) == pytest.approx([1.0, 5.0, 9.0])
     rows = {"a": {"hot": [1.0, 2.0, 900.0]}, "b": {"hot": [0.0, 6.0, 7.0]}}
-    assert harness.speed(rows, "a", "b") == 3.0  # of medians, above 1 for the faster
+    assert harness.speed(rows, "a", "b") == 3.0  # above 1 for the faster
     assert harness.speed(rows, "a", "c") is None
 
 
@@ -70,13 +75,15 @@ def test_what_cannot_run_is_left_out_with_its_reason_and_the_rest_agrees(monkeyp
 
     monkeypatch.setattr(harness, "solve_margins", solve)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    args = SimpleNamespace(device="cpu", left_out={})
+    args = SimpleNamespace(**CPU, left_out={})
     ways = harness.ways(args, interpret=True)
     assert {"eager", "auto", "numpy"} == set(ways) - {"jax"}
     assert args.left_out["compile"] == "RuntimeError: no compiler"
     assert "Triton can't be used" in args.left_out["triton"]
+    args.quick = True
     harness.ways(args)
     assert "interpreter is not timed" in args.left_out["triton"]
+    assert "--quick" in args.left_out["compile"]
     gaps = harness.pool(harness.LLAMA, 32)
     exact = oracles.margins(gaps, 4.0, 10.0)[0]
     for array, way in ways.values():
@@ -113,30 +120,27 @@ def test_results_are_json_with_a_line_each_and_five_digits(tmp_path):
     ]  # fmt: skip
 
 
-def test_wrong_arguments_end_in_one_line_before_anything_runs(monkeypatch, capsys, tmp_path):
+def test_wrong_arguments_end_in_one_line_before_anything_runs(start, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "folder.json").mkdir()
+    section = harness.Section(pytest.fail, pytest.fail, (), list)
     for arguments, message in [
         (["--out", "results.txt"], "--out must name a .json file, got results.txt"),
-        (["--out", f"{tmp_path}/folder.json"], "Is a directory"),
-        (["--out", f"{tmp_path}/file/new.json"], "can't write results"),
+        (["--out", tmp_path / "folder.json"], "Is a directory"),
+        (["--out", tmp_path / "file/new.json"], "can't write results"),
         (["--seconds", "0"], "--seconds must be positive and finite, got 0"),
         (["--seconds", "nan"], "--seconds must be positive"),
         (["--fast"], "unrecognized arguments: --fast"),
     ]:
-        monkeypatch.setattr(sys, "argv", ["/x/benchmarks/solver.py", *arguments])
-        section = harness.Section(pytest.fail, pytest.fail, (), list)
-        with pytest.raises(SystemExit) as stopped:
-            harness.run("Doc", 1.0, {"results": section})
-        assert stopped.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("python -m benchmarks.solver: ")
-        assert message in line
+        code, printed = start(lambda: harness.run("Doc", 1.0, {"all": section}), *arguments)
+        assert code == 2
+        assert printed.err.startswith("python -m benchmarks.solver: ")
+        assert message in printed.err
+        assert printed.err.count("\n") == 1
 
 
-def test_a_run_measures_every_case_writes_and_shows(monkeypatch, capsys, tmp_path):
-    out = tmp_path / "new" / "results.json"
-    monkeypatch.setattr(sys, "argv", ["/x/benchmarks/solver.py", "--out", str(out)])
+def test_a_run_measures_every_case_writes_and_shows(start, tmp_path):
+    out, found = tmp_path / "new" / "results.json", {}
 
     def measure(args, seconds, case):
         args.left_out[case] = "why"
@@ -144,23 +148,22 @@ def test_a_run_measures_every_case_writes_and_shows(monkeypatch, capsys, tmp_pat
         found[case] = {"case": case, "seconds": seconds}
         yield found[case]
 
-    found = {}
     part = harness.Section(
         lambda args: ["a", "b"], measure, ["case", "µs"],
         lambda rows: [[rows[0]["case"], 1234.4], ["longer", None], ["b", 0.1234]], share=3.0,
     )  # fmt: skip
     none = harness.Section(lambda args: [], measure, ["case"], list)
-    harness.run("Doc", 40.0, {"part": part, "none": none}, pi=3)
+    sections = {"part": part, "none": none}
+    _, printed = start(lambda: harness.run("Doc", 40.0, sections, pi=3), "--out", out)
     record = json.loads(out.read_text("utf-8"))
-    assert [row["case"] for row in record["part"]] == ["a", "b"]
-    assert [row["seconds"] for row in record["part"]] == pytest.approx([20, 40], rel=0.1)
-    assert all(row["later"] for row in record["part"])
+    seconds = [row.pop("seconds") for row in record["part"]]
+    assert seconds == pytest.approx([20, 40], rel=0.1)
+    assert record["part"] == [{"case": "a", "later": 1}, {"case": "b", "later": 1}]
     assert record["none"] == []
     assert record["pi"] == 3
     assert record["left_out"] == {"a": "why", "b": "why"}
     assert record["command"] == f"python -m benchmarks.solver --out {out}"
     assert record["versions"]["torch"] == torch.__version__
-    printed = capsys.readouterr()
     assert printed.out.splitlines()[-5:] == [
         "part", "case    µs", "a       1234", "longer  -", "b       0.123",
     ]  # fmt: skip
@@ -179,10 +182,9 @@ def test_accuracy_stays_in_the_domain_at_its_kappa_and_finds_an_error(monkeypatc
             assert 1e-3 <= tau <= 1e3
             assert gamma0**2 / tau == pytest.approx(kappa)
     monkeypatch.setattr(accuracy, "PUBLISHED", {})
-    factors = {"numpy": 1.0, "wrong": 1.5, "lost": np.nan}
     ways = {
         name: harness.Way(np.asarray, lambda *a, f=f, **k: (f * solve_margins(*a, **k).margins,))
-        for name, f in factors.items()
+        for name, f in {"numpy": 1.0, "wrong": 1.5, "lost": np.nan}.items()
     }
     (row,) = accuracy.measure(SimpleNamespace(left_out={}), 1.0, 1.0, "float64", ways, 1)
     assert row["errors"]["numpy"][1] < 1e-13
@@ -196,11 +198,10 @@ def test_accuracy_stays_in_the_domain_at_its_kappa_and_finds_an_error(monkeypatc
 @pytest.fixture
 def by_numpy(monkeypatch):
     """NumPy's solver, with no other one made, and a clock that tells a second later each time."""
-    own = {"eager": harness.Way(torch.tensor, None)}
-    monkeypatch.setattr(harness, "ways", lambda args, interpret: own)
+    monkeypatch.setattr(harness, "ways", lambda *_, **__: {"eager": harness.Way(None, None)})
     clock = SimpleNamespace(process_time=itertools.count().__next__, time_ns=lambda: 1)
     monkeypatch.setattr(worst_case, "time", clock)
-    return worst_case.solvers(SimpleNamespace(device="cpu", left_out={}))["numpy"]
+    return worst_case.solvers(None)["numpy"]
 
 
 def planted(solve):
@@ -248,34 +249,35 @@ def test_worst_case_stays_in_the_domain_and_at_the_edges_between_solvers():
     assert {(0, 6), (6, 4)} <= edges
 
 
-def test_worst_case_keeps_pools_and_goes_on_where_it_was(monkeypatch, capsys, tmp_path, by_numpy):
+def test_worst_case_keeps_pools_and_goes_on_where_it_was(start, monkeypatch, tmp_path, by_numpy):
     out = tmp_path / "worst.json"
     ways = {"numpy": planted(by_numpy), "streaming": by_numpy}
     monkeypatch.setattr(worst_case, "solvers", lambda args: ways)
 
     def run(seconds):
-        argv = ["x/worst_case.py", "--out", str(out), "--seconds", seconds]
-        monkeypatch.setattr(sys, "argv", argv)
-        worst_case.main()
+        _, printed = start(worst_case.main, "--out", out, "--seconds", seconds)
+        assert "reproduce('numpy', 'float64', Pool(values=[" in printed.out
         lines = out.with_suffix(".jsonl").read_text().splitlines()
         return json.loads(out.read_text("utf-8"))["results"], list(map(json.loads, lines))
 
-    rows, kept = run("30")
+    rows, kept = run(30)
     assert [row["solver"] for row in rows] == ["numpy", "numpy", "streaming"]  # 64, 32, 64 bits
     assert rows[0]["error"] == pytest.approx(kept[0]["found"], rel=1e-4)
-    assert "reproduce('numpy', 'float64', Pool(values=[" in capsys.readouterr().out
     out.write_text(json.dumps({"results": rows[:2]}))  # as if interrupted in the last one
-    longer, more = run("60")
+    longer, more = run(60)
     assert more[: len(kept)] == kept
     assert longer[0]["error"] >= rows[0]["error"] * (1 - 1e-4)
     assert longer[0]["pools"] > rows[0]["pools"]
     assert 15 <= longer[0]["seconds"] <= 20  # a quarter of all, with those that it had before
 
 
-def test_the_peers_compute_what_they_are_named_for(monkeypatch):
-    for name, setting in harness.HARD.items():  # their margins differ
+def test_the_hard_settings_have_margins_that_differ():
+    for name, setting in harness.HARD.items():
         margins = solve_margins(harness.pool(name, 256), **setting).margins
         assert margins.std() >= setting["gamma0"] / 10
+
+
+def test_the_deques_do_what_the_queue_does():
     batch = torch.randn(5)
     calls = distributed.queue_calls(batch)
     context = calls["GapQueue"]()
@@ -283,6 +285,9 @@ def test_the_peers_compute_what_they_are_named_for(monkeypatch):
     assert context.mask.all()
     assert torch.equal(context.gaps[-5:], batch)
     assert calls["deque, sample"]().shape == (published.POOL_SIZE,)
+
+
+def test_the_peers_compute_what_they_are_named_for():
     four = np.random.default_rng(0).normal(size=(4, 9)) * 15 - 100
     gaps = loss.BETA * ((four[0] - four[2]) - (four[1] - four[3]))
     expected = float(oracles.dpo(gaps).mean())
@@ -292,19 +297,23 @@ def test_the_peers_compute_what_they_are_named_for(monkeypatch):
     x = logits.double().numpy()
     x -= np.log(np.exp(x).sum(2, keepdims=True))
     expected = [sum(x[i, t - 1, labels[i, t]] for t in (3, 4, 5)) for i in range(3)]
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    copies = [harness.fresh_compile(planted) for _ in range(2)]  # with room for their own graphs
-    assert len({id(function.__code__) for function in (planted, *copies)}) == 3
     for score in logps.scores({}).values():
         assert score(logits, labels, mask).tolist() == pytest.approx(expected, rel=1e-5)
-    found = []
-    for chunk in (None, 4):
-        torch.manual_seed(0)
-        leaves = [torch.randn(6, 5, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)]
-        step = logps.step(*leaves, torch.arange(30).view(6, 5) % 16, chunk)
-        found.append([step, *torch.autograd.grad(step, leaves)])
-    for whole, chunked in zip(*found, strict=True):
-        torch.testing.assert_close(chunked, whole)
+
+
+def test_a_step_in_chunks_is_a_step_with_all_logits():
+    leaves = [torch.randn(6, 5, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)]
+    labels = torch.arange(30).view(6, 5) % 16
+    whole, chunked = (logps.step(*leaves, labels, chunk) for chunk in (None, 4))
+    torch.testing.assert_close(chunked, whole)
+    both = (torch.autograd.grad(each, leaves) for each in (chunked, whole))
+    torch.testing.assert_close(*both)
+
+
+def test_functions_to_compile_have_room_for_graphs_of_their_own(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    copies = [planted, *(harness.fresh_compile(planted) for _ in range(2))]
+    assert len({id(function.__code__) for function in copies}) == 3
 
 
 def test_python_calls_are_those_of_the_package_and_memory_is_what_is_held_at_once():
@@ -322,30 +331,27 @@ def test_python_calls_are_those_of_the_package_and_memory_is_what_is_held_at_onc
     assert 80_000 <= peak < 90_000
 
 
-def test_a_gpu_run_needs_a_gpu_and_fails_if_a_step_fails(monkeypatch, capsys, tmp_path):
+def test_a_gpu_run_needs_a_gpu_and_fails_if_a_step_fails(start, monkeypatch, tmp_path):
     given, outcomes = [], {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(
         gpu, "run", lambda name, _, seconds: given.append(seconds) or outcomes.get(name, "passed")
     )
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out-dir", str(tmp_path / "none")])
-    with pytest.raises(SystemExit):
-        gpu.main()
-    assert "no CUDA device" in capsys.readouterr().err
+    code, printed = start(gpu.main, "--out-dir", tmp_path / "none")
+    assert code == 2
+    assert "no CUDA device" in printed.err
     assert not (tmp_path / "none").exists()
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--out-dir", str(tmp_path)])
-    assert gpu.main() == 0
+    rehearsal = "--device", "cpu", "--out-dir", tmp_path
+    assert start(gpu.main, *rehearsal)[0] == 0
     outcomes["accuracy"] = "exit status 1"
-    assert gpu.main() == 1
+    assert start(gpu.main, *rehearsal)[0] == 1
     assert len(given) == 2 * len(gpu.STEPS)
     assert all(0 < seconds <= 480 for seconds in given)  # eight minutes in all
 
 
 def test_every_benchmark_is_listed_with_its_cost():
-    lines = listing()
-    names = {path.stem for path in HERE.glob("*.py")} - {
-        "__init__", "__main__", "_harness", "baselines", "published"
-    }  # fmt: skip
-    listed = {line.split()[2].removeprefix("benchmarks.") for line in lines}
-    assert listed == {*names, "noise_study"}
-    assert all(" min " in line or " hours " in line for line in lines)
+    files = Path(published.__file__).parent.glob("[a-z]*.py")
+    programs = {path.stem for path in files if "def main()" in path.read_text("utf-8")}
+    listed = [line.split() for line in listing()]
+    assert {words[2] for words in listed} == {f"benchmarks.{n}" for n in {*programs, "noise_study"}}
+    assert all({"min", "hours"} & set(words) for words in listed)

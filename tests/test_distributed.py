@@ -1,28 +1,28 @@
 """One problem over many ranks: real gloo processes against one process that holds all gaps."""
 
 import functools
-import re
 from itertools import product
-from pathlib import Path
 
 import numpy as np
+import pages
 import pytest
 import ranks as work
 from strategies import HARD, MILD
 
-from gamma_loss import gamma_preference_loss, solve_margins
+from gamma_loss import solve_margins
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.xdist_group("ranks")  # which are started once
 
 GATHER, REDUCE = 2**17, 0
+LIMITS = pytest.mark.parametrize("limit", [GATHER, REDUCE], ids=["gather", "reduce"])
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 SIZES_OF_16 = {  # uneven, with an empty rank wherever there are three
     1: [(16,)],
     2: [(8, 8), (16, 0), (3, 13)],
     3: [(5, 0, 11), (1, 14, 1)],
     5: [(1, 0, 7, 2, 6), (0, 0, 16, 0, 0)],
 }
-LIMITS = pytest.mark.parametrize("limit", [GATHER, REDUCE], ids=["gather", "reduce"])
-CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 
 @pytest.fixture(scope="module")
@@ -32,100 +32,91 @@ def ranks(tmp_path_factory):
     processes.close()
 
 
-@functools.lru_cache(maxsize=4)
-def whole(size, hard):
-    """Margins, loss and its gradient in one process."""
-    gaps = torch.tensor(work.pool(size), requires_grad=True)
-    loss, aux = gamma_preference_loss(gaps, **(HARD if hard else MILD))
-    loss.backward()
-    return {
-        "loss": loss.detach().numpy(),
-        "gradient": gaps.grad.numpy(),
-        "margins": aux.margins.numpy(),
-        "multiplier": aux.multiplier.numpy(),
-    }
+def losses(ranks, of_rank, setting, limit=GATHER):
+    return ranks.run(len(of_rank), work.shard_loss, of_rank, setting, gather_limit=limit)
 
 
-def assert_equal_whole(shards, expected):
-    count = len(shards)
-    for name in ("margins", "gradient"):
-        joined = np.concatenate([each[name] for each in shards])
-        joined = joined / count if name == "gradient" else joined  # DDP's average
-        np.testing.assert_allclose(joined, expected[name], **CLOSE)
-    loss = sum(each["loss"] for each in shards) / count
-    np.testing.assert_allclose(loss, expected["loss"], **CLOSE)
-    for each in shards:
-        np.testing.assert_allclose(each["multiplier"], expected["multiplier"], **CLOSE)
-        assert each["error_bound"] == shards[0]["error_bound"] <= 1e-10
+def joined(found, name):
+    return np.concatenate([each[name] for each in found])
+
+
+def assert_equal_whole(found, whole):
+    """The loss and gradient of one process are the averages over ranks, as DDP takes them."""
+    count = len(found)
+    for name in ("margins", "pair_weights"):
+        np.testing.assert_allclose(joined(found, name), whole[name], **CLOSE)
+    np.testing.assert_allclose(joined(found, "gradient") / count, whole["gradient"], **CLOSE)
+    np.testing.assert_allclose(sum(each["loss"] for each in found) / count, whole["loss"], **CLOSE)
+    for each in found:
+        np.testing.assert_allclose(each["multiplier"], whole["multiplier"], **CLOSE)
+        assert each["error_bound"] == found[0]["error_bound"] <= 1e-10
+
+
+def assert_sharded_equals_whole(ranks, sizes, setting, limit=GATHER, **arrays):
+    found = losses(ranks, work.shards(sizes, **arrays), setting, limit)
+    assert_equal_whole(found, work.loss(arrays, setting))
 
 
 @LIMITS
 @pytest.mark.parametrize("count", work.RANKS)
 def test_sharded_equals_whole(ranks, count, limit):
     for sizes, setting in product(SIZES_OF_16[count], (MILD, HARD)):
-        shards = ranks.run(count, work.sharded_loss, sizes, setting, gather_limit=limit)
-        assert_equal_whole(shards, whole(16, setting is HARD))
+        assert_sharded_equals_whole(ranks, sizes, setting, limit, gaps=work.pool(16))
 
 
 @pytest.mark.parametrize(
-    ("sizes", "hard"),
-    [
-        ((700_001, 299_999), False),
-        ((90_000, 0, 60_000), True),
-        ((23_456, 76_544, 1, 0, 49_999), True),
-    ],
+    ("sizes", "setting"), [((90_000, 0, 60_000), MILD), ((23_456, 76_544, 1, 0, 49_999), HARD)]
 )
-def test_sharded_equals_whole_above_the_limit(ranks, sizes, hard):
-    shards = ranks.run(len(sizes), work.sharded_loss, sizes, HARD if hard else MILD)
-    assert_equal_whole(shards, whole(sum(sizes), hard))
+def test_sharded_equals_whole_above_the_limit(ranks, sizes, setting):
+    assert_sharded_equals_whole(ranks, sizes, setting, gaps=work.pool(150_000))
 
 
 @LIMITS
 def test_masks_weights_and_options(ranks, limit):
-    """Weights of whole numbers are repeated pairs."""
-    counts = np.array([2, 0, 1, 3, 1, 0, 2, 1])
-    gaps, options = work.pool(8), {"label_smoothing": 0.1, "centered": True}
-    mask = np.array([True] * 7 + [False])
+    weights, mask = np.array([1.0, 0.0, 0.5, 1.5, 0.5, 0.0, 1.0, 0.5]), np.arange(8) < 7
     for sizes, setting in product(((3, 5), (0, 8)), (MILD, HARD)):
-        shards = ranks.run(
-            2, work.sharded_loss, sizes, setting, gaps, mask, options, counts / 2,
-            gather_limit=limit,
-        )  # fmt: skip
-        kept = counts * mask
-        loss, aux = gamma_preference_loss(np.repeat(gaps, kept), **setting, **options)
-        margins, gradient = (
-            np.concatenate([each[name] for each in shards]) for name in ("margins", "gradient")
+        setting = setting | {"label_smoothing": 0.1, "centered": True}
+        assert_sharded_equals_whole(
+            ranks, sizes, setting, limit, gaps=work.pool(8), mask=mask, weights=weights
         )
-        np.testing.assert_allclose(np.repeat(margins, kept), aux.margins, **CLOSE)
-        assert np.all(margins[kept == 0] == setting["gamma0"])
-        np.testing.assert_allclose(sum(each["loss"] for each in shards) / 2, loss, **CLOSE)
-        expected = np.repeat(gradient / 2 / np.maximum(kept, 1), kept)
-        np.testing.assert_allclose(expected, -aux.pair_weights / kept.sum(), **CLOSE)
-        assert not gradient[kept == 0].any()
+
+
+@LIMITS
+def test_the_contexts_of_all_ranks_join_the_pool(ranks, limit):
+    kept = np.array([True, False, True, True])
+    of_rank = [
+        {"gaps": work.pool(3), "context": work.pool(5, seed=2)},
+        {"gaps": work.pool(0)},
+        {"gaps": work.pool(4, seed=1), "context": work.pool(4, seed=3), "context_mask": kept},
+    ]
+    context = np.concatenate([of_rank[0]["context"], of_rank[2]["context"][kept]])
+    whole = {"gaps": joined(of_rank, "gaps"), "context": context}
+    for setting in (MILD, HARD):
+        found = losses(ranks, of_rank, setting, limit)
+        assert_equal_whole(found, work.loss(whole, setting))
 
 
 @LIMITS
 def test_a_rank_with_nan_leaves_the_others_right(ranks, limit):
-    gaps, sizes = work.pool(16), (5, 6, 5)
+    gaps = work.pool(16)
     gaps[5:11] = np.nan
     for setting in (MILD, HARD):
-        shards = ranks.run(3, work.sharded_loss, sizes, setting, gaps, gather_limit=limit)
-        expected = solve_margins(np.concatenate([gaps[:5], gaps[11:]]), **setting).margins
-        for each, margins in ((shards[0], expected[:5]), (shards[2], expected[5:])):
-            np.testing.assert_allclose(each["margins"], margins, **CLOSE)
-            assert np.isfinite(each["loss"])
-            assert np.isfinite(each["gradient"]).all()
-        assert np.isnan(shards[1]["margins"]).all()
-        assert np.isnan(shards[1]["loss"])
+        first, nan, last = losses(ranks, work.shards((5, 6, 5), gaps=gaps), setting, limit)
+        expected = solve_margins(gaps[np.isfinite(gaps)], **setting).margins
+        np.testing.assert_allclose(joined([first, last], "margins"), expected, **CLOSE)
+        assert np.isfinite([first["loss"], last["loss"]]).all()
+        assert np.isfinite(joined([first, last], "gradient")).all()
+        assert np.isnan([nan["loss"], *nan["margins"]]).all()
 
 
 @LIMITS
 def test_no_gap_anywhere(ranks, limit):
-    empty = ((0, 0, 0), np.zeros(0), None), ((2, 0, 1), np.zeros(3), np.zeros(3, dtype=bool))
-    for (sizes, gaps, mask), gamma0 in product(empty, (0.0, 4.0, 20.0)):
-        setting = {"gamma0": gamma0, "tau": 2.0}
-        shards = ranks.run(3, work.sharded_loss, sizes, setting, gaps, mask, gather_limit=limit)
-        for size, each in zip(sizes, shards, strict=True):
+    for sizes, gamma0 in product(((0, 0, 0), (2, 0, 1)), (0.0, 4.0, 20.0)):
+        zeros = np.zeros(sum(sizes))
+        of_rank = work.shards(sizes, gaps=zeros, mask=zeros > 0)
+        for size, each in zip(
+            sizes, losses(ranks, of_rank, {"gamma0": gamma0, "tau": 2.0}, limit), strict=True
+        ):
             assert each["loss"] == 0
             assert each["error_bound"] <= 1e-10
             assert np.isfinite(each["multiplier"])
@@ -133,150 +124,159 @@ def test_no_gap_anywhere(ranks, limit):
             np.testing.assert_array_equal(each["margins"], np.full(size, gamma0))
 
 
-def test_gaps_that_are_not_finite_cost_ranks_that_reduce_no_step(ranks):
-    setting = {"gamma0": 1.0, "tau": 0.001}
-    few, with_nan = (
-        ranks.run(2, work.steps, work.sharded_loss, (1, size - 1), setting, gaps[:size],
-                  gather_limit=REDUCE)
-        for gaps in [np.array([-60.0, -61.0, np.nan])] for size in (2, 3)
-    )  # fmt: skip
-    assert with_nan == few
-    assert max(few) <= 40
+def test_metrics_of_a_rank_without_pairs(ranks):
+    logs, _ = losses(ranks, work.shards((0, 2), gaps=np.zeros(2)), MILD)
+    logs = {name: value for name, value in logs.items() if name.startswith("gamma/")}
+    assert np.isnan(logs.pop("gamma/min"))
+    assert np.isnan(logs.pop("gamma/max"))
+    assert logs.pop("gamma/error_bound") <= 1e-10
+    assert set(logs.values()) == {0.0}
 
 
-def test_other_reductions_are_over_the_ranks_own_pairs(ranks):
-    sizes = (4, 12)
-    losses, _ = gamma_preference_loss(work.pool(16), reduction="none", **MILD)
-    for reduction in ("sum", "none"):
-        shards = ranks.run(2, work.sharded_loss, sizes, MILD, None, None, {"reduction": reduction})
-        for rank, each in enumerate(shards):
-            expected = work.shard(losses, sizes, rank)
-            expected = expected.sum() if reduction == "sum" else expected
-            np.testing.assert_allclose(each["loss"], expected, **CLOSE)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_other_reductions_are_over_the_ranks_own_pairs(ranks, reduction):
+    gaps, sizes = work.pool(16), (4, 12)
+    whole = work.loss({"gaps": gaps}, MILD | {"reduction": "none"})["loss"]
+    found = losses(ranks, work.shards(sizes, gaps=gaps), MILD | {"reduction": reduction})
+    for each, part in zip(found, work.shards(sizes, losses=whole), strict=True):
+        expected = part["losses"].sum() if reduction == "sum" else part["losses"]
+        np.testing.assert_allclose(each["loss"], expected, **CLOSE)
+
+
+# --- what is sent ---
 
 
 @LIMITS
-def test_the_contexts_of_all_ranks_join_the_pool(ranks, limit):
-    gaps = [work.pool(3), work.pool(0), work.pool(4, seed=1)]
-    context = [
-        (work.pool(5, seed=2), None),
-        (None, None),
-        (work.pool(4, seed=3), np.array([True, False, True, True])),
-    ]
-    for setting in (MILD, HARD):
-        margins = ranks.run(3, work.with_context, gaps, context, setting, gather_limit=limit)
-        others = np.concatenate([context[0][0], context[2][0][context[2][1]]])
-        expected = solve_margins(np.concatenate(gaps), context=others, **setting).margins
-        np.testing.assert_allclose(np.concatenate(margins), expected, **CLOSE)
-
-
-def test_every_rank_issues_the_same_collectives_and_only_small_ones_above_the_limit(ranks):
-    gaps = work.pool(16)
-    gaps[3:] = np.nan
-    ways = (GATHER, {26}), (REDUCE, {2, 4})  # the sizes of the largest collective
-    for (limit, sizes), setting in product(ways, (MILD, HARD)):
-        logs = ranks.run(
-            3, work.collectives, work.sharded_loss, (3, 0, 13), setting, gaps, gather_limit=limit
-        )
-        assert logs[0] == logs[1] == logs[2]
-        assert max(size for _, size in logs[0]) in sizes
-
-
-def test_few_collectives_outside_mild_settings(ranks):
+def test_ranks_issue_the_same_few_collectives_and_small_ones_above_the_limit(ranks, limit):
+    most, largest = (3, {26}) if limit else (16, {2, 4})
+    with_nan = np.where(np.arange(16) < 3, work.pool(16), np.nan)
+    problems = [(with_nan, setting) for setting in (MILD, HARD)]
     for gamma0, tau in ((4.0, 0.1), (3.0, 0.5), (50.0, 1.0)):
-        gaps = gamma0 + work.pool(200, scale=max(gamma0 / 3, 1))
-        setting = {"gamma0": gamma0, "tau": tau}
-        assert np.std(solve_margins(gaps, **setting).margins) > gamma0 / 10
-        for log in ranks.run(
-            2, work.collectives, work.sharded_loss, (120, 80), setting, gaps, gather_limit=REDUCE
-        ):
-            assert len(log) <= 15 + 1  # one is the mean's
+        gaps = gamma0 + work.pool(16, scale=max(gamma0 / 3, 1))
+        problems.append((gaps, {"gamma0": gamma0, "tau": tau}))
+        assert np.std(solve_margins(gaps, **problems[-1][1]).margins) > gamma0 / 10
+    for gaps, setting in problems:
+        first, *others = ranks.run(
+            3, work.calls, work.COLLECTIVES, work.shard_loss,
+            work.shards((3, 0, 13), gaps=gaps), setting, gather_limit=limit,
+        )  # fmt: skip
+        assert others == [first, first]
+        assert len(first) <= most
+        assert max(numbers for _, numbers, _ in first) in largest
 
 
-@pytest.mark.parametrize(
-    ("way", "collectives", "sent"),
-    # A header of two float64; then 8 gaps and weights in float32, or sums: two counts, three passes
-    # (two each), the largest step, and the mass.
-    [("gather", 2, 16 + 16 * 4), ("reduce", 7, 16 + (2 + 3 * 2 + 1 + 1) * 4)],
-)
-def test_the_benchmark_counts_collectives_and_bytes(ranks, way, collectives, sent):
+def test_the_benchmark_counts_collectives_and_bytes(ranks):
     benchmark = pytest.importorskip("benchmarks.distributed", reason="tqdm is not installed")
-    for found in ranks.run(2, benchmark.traffic, 16, way, "llama-3-8b-instruct"):
-        assert found == {"collectives": collectives, "bytes": sent}
+    for way in benchmark.LIMITS:
+        job = benchmark.traffic, 16, way, benchmark.LLAMA
+        for log, found in zip(
+            ranks.run(2, work.calls, work.COLLECTIVES, *job), ranks.run(2, *job), strict=True
+        ):
+            sent = sum(each for *_, each in log)
+            assert found == {"collectives": len(log), "bytes": sent}
+            assert sent > 64 if way == "gather" else len(log) > 2
 
+
+def test_gaps_that_are_not_finite_cost_ranks_that_reduce_no_step(ranks):
+    setting, gaps = {"gamma0": 1.0, "tau": 0.001}, np.array([-60.0, -61.0, np.nan])
+    few, with_nan = (
+        ranks.run(
+            2, work.calls, ["gamma_loss._solver.newton_step"], work.shard_loss,
+            work.shards((1, size - 1), gaps=gaps[:size]), setting, gather_limit=REDUCE,
+        )
+        for size in (2, 3)
+    )  # fmt: skip
+    assert list(map(len, with_nan)) == list(map(len, few))
+    assert 1 <= max(map(len, few)) <= 40
+
+
+# --- errors ---
 
 LOSS, MODULE = "gamma_preference_loss", "GammaPreferenceLoss"
 STREAMING = "solve_margins_streaming"
-SAME = "ValueError: all ranks of a group must have the same settings: "
+OTHERS = {  # a setting, its value on two ranks and on the third
+    "solve_margins": [("tau", 10.0, 0.1), ("dtype", "torch.float64", "torch.float32")],
+    "gamma_simpo_loss": [("beta", 1.0, 2.0)],
+    LOSS: [
+        ("gamma0", 4.0, 0.0),
+        ("reduction", "mean", "sum"),
+        ("centered", False, True),
+        ("label_smoothing", 0.0, 0.1),
+        ("robust", False, True),
+    ],
+    MODULE: [
+        ("queue_size", 4, 8),
+        ("queue_size", 4, 0),
+        ("training", True, False),
+        ("centered", False, True),
+    ],
+    STREAMING: [("tau", 10.0, 0.1), ("gamma0", 4.0, 0.0)],
+}
 
 
-OTHERS = [
-    ("solve_margins", "tau", 10.0, 0.1),
-    ("solve_margins", "dtype", "float64", "float32"),
-    ("gamma_simpo_loss", "beta", 1.0, 2.0),
-    (LOSS, "gamma0", 4.0, 0.0),
-    (LOSS, "reduction", "mean", "sum"),
-    (LOSS, "centered", False, True),
-    (LOSS, "label_smoothing", 0.0, 0.1),
-    (LOSS, "robust", False, True),
-    (MODULE, "queue_size", 4, 8),
-    (MODULE, "queue_size", 4, 0),
-    (MODULE, "training", True, False),
-    (MODULE, "centered", False, True),
-    (STREAMING, "tau", 10.0, 0.1),
-    (STREAMING, "gamma0", 4.0, 0.0),
-]
-
-
-@pytest.mark.parametrize("function", ["solve_margins", "gamma_simpo_loss", LOSS, MODULE, STREAMING])
+@pytest.mark.parametrize("function", OTHERS)
 def test_ranks_with_other_settings_are_told(ranks, function):
     setting = MILD | ({"beta": 1.0} if function == "gamma_simpo_loss" else {})
     gaps = [np.zeros(3)] if function == STREAMING else [1.0, 2.0, 3.0]
-    for _, name, first, other in (each for each in OTHERS if each[0] == function):
+    for name, first, other in OTHERS[function]:
         of_rank = [(gaps, setting | {name: value}) for value in (first, first, other)]
-        prefix = "torch." if name == "dtype" else ""
-        first, other = (prefix + x if isinstance(x, str) else x for x in (first, other))
         for error in ranks.run(3, work.refused, function, of_rank):
-            assert error == f"{SAME}{name} is {first!r} on rank 0 and {other!r} on 2"
+            assert error == (
+                "ValueError: all ranks of a group must have the same settings: "
+                f"{name} is {first!r} on rank 0 and {other!r} on 2"
+            )
     assert ranks.run(3, work.refused, function, of_rank[:1] * 3) == [None] * 3  # it goes on
+
+
+def test_all_settings_that_differ_are_named(ranks):
     of_rank = [([1.0], MILD), ([1.0], MILD | {"tau": 3.0, "reduction": "sum"})]
-    for error in ranks.run(2, work.refused, LOSS, of_rank):  # all that differ are named
+    for error in ranks.run(2, work.refused, LOSS, of_rank):
         words = "tau is 10.0 on rank 0 and 3.0 on 1, reduction is 'mean' on rank 0 and 'sum' on 1"
         assert words in error
 
 
-WRONG = [
-    ("solve_margins", [[1.0]], {}, "ValueError: reward_gaps must be 1-D"),
-    ("solve_margins", [1.0], {"tau": -1.0}, "ValueError: tau must be"),
-    ("solve_margins", [1.0], {"impl": "triton"}, "ValueError: impl must be"),
-    ("solve_margins", [1.0], {"impl": "compile"}, "ValueError: impl must be"),
-    (LOSS, [1.0], {"reduction": "max"}, "ValueError: reduction must be one of"),
-    (LOSS, [1.0], {"label_smoothing": 0.7}, "ValueError: label_smoothing must be"),
-    (MODULE, [1.0], {"gamma0": -1.0}, "ValueError: gamma0 must be"),
-    (MODULE, [1.0], {"queue_size": -1}, "ValueError: queue_size must be"),
-    (STREAMING, [np.zeros((2, 2))], {}, "ValueError: chunks must be 1-D"),
-    (STREAMING, iter([]), {}, "TypeError: chunks must be readable"),
-    (STREAMING, [np.zeros(2)], {"gamma0": -1.0}, "ValueError: gamma0 must be"),
-    (STREAMING, work.FailsLater(), {}, "OSError: no disk"),
-]
+WRONG = {  # gaps and options of one of three ranks
+    "solve_margins": [
+        ([[1.0]], {}, "ValueError: reward_gaps must be 1-D"),
+        ([1.0], {"tau": -1.0}, "ValueError: tau must be"),
+        ([1.0], {"impl": "triton"}, "ValueError: impl must be"),
+        ([1.0], {"impl": "compile"}, "ValueError: impl must be"),
+    ],
+    LOSS: [
+        ([1.0], {"reduction": "max"}, "ValueError: reduction must be one of"),
+        ([1.0], {"label_smoothing": 0.7}, "ValueError: label_smoothing must be"),
+    ],
+    MODULE: [
+        ([1.0], {"gamma0": -1.0}, "ValueError: gamma0 must be"),
+        ([1.0], {"queue_size": -1}, "ValueError: queue_size must be"),
+    ],
+    STREAMING: [
+        ([np.zeros((2, 2))], {}, "ValueError: chunks must be 1-D"),
+        (iter([]), {}, "TypeError: chunks must be readable"),
+        ([np.zeros(2)], {"gamma0": -1.0}, "ValueError: gamma0 must be"),
+        (work.FailsLater(), {}, "OSError: no disk"),
+    ],
+}
 
 
-@pytest.mark.parametrize("name", ["solve_margins", LOSS, MODULE, STREAMING])
-def test_an_error_of_one_rank_reaches_the_others(ranks, name):
-    for function, gaps, options, message in (each for each in WRONG if each[0] == name):
-        right = [np.array([-1.0, 3.0])] if function == STREAMING else [-1.0, 3.0]
+@pytest.mark.parametrize("function", WRONG)
+def test_an_error_of_one_rank_reaches_the_others(ranks, function):
+    right = [np.array([-1.0, 3.0])] if function == STREAMING else [-1.0, 3.0]
+    for gaps, options, message in WRONG[function]:
         of_rank = [(right, MILD), (gaps, MILD | options), (right, MILD)]
         errors = ranks.run(3, work.refused, function, of_rank)
         assert errors[1].startswith(message)
         assert errors[0] == errors[2] == f"RuntimeError: rank 1 of the group failed: {errors[1]}"
         assert ranks.run(3, work.refused, function, of_rank[:1] * 3) == [None] * 3
+
+
+def test_a_group_of_another_type_is_refused():
     with pytest.raises(TypeError, match=r"group must be a torch\.distributed\.ProcessGroup, got s"):
         solve_margins(torch.zeros(2), group="world", **MILD)
 
 
 def test_a_rank_that_dies_leaves_none_waiting(tmp_path):
-    count = 3
-    processes = work.Ranks(tmp_path)
+    count, processes = 3, work.Ranks(tmp_path)
     try:
         processes.run(5, work.refused, "solve_margins", [([1.0], MILD)] * 5)  # all have begun
         for pipe in processes.pipes[:count]:
@@ -290,7 +290,10 @@ def test_a_rank_that_dies_leaves_none_waiting(tmp_path):
         processes.close()
 
 
-@functools.lru_cache(maxsize=1)
+# --- training ---
+
+
+@functools.cache
 def trained_in_one_process():
     weights, losses, queue = work.train(None, None, None, 20, MILD)
     assert len(queue) == 40
@@ -300,25 +303,15 @@ def trained_in_one_process():
 
 # Rounding differences of 1e-16 a step, 20 steps, all numbers of order 1.
 AFTER_20_STEPS = {"rtol": 0, "atol": 1e-12}
-
-
-fully_shards = pytest.mark.skipif(
+FSDP = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard of torch 2.6 needs a GPU"
 )
 
 
-@pytest.mark.parametrize(
-    ("engine", "sizes"),
-    [
-        ("ddp", (6, 6)),
-        ("ddp", (1, 0, 7, 1, 3)),
-        pytest.param("fsdp", (12,), marks=fully_shards),
-        pytest.param("fsdp", (1, 0, 7, 1, 3), marks=fully_shards),
-    ],
-)
-def test_training_takes_the_steps_of_one_process(ranks, engine, sizes):
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp", marks=FSDP)])
+def test_training_takes_the_steps_of_one_process(ranks, engine):
     weights, losses, queue = trained_in_one_process()
-    results = ranks.run(len(sizes), work.train, engine, sizes, 20, MILD)
+    results = ranks.run(5, work.train, engine, (1, 0, 7, 1, 3), 20, MILD)
     mean_losses = np.mean([losses for _, losses, _ in results], axis=0)
     np.testing.assert_allclose(mean_losses, losses, **AFTER_20_STEPS)
     for their_weights, _, their_queue in results:
@@ -327,27 +320,7 @@ def test_training_takes_the_steps_of_one_process(ranks, engine, sizes):
         np.testing.assert_array_equal(their_queue, results[0][2])
 
 
-def test_metrics_of_a_rank_without_pairs(ranks):
-    logs, _ = ranks.run(2, work.logs_of_no_pairs)
-    assert np.isnan(logs.pop("gamma/min"))
-    assert np.isnan(logs.pop("gamma/max"))
-    assert logs.pop("gamma/error_bound") < 1e-5  # float32
-    assert set(logs.values()) == {0.0}
-
-
-def test_the_docs_examples(ranks):
-    page = (Path(__file__).parents[1] / "docs" / "queue.md").read_text()
-    blocks = re.findall(r"```python\n((?:#|import).*?)```", page, re.DOTALL)
-    of_ddp, of_jax, of_mesh = (
-        next(text for text in blocks if word in text)
-        for word in ("DistributedDataParallel", "queue_init", "shard_map")
-    )
-    for queue in ranks.run(5, work.run_example, of_ddp):
+def test_the_page_s_program_for_many_ranks(ranks):
+    (code,) = (each for each in pages.blocks("docs/queue.md") if each.startswith("# torchrun"))
+    for queue in ranks.run(5, work.run_example, code):
         assert len(queue) == 5 * 2
-    pytest.importorskip("jax")
-    names = {}
-    exec(compile(of_jax, "queue.md", "exec"), names)
-    assert names["queue"].mask.sum() == 3
-    names = {}
-    exec(compile(of_mesh, "queue.md", "exec"), names)
-    assert names["margins"].mean() == pytest.approx(4.0, rel=1e-6)

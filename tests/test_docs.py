@@ -7,13 +7,14 @@ import re
 import sys
 from pathlib import Path
 
+import pages
 import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-PAGES = sorted(p.stem for p in DOCS.glob("*.md") if BLOCK.search(p.read_text("utf-8")))
-PAGES.remove("scoring")  # its blocks use each other's files: test_score_pairs.py
+# The blocks of the scoring page use each other's files: test_score_pairs.py.
+PAGES = sorted(p.stem for p in DOCS.glob("*.md") if pages.blocks(p, "(?:python|pycon)"))
+PAGES = [page for page in PAGES if page not in ("queue", "scoring")]
 
 
 @pytest.fixture
@@ -29,41 +30,74 @@ def one_rank(monkeypatch):
             dist.destroy_process_group()
 
 
-def test_a_step_is_retried(monkeypatch):
-    pytest.importorskip("torch")
-    (code,) = (code for _, code in BLOCK.findall((DOCS / "queue.md").read_text("utf-8"))
-               if "deepcopy" in code)  # fmt: skip
-    names = {}
-    exec(compile(code, "queue.md", "exec"), names)
-    assert names["again"] == names["loss"]
+def run(page):
+    """Run a page's code; return the names of each block.
 
-
-def test_pages_with_code_are_found():
-    assert {"choosing", "errors", "index", "queue", "quickstart", "theory"} <= set(PAGES)
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_code_of_a_page_runs(page, request):
-    """A block to paste runs alone; a session with prompts goes on through its page."""
-    text = (DOCS / f"{page}.md").read_text("utf-8")
+    A block to paste runs alone; a session with prompts goes on through its page.
+    """
+    text, names, found = (ROOT / page).read_text("utf-8"), {}, []
     for library in ("torch", "jax"):
         if re.search(rf"^import {library}\b", text, re.MULTILINE):
             pytest.importorskip(library)
-    names, parser = {}, doctest.DocTestParser()
-    for kind, code in BLOCK.findall(text):
-        if kind == "python":
-            if code.startswith("# torchrun "):
-                request.getfixturevalue("one_rank")
-            exec(compile(code, f"{page}.md", "exec"), alone := {})
-            names |= alone
-        else:
-            test = parser.get_doctest(code, names, page, f"{page}.md", 0)
-            assert test.examples
-            problems = []
-            runner = doctest.DocTestRunner(verbose=False)
-            failed = runner.run(test, out=problems.append, clear_globs=False).failed
-            assert not failed, "".join(problems)
+    for code in pages.blocks(page, "(?:python|pycon)"):
+        if code.startswith(">>>"):
+            test = doctest.DocTestParser().get_doctest(code, names, page, page, 0)
+            problems, runner = [], doctest.DocTestRunner(verbose=False)
+            runner.run(test, out=problems.append, clear_globs=False)
+            assert not problems, "".join(problems)
             names.update(test.globs)
+        elif "integrations.trl" not in code:  # in test_trl.py
+            exec(compile(code, page, "exec"), alone := {})
+            names |= alone
+            found.append(alone)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_of_a_page_runs(page, one_rank):
+    run(f"docs/{page}.md")
+
+
+def test_code_of_the_queue_page_gives_what_it_says(one_rank):
+    retried, _, mesh, value = run("docs/queue.md")
+    assert retried["again"] == retried["loss"]
+    assert mesh["margins"].mean() == pytest.approx(4.0, rel=1e-6)
+    assert value["queue"].mask.sum() == 3
+
+
+def test_code_of_the_readme_runs():
+    assert run("README.md")
+
+
+def test_the_changed_lines_of_a_dpo_loop_are_dpo_at_a_large_tau():
+    torch = pytest.importorskip("torch")
+    from gamma_loss import gamma_dpo_loss
+
+    (diff,) = pages.blocks("README.md", "diff")
+    before, after = (
+        "".join(line[1:] for line in diff.splitlines(keepends=True) if line[0] == sign)
+        for sign in "-+"
+    )
+    torch.manual_seed(0)
+    numbers = dict.fromkeys(re.findall(r"\b(?:reference_)?(?:chosen|rejected)\w*", before))
+    given = {name: 10 * torch.randn(16, dtype=torch.float64) for name in numbers}
+    assert len(given) == 4
+    losses = []
+    for lines in (before, after, after.replace("tau=2.3", "tau=1e12")):
+        found = {"torch": torch, "gamma_dpo_loss": gamma_dpo_loss, "beta": 0.1, **given}
+        exec(compile(lines, "README.md", "exec"), found)
+        losses.append(float(found["loss"]))
+    assert losses[2] == pytest.approx(losses[0], rel=1e-10)
+    assert losses[1] != pytest.approx(losses[0], rel=1e-4)
+
+
+def test_the_error_messages_in_headings_are_those_that_are_raised():
+    """Whose words the sessions check."""
+    _, *sections = re.split(r"^## ", (DOCS / "errors.md").read_text("utf-8"), flags=re.MULTILINE)
+    assert len(sections) > 10
+    for section in sections:
+        heading = re.match(r"`(.*?)(?: ?\.\.\.)?`\n", section)[1]
+        assert heading in section.partition("Traceback (most recent call last):")[2]
 
 
 def test_propositions_are_numbered_in_order_and_only_those_proven_are_cited():
@@ -71,6 +105,15 @@ def test_propositions_are_numbered_in_order_and_only_those_proven_are_cited():
     proven = [int(n) for n in re.findall(r"^\*\*Proposition (\d+)\.\*\*", text, re.MULTILINE)]
     assert proven == list(range(1, len(proven) + 1))
     assert {int(n) for n in re.findall(r"Proposition (\d+)", text)} == set(proven)
+
+
+def test_nothing_is_installed_from_an_index_that_does_not_have_it():
+    for page in (ROOT / "README.md", *DOCS.glob("*.md")):
+        text = page.read_text("utf-8")
+        assert not re.search(r"pip install [^#\n]*[\"' ]gamma[-_]loss\b", text), page
+
+
+# --- figures ---
 
 
 @pytest.fixture(scope="module")
@@ -81,59 +124,26 @@ def figures():
     return module
 
 
-def test_table_puts_numbers_to_the_right_and_a_dash_where_there_is_none(figures):
-    assert figures.table(["name", "µs"], [["a", "1,234 (2.0)"], ["b", None]]).splitlines() == [
-        "| name | µs |",
-        "| --- | --: |",
-        "| a | 1,234 (2.0) |",
-        "| b | – |",
-    ]
-
-
 def test_tables_have_the_numbers_of_the_results_files(figures):
+    table = figures.table(["name", "µs"], [["a", "1,234 (2.0)"], ["b", None]])
+    assert table == "| name | µs |\n| --- | --: |\n| a | 1,234 (2.0) |\n| b | – |"
     record = json.loads((ROOT / "benchmarks/results/solver_cpu.json").read_text("utf-8"))
     solvers = record["results"][0]["solvers"]
     auto, peer = solvers["auto"], solvers["published loop, compiled"]
     cell = figures.times(auto, peer)
+    hot, cold = (peer[state][1] / auto[state][1] for state in ("hot", "cold"))
     assert cell.startswith(f"{auto['hot'][1]:,.{int(auto['hot'][1] < 100)}f}, ")
-    assert cell.endswith(f"({peer['hot'][1] / auto['hot'][1]:.2g}, "
-                         f"{peer['cold'][1] / auto['cold'][1]:.2g})")  # fmt: skip
+    assert cell.endswith(f"({hot:.2g}, {cold:.2g})")
     assert f" {cell} " in figures.margin_solve("solver_cpu", False).splitlines()[2]
-
-
-def test_every_figure_of_the_benchmarks_page_can_be_made(figures):
-    jinja2 = pytest.importorskip("jinja2")
-    pytest.importorskip("matplotlib")
-    text = (DOCS / "benchmarks.md").read_text("utf-8")
-    page = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(text)
-    assert page.render(vars(figures)).count("<svg") == 2
 
 
 def test_benchmarks_page_has_no_table_typed_by_hand():
     """A cell that starts with a number would be one."""
     text = (DOCS / "benchmarks.md").read_text("utf-8")
-    cells = [cell.strip() for line in text.splitlines() if line.startswith("|")
-             for cell in line.split("|")]  # fmt: skip
-    assert not [cell for cell in cells if re.match(r"[-−+.]?\d", cell)]
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert not [row for row in rows if re.search(r"\| *[-−+.]?\d", row)]
 
 
 def test_readme_repeats_what_is_measured(figures):
     readme = (ROOT / "README.md").read_text("utf-8")
     assert f"<!-- speed -->\n{figures.readme_speed()}\n<!-- /speed -->" in readme
-
-
-def test_nothing_is_installed_from_an_index_that_does_not_have_it():
-    for page in (ROOT / "README.md", *DOCS.glob("*.md")):
-        assert not re.search(
-            r"pip install [^#\n]*[\"' ]gamma[-_]loss\b", page.read_text("utf-8")
-        ), page
-
-
-def test_the_error_messages_in_headings_are_those_that_are_raised():
-    """Whose words the doctests of `test_code_of_a_page_runs` check."""
-    _, *sections = re.split(r"^## ", (DOCS / "errors.md").read_text("utf-8"), flags=re.MULTILINE)
-    assert len(sections) > 10
-    for section in sections:
-        heading = re.match(r"`(.*?)(?: ?\.\.\.)?`\n", section)[1]
-        raised = section.partition("Traceback (most recent call last):")[2]
-        assert heading in raised

@@ -13,15 +13,18 @@ import gamma_loss
 from gamma_loss import GammaDPOLoss, GammaPreferenceLoss, GammaSimPOLoss
 
 SETTING = {"beta": 0.5, "gamma0": 2.0, "tau": 1.5}
-TWINS = [
-    (GammaDPOLoss, gamma_loss.gamma_dpo_loss, 4, SETTING),
-    (GammaSimPOLoss, gamma_loss.gamma_simpo_loss, 2, SETTING),
-    (GammaPreferenceLoss, gamma_loss.gamma_preference_loss, 1, {"gamma0": 2.0, "tau": 1.5}),
-]
+TWINS = pytest.mark.parametrize(
+    ("module", "function", "arrays", "setting"),
+    [
+        (GammaDPOLoss, gamma_loss.gamma_dpo_loss, 4, SETTING),
+        (GammaSimPOLoss, gamma_loss.gamma_simpo_loss, 2, SETTING),
+        (GammaPreferenceLoss, gamma_loss.gamma_preference_loss, 1, {"gamma0": 2.0, "tau": 1.5}),
+    ],
+)
 
 
-def logps(torch, arrays, pairs=3, seed=0):
-    rows = np.random.default_rng(seed).normal(size=(arrays, pairs)) * 3
+def logps(torch, arrays=1, seed=0):
+    rows = np.random.default_rng(seed).normal(size=(arrays, 3)) * 3
     return [torch.tensor(row, requires_grad=True) for row in rows]
 
 
@@ -34,40 +37,36 @@ def preference_loss(queue_size=8):
     return GammaPreferenceLoss(gamma0=2.0, tau=1.5, queue_size=queue_size).double()
 
 
-@pytest.mark.parametrize(("module", "function", "arrays", "setting"), TWINS)
+@TWINS
 def test_arguments_and_defaults_are_the_functions(torch, module, function, arrays, setting):
     def keywords(of):
         parameters = inspect.signature(of).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
-    ours, theirs = keywords(module), keywords(function)
-    assert ours.pop("queue_size") == 2048
-    assert ours.pop("group") is theirs.pop("group") is None
-    for name in ("context", "context_mask", "mask", "weights"):
-        theirs.pop(name)
-    assert ours == theirs
+    of_a_call = dict.fromkeys(["context", "context_mask", "mask", "weights"])
+    assert of_a_call | keywords(module) == keywords(function) | {"queue_size": 2048}
     forward = list(inspect.signature(module.forward).parameters)[1:]
     assert forward == [*list(inspect.signature(function).parameters)[:arrays], "mask", "weights"]
     alone = module(**setting, queue_size=0)
     assert alone.queue is None
     assert not alone.state_dict()
     for seed in range(2):
-        batch = logps(torch, arrays, seed=seed)
+        batch = logps(torch, arrays, seed)
         torch.testing.assert_close(alone(*batch), function(*batch, **setting))
 
 
-@pytest.mark.parametrize(("module", "function", "arrays", "setting"), TWINS)
+@TWINS
 def test_training_solves_over_queue_and_batch_then_pushes(torch, module, function, arrays, setting):
     """Of micro-batches each is pushed once; a gap of any weight is one gap in the queue."""
-    options = {"label_smoothing": 0.1, "robust": True, "centered": True}
-    loss_module = module(**setting, **options, queue_size=7).double()
+    setting = setting | {"label_smoothing": 0.1, "robust": True, "centered": True}
+    loss_module = module(**setting, queue_size=7).double()
     seen = torch.zeros(0, dtype=torch.float64)
     for seed in range(4):
-        batch, mask = logps(torch, arrays, seed=seed), torch.tensor([True, seed != 2, True])
+        batch, mask = logps(torch, arrays, seed), torch.tensor([True, seed != 2, True])
         given = {"mask": mask, "weights": torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)}
         loss, aux = loss_module(*batch, **given)
         context = {"context": seen} if len(seen) else {}
-        expected, expected_aux = function(*batch, **given, **context, **setting, **options)
+        expected, expected_aux = function(*batch, **given, **context, **setting)
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(aux, expected_aux, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(
@@ -79,49 +78,76 @@ def test_training_solves_over_queue_and_batch_then_pushes(torch, module, functio
 
 def test_evaluation_reads_and_never_writes(torch):
     loss_module = preference_loss()
-    loss_module(*logps(torch, 1, seed=0))
-    saved = copy.deepcopy(loss_module.state_dict())
-    loss_module.eval()
-    (batch,) = logps(torch, 1, seed=1)
-    loss, _ = loss_module(batch)
-    assert torch.equal(loss_module.state_dict()["queue.gaps"], saved["queue.gaps"])
-    assert torch.equal(loss_module.state_dict()["queue.mask"], saved["queue.mask"])
-    loss_module.train()
-    assert torch.equal(loss_module(batch)[0], loss), "training solves over the same pool"
+    loss_module(*logps(torch))
+    saved, (batch,) = stored(loss_module), logps(torch, seed=1)
+    loss, _ = loss_module.eval()(batch)
+    assert stored(loss_module) == saved
+    assert torch.equal(loss_module.train()(batch)[0], loss), "training solves over the same pool"
     assert len(stored(loss_module)) == 6
 
 
 def test_settings_can_follow_a_schedule(torch):
-    loss_module, (batch,) = preference_loss(queue_size=0), logps(torch, 1)
+    loss_module, (batch,) = preference_loss(queue_size=0), logps(torch)
     loss_module.settings["gamma0"] = 3.0
     expected, _ = gamma_loss.gamma_preference_loss(batch, gamma0=3.0, tau=1.5)
     assert torch.equal(loss_module(batch)[0], expected)
     assert "gamma0=3.0" in repr(loss_module)
 
 
+# --- what runs twice ---
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_pushes_once_and_changes_no_bit(torch, reentrant):
-    plain, checkpointed = preference_loss(), preference_loss()
+    def gradient(loss_module, seed, calls, call=lambda run, batch: run(batch)):
+        (batch,) = logps(torch, seed=seed)
+        call(lambda batch: calls.append(1) or loss_module(batch * 2)[0], batch).backward()
+        return batch.grad
+
+    def checkpoint(run, batch):
+        return torch.utils.checkpoint.checkpoint(run, batch, use_reentrant=reentrant)
+
+    plain, checkpointed, once, twice = preference_loss(), preference_loss(), [], []
     for seed in range(4):
-        gradients = []
-        for loss_module in (plain, checkpointed):
-            (batch,) = logps(torch, 1, seed=seed)
-            calls = []
-
-            def run(batch, loss_module=loss_module, calls=calls):
-                calls.append(1)
-                return loss_module(batch * 2)[0]
-
-            if loss_module is plain:
-                loss = run(batch)
-            else:
-                loss = torch.utils.checkpoint.checkpoint(run, batch, use_reentrant=reentrant)
-            loss.backward()
-            assert len(calls) == (1 if loss_module is plain else 2)
-            gradients.append(batch.grad)
-        assert torch.equal(*gradients)
+        expected = gradient(plain, seed, once)
+        assert torch.equal(gradient(checkpointed, seed, twice, checkpoint), expected)
         assert stored(plain) == stored(checkpointed)
+    assert len(twice) == 2 * len(once) == 8
     assert len(stored(plain)) == 8
+
+
+def test_a_retried_step_starts_from_the_saved_state(torch):
+    loss_module, never_failed = preference_loss(), preference_loss()
+    for seed in range(3):
+        (batch,) = logps(torch, seed=seed)
+        saved = copy.deepcopy(loss_module.state_dict())
+        loss_module(batch)
+        loss_module.load_state_dict(saved)  # the step failed later on
+        assert torch.equal(loss_module(batch)[0], never_failed(batch)[0])
+        assert stored(loss_module) == stored(never_failed)
+
+
+def test_a_step_that_the_loss_scaler_skips_keeps_its_gaps(torch):
+    loss_module = preference_loss(queue_size=16).float()
+    parameter = torch.nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    pushed = []
+    for seed, overflow in enumerate([False, True, False]):
+        before = parameter.item()
+        loss, aux = loss_module(parameter * logps(torch, seed=seed)[0].detach().float())
+        scaler.scale(loss).backward()
+        if overflow:
+            parameter.grad.fill_(float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert (parameter.item() == before) is overflow
+        pushed += aux.reward_gaps.tolist()
+    assert stored(loss_module) == pushed
+
+
+# --- copies and checkpoints ---
 
 
 def test_a_copy_keeps_the_group_and_has_a_queue_of_its_own(torch):
@@ -132,18 +158,14 @@ def test_a_copy_keeps_the_group_and_has_a_queue_of_its_own(torch):
     try:
         loss_module = GammaDPOLoss(**SETTING, group=distributed.group.WORLD)
         loss_module(*logps(torch, 4))
-        average = torch.optim.swa_utils.AveragedModel(loss_module)
-        assert average.module.group is loss_module.group
-        average.module(*logps(torch, 4, seed=1))
-        assert len(stored(loss_module)) * 2 == len(stored(average.module))
-        assert average.module.settings == loss_module.settings
-
         saved = pickle.dumps(loss_module)
-        again = pickle.loads(saved)  # noqa: S301
-        assert again.group is loss_module.group
-        assert stored(again) == stored(loss_module)
-        again(*logps(torch, 4, seed=1))
-        assert len(stored(again)) == 2 * len(stored(loss_module))
+        average = torch.optim.swa_utils.AveragedModel(loss_module).module
+        for copied in (average, pickle.loads(saved)):  # noqa: S301
+            assert copied.group is loss_module.group
+            assert copied.settings == loss_module.settings
+            assert stored(copied) == stored(loss_module)
+            copied(*logps(torch, 4, seed=1))
+            assert len(stored(copied)) == 2 * len(stored(loss_module))
         other = GammaDPOLoss(**SETTING, group=distributed.new_group())
         assert copy.copy(other).group is copy.deepcopy(other).group is other.group
         with pytest.raises(TypeError, match="got another group: save its state_dict"):
@@ -154,38 +176,25 @@ def test_a_copy_keeps_the_group_and_has_a_queue_of_its_own(torch):
         pickle.loads(saved)  # noqa: S301
 
 
-def test_a_retried_step_starts_from_the_saved_state(torch):
-    loss_module, never_failed = preference_loss(), preference_loss()
-    for seed in range(3):
-        (batch,) = logps(torch, 1, seed=seed)
-        saved = copy.deepcopy(loss_module.state_dict())
-        loss_module(batch)
-        loss_module.load_state_dict(saved)  # the step failed later on
-        again, _ = loss_module(batch)
-        assert torch.equal(again, never_failed(batch)[0])
-        assert stored(loss_module) == stored(never_failed)
-
-
-@pytest.mark.parametrize("changed", [{"beta": 1.0}, {"gamma0": 4.0}])
-def test_a_saved_queue_is_loaded_where_its_gaps_have_the_same_units(torch, tmp_path, changed):
+@pytest.mark.parametrize(("name", "value"), [("beta", 1.0), ("gamma0", 4.0)])
+def test_a_saved_queue_is_loaded_where_its_gaps_have_the_same_units(torch, tmp_path, name, value):
     first = GammaDPOLoss(**SETTING)
     first(*logps(torch, 4))
     torch.save(torch.nn.ModuleList([first]).state_dict(), tmp_path / "loss.pt")
     saved = torch.load(tmp_path / "loss.pt", weights_only=True)
-    same, other = GammaDPOLoss(**SETTING | {"tau": 9.0}).half(), GammaDPOLoss(**SETTING | changed)
+    same = GammaDPOLoss(**SETTING | {"tau": 9.0}).half()
+    other, again = (GammaDPOLoss(**SETTING | {name: value}) for _ in range(2))
     torch.nn.ModuleList([same]).load_state_dict(saved)  # without a warning
     assert stored(same) == stored(first)
-    ((name, value),) = changed.items()
     words = rf"filled with .*{name} = {SETTING[name]:g}.* has .*{name} = {value:g}.* starts empty"
     with pytest.warns(UserWarning, match=words):
         torch.nn.ModuleList([other]).load_state_dict(saved)
     assert stored(other) == []
-    again = GammaDPOLoss(**SETTING | changed)
-    again.load_state_dict(other.state_dict())  # whose gaps would be of the new units
     assert "0.queue.mask" in saved, "the checkpoint is left as it is"
-    again = GammaDPOLoss(**SETTING, queue_size=0)  # which takes the state of one with a queue
-    again.load_state_dict(first.state_dict())
-    assert not again.state_dict()
+    again.load_state_dict(other.state_dict())  # whose gaps would be of the new units
+    without = GammaDPOLoss(**SETTING, queue_size=0)  # takes the state of one with a queue
+    without.load_state_dict(first.state_dict())
+    assert not without.state_dict()
     first.settings["gamma0"] = 3.0  # as a schedule does: the units of the queue stay
     same.load_state_dict(first.state_dict())
     assert stored(same) == stored(first) != []
@@ -200,13 +209,16 @@ def test_tools_for_distributed_checkpoints_take_the_state(torch):
     assert stored(second[0]) == stored(first[0]) != []
 
 
-def warned(loss_module, batches):
-    """The number of the training forward that warned, and what it said."""
+# --- a run without effect ---
+
+
+def warned(loss_module, batches, **given):
+    """The number of each training forward that warned, and what it said."""
     found = []
     for number, batch in enumerate(batches, 1):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            loss_module(*batch)
+            loss_module(*batch, **given)
         found += [(number, str(each.message)) for each in caught]
     return found
 
@@ -234,53 +246,29 @@ def test_a_run_in_which_nothing_happens_says_so_once_and_names_a_tau_that_helps(
 
 
 @pytest.mark.parametrize(
-    ("gamma0", "words"),
-    [(0.0, "gamma0 must be finite and > 0"), (4.0, "all equal, and so are their margins")],
+    ("gaps", "gamma0", "tau", "words"),
+    [
+        ([1.0], 0.0, 1.0, "For the last 1 gaps.*: gamma0 must be finite and > 0"),
+        ([1.0], 4.0, 1.0, "plain logistic loss to rounding.*equal, and so are their margins"),
+        ([-2000.0, 2000.0], 40.0, 1e-2, None),  # one margin is 0 to rounding
+    ],
 )
-def test_where_no_tau_helps_the_reason_is_said(torch, gamma0, words):
-    loss_module = GammaPreferenceLoss(gamma0=gamma0, tau=1.0, queue_size=0)
-    ((_, message),) = warned(loss_module, [[torch.ones(1)]] * 101)
-    assert "this run is a plain logistic loss to rounding. For the last 1 gaps" in message
-    assert words in message
+def test_where_no_tau_helps_the_reason_is_said(torch, gaps, gamma0, tau, words):
+    loss_module = GammaPreferenceLoss(gamma0=gamma0, tau=tau, queue_size=0)
+    said = warned(loss_module, [[torch.tensor(gaps)]] * 101)
+    assert len(said) == (words is not None)
+    assert all(re.search(words, message) for _, message in said)
 
 
 @pytest.mark.parametrize("queue_size", [0, 64])
-def test_a_first_batch_in_which_no_pair_takes_part_is_said_and_a_hundred_are_an_error(
-    torch, queue_size
-):
+def test_a_first_batch_without_pairs_is_said_and_a_hundred_are_an_error(torch, queue_size):
     loss_module = GammaPreferenceLoss(gamma0=4.0, tau=1.0, queue_size=queue_size)
-    gaps, nothing = torch.randn(2), torch.zeros(2, dtype=torch.bool)
-    with pytest.warns(UserWarning, match="no pair of the first batch takes part"):
-        loss_module(gaps, mask=nothing)
-    for _ in range(98):
-        loss_module(gaps, mask=nothing)  # not said again
+    nothing = {"mask": torch.zeros(2, dtype=torch.bool)}
+    ((number, message),) = warned(loss_module, [[torch.randn(2)]] * 99, **nothing)
+    assert number == 1
+    assert "no pair of the first batch takes part" in message
     if queue_size:
         with pytest.raises(RuntimeError, match="no pair took part in a hundred steps of training"):
-            loss_module(gaps, mask=nothing)
+            loss_module(torch.randn(2), **nothing)
     else:  # which knows of the last batch only
-        loss_module(gaps, mask=nothing)
-
-
-def test_gaps_that_are_spread_warn_of_nothing(torch):
-    gaps = torch.tensor([-2000.0, 2000.0])  # one margin is 0 to rounding
-    assert warned(GammaPreferenceLoss(gamma0=40.0, tau=1e-2), [[gaps]] * 101) == []
-
-
-def test_a_step_that_the_loss_scaler_skips_keeps_its_gaps(torch):
-    loss_module = preference_loss(queue_size=16).float()
-    parameter = torch.nn.Parameter(torch.ones(()))
-    optimizer = torch.optim.SGD([parameter], lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    pushed = []
-    for seed, overflow in enumerate([False, True, False]):
-        before = parameter.item()
-        loss, aux = loss_module(parameter * logps(torch, 1, seed=seed)[0].detach().float())
-        scaler.scale(loss).backward()
-        if overflow:
-            parameter.grad.fill_(float("inf"))
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        assert (parameter.item() == before) is overflow
-        pushed += aux.reward_gaps.tolist()
-    assert stored(loss_module) == pushed
+        loss_module(torch.randn(2), **nothing)

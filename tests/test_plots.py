@@ -1,7 +1,6 @@
 """What is drawn is what was given, in the units that the axes name."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -152,17 +151,3 @@ def test_wrong_arguments_are_named():
     ]:
         with pytest.raises(error, match=complaint):
             draw()
-
-
-def test_importing_the_package_does_not_import_matplotlib_and_the_extra_is_named():
-    code = """
-import sys, gamma_loss
-assert "matplotlib" not in sys.modules
-sys.modules["matplotlib.axes"] = None
-try:
-    import gamma_loss.plots
-except ImportError as error:
-    print(error)
-"""
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "gamma_loss.plots needs matplotlib: pip install 'gamma-loss[plots]'" in out.stdout

@@ -5,15 +5,13 @@ What ruff's rules S3, S5 and S6 see (pickle, eval, shells, unsafe YAML) is left 
 
 import ast
 import re
-from pathlib import Path
 
+import pages
 import pytest
 
 yaml = pytest.importorskip("yaml")
 
-ROOT = Path(__file__).parents[1]
-WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
-FENCE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+WORKFLOWS = sorted((pages.ROOT / ".github" / "workflows").glob("*.y*ml"))
 
 
 def unsafe(code):
@@ -40,18 +38,18 @@ def test_files_are_loaded_as_data():
     ):  # fmt: skip
         assert list(unsafe(code)), code
     assert not list(unsafe("torch.load(f, weights_only=True), np.load(f), json.load(f)"))
-    folders = ("gamma_loss", "benchmarks", "docs", "tests")
-    sources = [(file, file.read_text("utf-8"))
-               for folder in folders for file in (ROOT / folder).rglob("*.py")]  # fmt: skip
-    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
-    sources += [(file, block) for file in pages for block in FENCE.findall(file.read_text("utf-8"))]
-    found = {(file.name, name) for file, code in sources for name in unsafe(code)}
+    sources = [(file.name, file.read_text("utf-8"))
+               for folder in ("gamma_loss", "benchmarks", "docs", "tests")
+               for file in (pages.ROOT / folder).rglob("*.py")]  # fmt: skip
+    for page in (pages.ROOT / "README.md", *(pages.ROOT / "docs").rglob("*.md")):
+        sources += [(page.name, block) for block in pages.blocks(page)]
+    found = {(file, name) for file, code in sources for name in unsafe(code)}
     own = {(f"test_{name}.py", "pickle.loads") for name in ("modules", "recipes")}
     assert found == own  # of bytes that they made themselves
 
 
 def test_workflows_have_pinned_actions_and_the_least_permissions():
-    assert WORKFLOWS or not (ROOT / ".github").exists()
+    assert WORKFLOWS or not (pages.ROOT / ".github").exists()
     for file in WORKFLOWS:
         text = file.read_text("utf-8")
         uses = re.findall(r"^\s*(?:- )?uses: *(.*)$", text, re.MULTILINE)
@@ -71,7 +69,7 @@ def test_workflows_have_pinned_actions_and_the_least_permissions():
 
 
 def test_a_clients_pins_name_one_version_each():
-    for file in (ROOT / "tests" / "clients").glob("*.txt"):
+    for file in (pages.ROOT / "tests" / "clients").glob("*.txt"):
         pins = file.read_text("utf-8").splitlines()
         assert len(pins) > 10
         assert [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.+!]+", pin)] == []
