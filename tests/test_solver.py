@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(overflow|divide by zero|invalid
 EPS = float(np.finfo(np.float64).eps)
 XP = get_backend(np.zeros(1))
 BENT = 2e-4  # what D changes by between the closed form of the inflection and the inflection
-gap_arrays = st.lists(st.floats(-LIMIT, LIMIT), min_size=1, max_size=40).map(np.array)
+seeds = st.integers(0, 2**32 - 1)
 some = settings(max_examples=60)
 
 
@@ -42,6 +42,10 @@ def inflections(gaps):
     gaps = np.asarray(gaps, dtype=Real)
     least = np.maximum(gaps, 0)
     return bisect(lambda y: y * np.tanh((y - gaps) / 2) > 1, least, least + 2)
+
+
+def log_mean(u, weights=None):
+    return np.log(np.average(np.exp(u - u.max()), weights=weights)) + u.max()
 
 
 class Problem(NamedTuple):
@@ -65,9 +69,6 @@ class Problem(NamedTuple):
     def step(self, u):
         return _solver.newton_step(XP, self.pairs(), u, *self.side(), math.inf)
 
-    def safe(self, u, step):
-        return _solver.safeguarded_step(XP, self.pairs(), u, step.y, step.du, *self.side())
-
     def z(self, u):
         return Real(self.gamma0) * np.exp(np.minimum(np.asarray(u, dtype=Real), 100)) - self.gaps
 
@@ -75,10 +76,6 @@ class Problem(NamedTuple):
         z, lam = self.z(u), Real(self.lam)
         rise = sigmoid(z) - sigmoid(lam) if lam <= 0 else sigmoid(-lam) - sigmoid(-z)
         return u + Real(self.a) * rise
-
-    def slope(self, u):
-        """a σ'(z)."""
-        return self.a * sigmoid(self.z(u)) * sigmoid(-self.z(u))
 
     def roots(self, lam=None):
         problem = self if lam is None else self._replace(lam=lam)
@@ -92,8 +89,8 @@ class Problem(NamedTuple):
 
     def rounding(self, u):
         """How far from the root float64 may end: 8 epsilons of every term of f, over D."""
-        z, slope = self.z(u), self.slope(u)
-        s, y = (1 if self.lam <= 0 else -1), z + self.gaps
+        z, s = self.z(u), 1 if self.lam <= 0 else -1
+        slope, y = self.a * sigmoid(z) * sigmoid(-z), z + self.gaps
         terms = np.abs(u) + self.a * (sigmoid(s * z) + sigmoid(-abs(Real(self.lam))))
         terms = terms + slope * (y + self.gamma0 + np.abs(self.gaps))
         return 8 * EPS * (np.abs(u) + terms / (1 + y * slope)) + 1e-21
@@ -102,10 +99,6 @@ class Problem(NamedTuple):
 @functools.lru_cache(maxsize=8)
 def pairs_of(gaps, gamma0, a):
     return Problem(np.frombuffer(gaps), gamma0, a, 0.0).init()[0].pairs
-
-
-def log_mean(u, weights=None):
-    return np.log(np.average(np.exp(u - u.max()), weights=weights)) + u.max()
 
 
 @st.composite
@@ -128,25 +121,19 @@ def problems(draw, max_size=12):
 # One pair far from the others moves most, and the mean of x hardly.
 @example(np.array([9.0] + 200 * [-3.0]), 2.0, 4.0)
 @example(np.array([-2.0] + 200 * [5.0]), 3.0, 3.0)
-def test_a_mild_step_is_the_arrowheads_and_is_bounded(gaps, gamma0, tau):
+def test_the_error_bound_of_a_mild_solve_holds_before_its_end(gaps, gamma0, tau):
     assume(_solver.mild_passes(gamma0, tau, True))
     a = gamma0 / tau
-    problem = Problem(gaps, gamma0, a, 0.0)
-    f = a * sigmoid(problem.z(0 * gaps))  # at x = 1 and ν = 0
-    d = 1 + gamma0 * problem.slope(0 * gaps)
-    d_nu = np.mean(f / d) / np.mean(1 / d)
-    x = np.exp((d_nu - f) / d)
-    # The host takes two passes more than it is told to, if it has to.
-    values, nu, bound = _solver.solve_mild(XP, gaps, None, gamma0, a, -1, LOCAL)
-    rounding = 16 * EPS * (1 + a) * (1 + gamma0 + abs(math.log(gamma0)))
-    np.testing.assert_allclose(values / gamma0, (x / np.mean(x)).astype(float), rtol=rounding)
-    assert abs(nu - d_nu + np.log(np.mean(x))) <= rounding  # it moves with the scale of x
-    v = np.log(x / np.mean(x)) + a * sigmoid(problem.z(np.log(x / np.mean(x))))
-    assert 2 * np.tanh((v.max() - v.min()) / 4) <= bound
-    assert np.mean(np.abs(x / np.mean(x) - problem.solution())) <= bound
+    exact = Problem(gaps, gamma0, a, 0.0).solution()
+    for passes in (-1, 0):  # two more than these are taken on a CPU
+        values, _, bound = _solver.solve_mild(XP, gaps, None, gamma0, a, passes, LOCAL)
+        x = values / Real(gamma0)
+        v = np.log(x) + a * sigmoid(values - gaps)
+        assert 2 * np.tanh((v.max() - v.min()) / 4) <= bound
+        assert np.mean(np.abs(x - exact)) <= bound
 
 
-@given(pools(max_size=12), st.floats(0.01, 30), st.floats(0.05, 50), st.integers(0, 99))
+@given(pools(max_size=12), st.floats(0.01, 30), st.floats(0.05, 50), seeds)
 def test_the_range_of_v_bounds_the_error_of_any_candidate(gaps, gamma0, tau, seed):
     exact = margins(gaps, gamma0, tau)[0] / gamma0
     x = exact * np.exp(np.random.default_rng(seed).normal(size=gaps.size))
@@ -163,35 +150,19 @@ def test_no_bound_by_the_range_of_v_is_smaller():
 
 
 def test_the_number_of_mild_passes():
-    """None beyond the boundary, which is below where undamped steps fail."""
     settings = (4.0, 10.0), (0.375, 10.0), (1.7, 4.0), (3.0, 3.0), (4.0, 0.1)
     assert [_solver.mild_passes(*each, True) for each in settings] == [4, 4, 6, 6, 0]
     assert [_solver.mild_passes(*each, False) for each in settings] == [3, 3, 5, 5, 0]
-    a = np.geomspace(1e-3, 3, 200)
-    for kappa in np.geomspace(1e-3, 100, 200):
-        is_mild = [_solver.mild_passes(kappa / each, kappa / each**2, True) > 0 for each in a]
-        np.testing.assert_array_equal(is_mild, (a < 1.5) & (kappa * np.exp(a) < 8.5))
 
 
 # -- the inflection
 
 
-@given(gap_arrays, st.integers(0, 99))
-@example(np.array([-LIMIT, -5.0, 0.0, 3.0, 100.0, LIMIT]), 0)
-def test_there_is_one_inflection_above_the_gap_and_0(gaps, seed):
-    y = inflections(gaps)
-    assert np.all(y > np.maximum(gaps, 0))
-    other = y * np.exp(np.random.default_rng(seed).normal(size=(50, 1)) * 3)
-    assert np.all((other * np.tanh((other - gaps) / 2) > 1) == (other > y))
-
-
 @some
-@given(st.floats(-LIMIT, LIMIT), gamma0s, taus, log_uniform(1e-3, 3), st.sampled_from([-1, 1]))
-def test_f_is_convex_below_the_inflection_and_concave_above_it(gap, gamma0, tau, offset, side):
+@given(st.floats(-LIMIT, LIMIT), gamma0s, log_uniform(1e-3, 3), st.sampled_from([-1, 1]))
+def test_f_is_convex_below_the_inflection_and_concave_above_it(gap, gamma0, offset, side):
     with mpmath.workdps(80):
-        centre = (
-            mpmath.log(float(inflections(gap))) - mpmath.log(gamma0) + side * mpmath.mpf(offset)
-        )
+        centre = mpmath.log(float(inflections(gap))) - mpmath.log(gamma0) + side * offset
 
         def sigma(u):  # or σ - 1, which has the same second difference
             z = gamma0 * mpmath.exp(u) - gap
@@ -202,52 +173,42 @@ def test_f_is_convex_below_the_inflection_and_concave_above_it(gap, gamma0, tau,
         assert mpmath.sign(second) == -side
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_closed_form_of_the_inflection(dtype):
-    @given(gap_arrays)
-    @example(np.linspace(-12, 12, 2001))
-    @example(np.sinh(np.linspace(-9.9, 9.9, 2001)))
-    def check(gaps):
-        gaps = gaps.astype(dtype)
-        closed, y = _solver.inflection(get_backend(gaps), gaps), inflections(gaps)
-        assert closed.dtype == dtype
-        assert np.max(np.abs(closed / y - 1)) < 0.016
-        # 1 - D / D* <= 1 - y σ'(z) / (y* σ'(z*)) for any a
-        assert np.max(-np.expm1(log_bump(closed, gaps) - log_bump(y, gaps))) < BENT
-        assert np.max(np.abs(np.log(closed / y)) * (1 + y)) < (0.04 if dtype == np.float64 else 1)
-
-    check()
-
-
 def log_bump(y, gaps):
     """Log of y σ'(z)."""
     size = np.abs(np.asarray(y, dtype=Real) - gaps)
     return np.log(np.asarray(y, dtype=Real)) - size - 2 * np.log1p(np.exp(-size))
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@given(gaps=st.lists(st.floats(-LIMIT, LIMIT), min_size=1, max_size=40).map(np.array))
+@example(gaps=np.linspace(-12, 12, 2001))
+@example(gaps=np.sinh(np.linspace(-9.9, 9.9, 2001)))
+def test_closed_form_of_the_inflection(dtype, gaps):
+    gaps = gaps.astype(dtype)
+    closed, y = _solver.inflection(get_backend(gaps), gaps), inflections(gaps)
+    assert closed.dtype == dtype
+    assert np.max(np.abs(closed / y - 1)) < 0.016
+    # 1 - D / D* <= 1 - y σ'(z) / (y* σ'(z*)) for any a
+    assert np.max(-np.expm1(log_bump(closed, gaps) - log_bump(y, gaps))) < BENT
+    assert np.max(np.abs(np.log(closed / y)) * (1 + y)) < (0.04 if dtype == np.float64 else 1)
+
+
 # -- a step of the pairs
 
 
-def starts(problem, seed):
-    """Anything from far below all roots to the highest allowed, and near the inflection."""
-    rng, pairs = np.random.default_rng(seed), problem.pairs()
-    anywhere = pairs.u_max - rng.uniform(size=pairs.gaps.shape) ** 4 * (problem.a + 2)
-    near = np.minimum(inflection_of(pairs) + 0.1 * rng.normal(size=anywhere.shape), pairs.u_max)
-    return np.where(rng.uniform(size=near.shape) < 0.5, anywhere, near)
-
-
-def inflection_of(pairs):
-    return np.log(_solver.inflection(XP, pairs.gaps) / pairs.gamma0)
-
-
-@given(problems(), st.integers(0, 2**32 - 1))
+@given(problems(), seeds)
 def test_safeguarded_steps_converge_from_anywhere_without_turning(problem, seed):
-    bend, roots = inflection_of(problem.pairs()), problem.roots()
+    pairs, roots, rng = problem.pairs(), problem.roots(), np.random.default_rng(seed)
+    bend = np.log(_solver.inflection(XP, pairs.gaps) / pairs.gamma0)
     below, slack = roots < bend, problem.rounding(roots) + 8 * EPS * np.abs(bend)
-    u = starts(problem, seed)
+    # From far below all roots up to the highest allowed, or near the inflection.
+    anywhere = pairs.u_max - rng.uniform(size=roots.shape) ** 4 * (problem.a + 2)
+    near = np.minimum(bend + 0.1 * rng.normal(size=roots.shape), pairs.u_max)
+    u = np.where(rng.uniform(size=roots.shape) < 0.5, anywhere, near)
     for n in range(_solver.MAX_ITER):
         step = problem.step(u)
-        new = np.minimum(u + problem.safe(u, step), problem.pairs().u_max)
+        safe = _solver.safeguarded_step(XP, pairs, u, step.y, step.du, *problem.side())
+        new = np.minimum(u + safe, pairs.u_max)
         before, after = (np.where(below, 1, -1) * (point - roots) for point in (u, new))
         room = slack + 2 * EPS * (np.abs(u) + np.abs(step.du))
         # It ends between the root and the inflection, or beyond the root by next to nothing,
@@ -258,16 +219,6 @@ def test_safeguarded_steps_converge_from_anywhere_without_turning(problem, seed)
             assert np.all(np.abs(after) <= np.abs(before) + room)
         u = new
     assert np.all(np.abs(u - roots) <= slack)
-
-
-@pytest.mark.parametrize(("gamma0", "lam"), [(200.0, -20.0), (10.0, 20.0)])
-def test_the_step_of_the_logarithm_goes_far(gamma0, lam):
-    # a σ(z), or a (1 - σ(z)), is too large by about e^10: ten of Newton's steps, of 1 in z
-    problem = Problem(np.array([100.0, 120.0]), gamma0, 1e7, lam)
-    u, roots = np.log((problem.gaps + lam / 4) / gamma0), problem.roots()
-    step = problem.step(u)
-    assert np.all(np.abs(problem.z(u + step.du) - problem.z(u)) < 1.1)
-    assert np.all(np.abs(problem.z(u + problem.safe(u, step)) - problem.z(roots)) < 1.1)
 
 
 @given(problems(), log_uniform(1e-9, 0.5), st.sampled_from([-1, 1]))
@@ -289,7 +240,7 @@ def test_what_a_close_step_leaves(problem, distance, sign):
         assert wrong <= 1.4e-3 * np.mean(x) + np.mean(slack * (1 + np.exp(roots)))
 
 
-@given(problems(), log_uniform(1e-17, 5), st.integers(0, 2**32 - 1))
+@given(problems(), log_uniform(1e-17, 5), seeds)
 def test_root_distance_bounds_the_distance(problem, size, seed):
     pairs, roots = problem.pairs(), problem.roots()
     u = roots + np.random.default_rng(seed).normal(size=roots.size) * size
@@ -313,91 +264,80 @@ def test_the_root_is_between_0_and_the_first_guess_and_below_the_highest_u(probl
 
 
 @given(problems(), st.floats(1e-3, 10))
-def test_log_mean_x_rises_with_nu_but_no_faster(problem, by):
+def test_mean_x_rises_with_nu_but_no_faster_and_all_x_are_on_one_side(problem, by):
     lower, upper = problem.roots(), problem.roots(problem.lam + by)
     slack = 1e-18 * (1 + problem.a)
     assert np.all(upper >= lower - slack)
     rise = problem.a * sigmoid_change(problem.lam, problem.lam + by)
     assert -slack <= log_mean(upper) - log_mean(lower) <= rise + slack
+    if log_mean(lower) < 50:
+        x = np.exp(lower)
+        distance = np.mean(np.abs(x - problem.solution()))
+        assert abs(distance - abs(np.mean(x) - 1)) <= 1e-15 * (1 + distance)
 
 
 def sigmoid_change(start, end):
     """σ(end) - σ(start), with a small relative error."""
     with mpmath.workdps(100):
-        change = 1 / (1 + mpmath.exp(-mpmath.mpf(end))) - 1 / (1 + mpmath.exp(-mpmath.mpf(start)))
-        return Real(mpmath.nstr(change, 25))
+        low, high = (1 / (1 + mpmath.exp(-mpmath.mpf(each))) for each in (start, end))
+        return Real(mpmath.nstr(high - low, 25))
 
 
 @some
-@given(pools(max_size=12), gamma0s, taus, st.integers(0, 2**32 - 1), st.booleans())
+@given(pools(max_size=12), gamma0s, taus, seeds, st.booleans())
 def test_the_solution_is_in_every_bracket(gaps, gamma0, tau, seed, weighted):
     rng = np.random.default_rng(seed)
     weights = np.exp(rng.normal(size=gaps.size) * 4) if weighted else None
-    problem = Problem(gaps, gamma0, gamma0 / tau, 0.0)
+    problem, seen = Problem(gaps, gamma0, gamma0 / tau, 0.0), set()
     parts, state = problem.init(weights)
-    seen = set()
     for _ in range(30):
-        for lam, sign in ((state.dual.low, -1), (state.dual.high, 1)):
-            if (lam, sign) not in seen:
-                roots = problem.roots(lam)
-                mean = log_mean(roots, weights)
-                slack = problem._replace(lam=lam).rounding(roots) * np.exp(roots - mean)
-                assert sign * mean >= -np.average(slack, weights=weights) - 16 * EPS
-                seen.add((lam, sign))
+        for end in {(state.dual.low, -1), (state.dual.high, 1)} - seen:
+            roots = problem.roots(end[0])
+            mean = log_mean(roots, weights)
+            slack = problem._replace(lam=end[0]).rounding(roots) * np.exp(roots - mean)
+            assert end[1] * mean >= -np.average(slack, weights=weights) - 16 * EPS
+            seen.add(end)
         if state.converged:
             break
         state = _solver.step(XP, parts, state)
     assert state.converged
 
 
-@st.composite
-def dual_steps(draw):
-    """Arguments of `dual_step`, likely or not."""
-    a = draw(log_uniform(1e-6, 1e5))
-    low, lam, high = sorted(draw(st.floats(-60, 60)) for _ in range(3))
-    before = draw(st.one_of(st.just(math.inf), log_uniform(1e-12, 10)))
-    excess = math.expm1(draw(st.sampled_from([-1, 1])) * draw(log_uniform(1e-17, 10)))
-    rate = (1 + excess) * draw(log_uniform(1e-8, 1))
-    return a, _solver.Dual(lam, low, high, before), excess, rate
-
-
 @settings(max_examples=400)
-@given(dual_steps())
-def test_a_step_of_the_multiplier(arguments):
-    a, dual, excess, rate = arguments
-    new, d_nu = _solver.dual_step(PYTHON_MATH, *arguments)
-    exact = a * sigmoid_change(dual.lam, new.lam)
+@given(
+    log_uniform(1e-6, 1e5),
+    st.lists(st.floats(-60, 60), min_size=3, max_size=3).map(sorted),
+    st.just(math.inf) | log_uniform(1e-12, 10),
+    log_uniform(1e-17, 10),
+    st.sampled_from([-1, 1]),
+    log_uniform(1e-8, 1),
+)
+def test_a_step_of_the_multiplier(a, bracket, before, size, sign, share):
+    low, lam, high = bracket
+    dual, excess = _solver.Dual(lam, low, high, before), math.expm1(sign * size)
+    rate, log_mass = (1 + excess) * share, math.log1p(excess)
+    new, d_nu = _solver.dual_step(PYTHON_MATH, a, dual, excess, rate)
+    exact = a * sigmoid_change(lam, new.lam)
     assert abs(d_nu - exact) <= 16 * EPS * abs(exact) + 1e-60 * a
-    log_mass = math.log1p(excess)
-    assert new.low == (dual.lam if log_mass <= 0 else dual.low)
-    assert new.high == (dual.lam if log_mass >= 0 else dual.high)
+    assert new.low == (lam if log_mass <= 0 else low)
+    assert new.high == (lam if log_mass >= 0 else high)
     assert new.log_mean == pytest.approx(abs(log_mass), rel=1e-14)
     middle = (new.low + new.high) / 2
     if new.log_mean > _solver.LOG_MEAN_TRUSTED:
         assert new.low <= new.lam <= new.high
-        if new.log_mean > 0.75 * dual.log_mean:
+        if new.log_mean > 0.75 * before:
             assert new.lam == middle
     near = new.log_mean < _solver.LOG_MEAN_NEAR
     rise = (-excess if near else -log_mass * (1 + excess)) / rate  # of ν
-    room = float(a * sigmoid(dual.lam) * sigmoid(-dual.lam))
+    room = float(a * sigmoid(lam) * sigmoid(-lam))
     if new.lam != middle and abs(rise) < 1e-4 * room:
-        assert abs(d_nu - rise) <= 1e-3 * abs(rise) + 4 * EPS * room * abs(dual.lam)
+        assert abs(d_nu - rise) <= 1e-3 * abs(rise) + 4 * EPS * room * abs(lam)
 
 
 # -- the end
 
 
-@some
-@given(problems())
-def test_the_roots_of_a_multiplier_are_on_one_side_of_the_solution(problem):
-    roots = problem.roots()
-    assume(log_mean(roots) < 50)
-    x, exact = np.exp(roots), problem.solution()
-    distance = np.mean(np.abs(x - exact))
-    assert abs(distance - abs(np.mean(x) - 1)) <= 1e-15 * (1 + distance)
-
-
-@given(problems(), log_uniform(1e-16, 3), st.integers(0, 2**32 - 1), st.booleans())
+@given(problems(), log_uniform(1e-16, 3), seeds, st.booleans())
 def test_the_error_bound_holds_of_any_state(problem, size, seed, weighted):
     roots, rng = problem.roots(), np.random.default_rng(seed)
     assume(abs(log_mean(roots)) < 15)
