@@ -39,20 +39,28 @@ def compiled(torch):
     return compile
 
 
-@pytest.mark.parametrize("setting", [MILD, HARD], ids=["mild", "hard"])
-@pytest.mark.parametrize("impl", ["auto", "compile", "triton"])
-def test_torch_compile_makes_one_small_graph_for_all_calls(torch, compiled, impl, setting):
+SETTINGS = pytest.mark.parametrize("setting", [MILD, HARD], ids=["mild", "hard"])
+
+
+def needs(impl):
     if impl == "triton":
         pytest.importorskip("triton", minversion="3.5")
 
-    def loss(*logps):
+
+@pytest.mark.parametrize(
+    ("impl", "setting"), [("auto", MILD), ("compile", HARD), ("triton", HARD)]
+)  # fmt: skip
+def test_torch_compile_makes_one_small_graph_for_all_calls(torch, compiled, impl, setting):
+    needs(impl)
+
+    def loss(*logps, impl=impl):
         value, aux = gamma_dpo_loss(*logps, beta=0.1, impl=impl, **setting)
         return value, aux, metrics(aux)
 
     call = compiled(loss)
-    for seed in range(3):
+    for seed in range(2):
         logps = [torch.tensor(row, requires_grad=i < 2) for i, row in enumerate(rows((4, 9), seed))]
-        found, expected = call(*logps), loss(*logps)
+        found, expected = call(*logps), loss(*logps, impl="eager")
         torch.testing.assert_close(found, expected)
         gradients = torch.autograd.grad(found[0], logps[:2])
         torch.testing.assert_close(gradients, torch.autograd.grad(expected[0], logps[:2]))
@@ -60,7 +68,7 @@ def test_torch_compile_makes_one_small_graph_for_all_calls(torch, compiled, impl
     assert len(list(graph.graph.nodes)) < 200  # one call of ours, and the metrics
 
 
-@pytest.mark.parametrize("setting", [MILD, HARD], ids=["mild", "hard"])
+@SETTINGS
 def test_torch_compile_makes_one_graph_for_all_sizes(torch, compiled, setting):
     def loss(gaps, context, mask, weights):
         solution = solve_margins(gaps, context=context, mask=mask, **setting)
@@ -76,19 +84,16 @@ def test_torch_compile_makes_one_graph_for_all_sizes(torch, compiled, setting):
     assert counts == counts[:1] * 3  # Dynamo may trace the first call twice
 
 
-def nodes_of_a_trace(torch, impl, setting):
+def test_a_solve_takes_few_nodes_of_a_graph(torch):
+    """A mild one is a few passes, any other is one operator."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     gaps = torch.tensor(rows(9))
-    traced = make_fx(lambda x: solve_margins(x, impl=impl, **setting).margins)(gaps)
-    return len(list(traced.graph.nodes))
-
-
-def test_a_solve_takes_few_nodes_of_a_graph(torch):
-    """A mild one is a few passes, any other is one operator."""
     for impl in ("auto", "eager", "compile"):
-        assert nodes_of_a_trace(torch, impl, HARD) < 20
-        assert nodes_of_a_trace(torch, impl, MILD) < 200
+        for setting, most in ((HARD, 20), (MILD, 200)):
+            options = {"impl": impl, **setting}
+            traced = make_fx(lambda x, o=options: solve_margins(x, **o).margins)(gaps)
+            assert len(list(traced.graph.nodes)) < most
 
 
 def test_a_tensor_is_not_asked_whether_it_is_jaxs(torch, monkeypatch):
@@ -158,17 +163,16 @@ def test_a_bad_setting_in_a_compiled_function_is_a_plain_error(torch):
             compiled(torch.zeros(3))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_module_with_a_queue_does_not_recompile(torch, compiled, backend):
+@pytest.mark.parametrize(("backend", "sizes"), [("aot_eager", (5, 16, 7)), ("inductor", (5, 5))])
+def test_a_module_with_a_queue_does_not_recompile(torch, compiled, backend, sizes):
     plain, module = (GammaDPOLoss(beta=0.1, **MILD, queue_size=12) for _ in range(2))
     call, counts = compiled(module, backend=backend, dynamic=backend == "aot_eager"), []
-    for seed, size in enumerate((5, 9, 16, 7) if backend == "aot_eager" else (5, 5, 5)):
-        logps = [torch.tensor(row, dtype=torch.float32) for row in rows((4, size), seed)]
-        logps = [row.requires_grad_() for row in logps]
+    for seed, size in enumerate(sizes):
+        logps = torch.tensor(rows((4, size), seed), dtype=torch.float32, requires_grad=True)
         mask = logps[0] > -2
         found, expected = call(*logps, mask=mask)[0], plain(*logps, mask=mask)[0]
         torch.testing.assert_close(found, expected)
-        gradients = (torch.autograd.grad(each, logps[:2]) for each in (found, expected))
+        gradients = (torch.autograd.grad(each, logps) for each in (found, expected))
         torch.testing.assert_close(*gradients)
         torch.testing.assert_close(module.queue.context(), plain.queue.context())
         counts.append(len(compiled.graphs))
@@ -251,28 +255,6 @@ def test_other_libraries_end_their_loops(monkeypatch):
     assert 3 < counts[0] == counts[1] < 20
 
 
-@pytest.mark.parametrize("impl", ["auto", "triton"])
-def test_torch_vmap_and_func(torch, impl):
-    if impl == "triton":
-        pytest.importorskip("triton", minversion="3.5")
-    batch, mask = torch.tensor(rows((3, 8))), torch.tensor(rows((3, 8), 1) > -3)
-    for setting in (MILD, HARD):
-
-        def solve(gaps, mask, setting=setting):
-            return solve_margins(gaps, mask=mask, impl=impl, **setting)
-
-        mapped = torch.vmap(solve)(batch, mask)
-        for i in range(3):
-            expected = solve_margins(batch[i], mask=mask[i], impl="eager", **setting)
-            torch.testing.assert_close(mapped.margins[i], expected.margins, rtol=1e-10, atol=1e-12)
-    logps = torch.tensor(rows((4, 9))).unbind()
-    gradient, (value, aux) = torch.func.grad_and_value(
-        lambda *logps: gamma_dpo_loss(*logps, beta=0.1, impl=impl, **MILD), has_aux=True
-    )(*logps)
-    torch.testing.assert_close(value, gamma_dpo_loss(*logps, beta=0.1, **MILD)[0])
-    torch.testing.assert_close(gradient, -0.1 * aux.pair_weights / 9)
-
-
 def test_jax_jit_and_vmap(jax):
     batch, mask = jax.numpy.asarray(rows((3, 8))), jax.numpy.asarray(rows((3, 8), 1) > -3)
     for setting in (MILD, HARD):
@@ -294,8 +276,7 @@ def test_jax_jit_and_vmap(jax):
     ids=["mild", "hard, strict", "hard", "triton"],
 )
 def test_torch_export_with_a_dynamic_batch(torch, impl, setting, strict):
-    if impl == "triton":
-        pytest.importorskip("triton", minversion="3.5")
+    needs(impl)
 
     class Module(torch.nn.Module):
         def forward(self, logps, mask):
@@ -309,5 +290,5 @@ def test_torch_export_with_a_dynamic_batch(torch, impl, setting, strict):
     exported = torch.export.export(
         Module(), arguments(9), dynamic_shapes=((batch,) * 4, batch), strict=strict
     ).module()
-    for size in (2, 257) if impl == "triton" else (2, 8, 256, 257, 2304):
+    for size in (2, 257) if impl == "triton" else (2, 256, 257):
         torch.testing.assert_close(exported(*arguments(size)), Module()(*arguments(size)))

@@ -12,9 +12,17 @@ func = pytest.importorskip("torch.func")
 # From torch, which makes its decompositions at the first forward derivative.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
-ROWS = np.random.default_rng(0).normal(size=(3, 6)) * 3
-AT, ALONG, OTHER = torch.tensor(ROWS)
-BATCH = torch.tensor(ROWS)
+BATCH = torch.tensor(np.random.default_rng(0).normal(size=(3, 6)) * 3)
+AT, ALONG, OTHER = BATCH
+CASES = [("auto", MILD), ("auto", HARD), ("triton", HARD)]
+cases = pytest.mark.parametrize(("impl", "setting"), CASES, ids=["mild", "hard", "triton"])
+slope, hessian = torch.autograd.functional.jacobian, torch.autograd.functional.hessian
+
+
+@pytest.fixture(autouse=True)
+def needed(request):
+    if "triton" in request.node.name:
+        pytest.importorskip("triton", minversion="3.5")
 
 
 def the_loss(impl, setting):
@@ -35,14 +43,6 @@ def held(setting, at):
     return lambda x: preference_loss(gaps(x), shifts).mean()
 
 
-def slope(loss, at=AT):
-    return torch.autograd.functional.jacobian(loss, at)
-
-
-def hessian(loss, at=AT):
-    return torch.autograd.functional.hessian(loss, at)
-
-
 def along(loss, order):
     """Derivatives by `create_graph`, each along the same direction."""
     x = AT.clone().requires_grad_()
@@ -53,14 +53,14 @@ def along(loss, order):
     return value.detach()
 
 
-def third(loss, step=1e-4):
-    """The third derivative, by differences of the second."""
-    ahead, behind = (hessian(loss, AT + sign * step * ALONG) for sign in (1, -1))
+def third(loss, at, step=1e-4):
+    """The third derivative along a direction, by differences of the second."""
+    ahead, behind = (hessian(loss, at + sign * step * ALONG) for sign in (1, -1))
     return ALONG @ ((ahead - behind) / (2 * step)) @ ALONG
 
 
 def forward_mode(loss):
-    with torch.autograd.forward_ad.dual_level() as _:
+    with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(AT, ALONG)
         return torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent
 
@@ -76,57 +76,69 @@ def compiled(loss):
     return torch.compile(func.grad(loss), backend="aot_eager", fullgraph=True)(AT)
 
 
-def value(loss, at=AT):
+def value(loss, at):
     return loss(at)
 
 
 # What a transformation gives, and what it has to be: of a point, or of a batch for vmap.
 TRANSFORMATIONS = {
-    "grad": (lambda loss: func.grad(loss)(AT), slope),
     "vmap": (lambda loss: func.vmap(loss)(BATCH), value),
     "vmap of grad": (lambda loss: func.vmap(func.grad(loss))(BATCH), slope),
-    "jvp": (lambda loss: func.jvp(loss, (AT,), (ALONG,))[1], lambda loss: slope(loss) @ ALONG),
+    "jvp": (lambda loss: func.jvp(loss, (AT,), (ALONG,))[1], lambda *each: slope(*each) @ ALONG),
     "jacfwd": (lambda loss: func.jacfwd(loss)(AT), slope),
     "hessian": (lambda loss: func.hessian(loss)(AT), hessian),
     "jacrev of jacrev": (lambda loss: func.jacrev(func.jacrev(loss))(AT), hessian),
     "functionalize": (lambda loss: func.functionalize(loss)(AT), value),
     "functionalize of grad": (lambda loss: func.functionalize(func.grad(loss))(AT), slope),
-    "forward mode": (forward_mode, lambda loss: slope(loss) @ ALONG),
+    "forward mode": (forward_mode, lambda *each: slope(*each) @ ALONG),
     "make_fx": (traced, value),
     "make_fx of grad": (lambda loss: traced(func.grad(loss)), slope),
     "symbolic make_fx": (lambda loss: traced(loss, "symbolic"), value),
-    "create_graph": (lambda loss: along(loss, 2), lambda loss: ALONG @ hessian(loss) @ ALONG),
+    "create_graph": (lambda loss: along(loss, 2), lambda *each: ALONG @ hessian(*each) @ ALONG),
     "create_graph twice": (lambda loss: along(loss, 3), third),
     "grad in a compiled graph": (compiled, slope),
 }
-CASES = [("auto", MILD), ("auto", HARD), ("triton", HARD)]
-
-
-def needs_triton(impl):
-    if impl == "triton":
-        pytest.importorskip("triton", minversion="3.5")
 
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
-@pytest.mark.parametrize(("impl", "setting"), CASES, ids=["mild", "hard", "triton"])
+@cases
 def test_it_is_what_plain_autograd_says(impl, setting, name):
-    needs_triton(impl)
     transform, plain = TRANSFORMATIONS[name]
     found = transform(the_loss(impl, setting))
     if name.startswith("vmap"):
         expected = torch.stack([plain(held(setting, at), at) for at in BATCH])
     else:
-        expected = plain(held(setting, AT))
+        expected = plain(held(setting, AT), AT)
     assert expected.abs().max() > 1e-4
     close = {"rtol": 1e-5, "atol": 1e-8} if name == "create_graph twice" else {}
     torch.testing.assert_close(found, expected, **close)
 
 
-@pytest.mark.parametrize(("impl", "setting"), CASES, ids=["mild", "hard", "triton"])
+@cases
+def test_vmap_over_gaps_and_masks(impl, setting):
+    def solve(gaps, mask, impl=impl):
+        return solve_margins(gaps, mask=mask, impl=impl, **setting).margins
+
+    mapped = torch.vmap(solve)(BATCH, BATCH > -2)
+    expected = torch.stack([solve(gaps, gaps > -2, "eager") for gaps in BATCH])
+    torch.testing.assert_close(mapped, expected, rtol=1e-10, atol=1e-12)
+
+
+@cases
+def test_grad_and_value_with_all_that_is_known(impl, setting):
+    logps = torch.cat([BATCH, ALONG[None] ** 2]).unbind()
+    options = {"beta": 0.1, **setting}
+    gradient, (value, aux) = func.grad_and_value(
+        lambda *logps: gamma_dpo_loss(*logps, impl=impl, **options), has_aux=True
+    )(*logps)
+    torch.testing.assert_close(value, gamma_dpo_loss(*logps, impl="eager", **options)[0])
+    torch.testing.assert_close(gradient, -0.1 * aux.pair_weights / 6)
+
+
+@cases
 def test_fake_tensors_get_shapes_and_gradients(impl, setting):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    needs_triton(impl)
     with FakeTensorMode() as mode:
         x = mode.from_tensor(AT).requires_grad_()
         loss, aux = gamma_dpo_loss(
@@ -141,12 +153,7 @@ def test_fake_tensors_get_shapes_and_gradients(impl, setting):
 def test_gradcheck_and_gradgradcheck_with_one_pair():
     """One pair has the margin γ0 whatever its gap, so that differences see no margin move."""
     x = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
-
-    def loss(x):
-        return gamma_dpo_loss(
-            x, -0.3 * x, 0 * x, 0 * x, beta=0.7, label_smoothing=0.1, **MILD
-        )[0]  # fmt: skip
-
+    loss = the_loss("auto", {**MILD, "label_smoothing": 0.1})
     assert torch.autograd.gradcheck(loss, x)
     assert torch.autograd.gradgradcheck(loss, x)
 
