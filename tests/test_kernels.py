@@ -169,6 +169,8 @@ def test_a_failed_launch_is_raised_and_the_next_call_launches_again(torch, launc
     assert len(results) == 4
 
 
+# --- without a GPU, by Triton's compiler ---
+
 NO_DRIVER = """
 import warnings, torch
 from gamma_loss import solve_margins
@@ -181,26 +183,6 @@ print(warning.category.__name__, warning.message)
 torch.testing.assert_close(found, solve_margins(gaps, gamma0=4.0, tau=0.1))
 """
 
-
-def run_compiled(code):
-    """Run a script with Triton's compiler in the place of its interpreter."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.splitlines()
-
-
-def test_without_a_driver_one_warning_and_eager_solves(torch):
-    pytest.importorskip("triton", minversion="3.5")
-    (line,) = run_compiled(NO_DRIVER)
-    words = "RuntimeWarning Triton can't be used on cpu, gamma_loss solves eagerly there: "
-    assert line.startswith(words)
-
-
-# --- ahead of time ---
 
 COMPILE_AHEAD = """
 import os, re, subprocess, tempfile
@@ -245,9 +227,26 @@ for dtype, limits in launch.LIMITS.items():
 """
 
 
-def test_no_variant_spills_registers_or_branches_on_sm_90(torch):
-    """In the largest block, which holds most registers."""
+@pytest.fixture(scope="module")
+def compiled(torch):
+    """What both scripts print, with Triton's compiler in the place of its interpreter."""
     pytest.importorskip("triton", minversion="3.5")
-    lines = run_compiled(COMPILE_AHEAD)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", NO_DRIVER + COMPILE_AHEAD],
+        env=environment | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
+def test_without_a_driver_a_warning_says_that_eager_solves(compiled):
+    words = "RuntimeWarning Triton can't be used on cpu, gamma_loss solves eagerly there: "
+    assert compiled[0].startswith(words)
+
+
+def test_no_variant_spills_registers_or_branches_on_sm_90(compiled):
+    """In the largest block, which holds most registers."""
+    lines = compiled[1:]
     assert len(lines) == 8
     assert [line for line in lines if not line.endswith(" 0")] == []  # spilt registers need a stack

@@ -1,6 +1,7 @@
 """The losses: values against the papers' formulas, gradients, reductions, limits, weights."""
 
 import collections
+import functools
 import math
 import sys
 from itertools import product
@@ -30,6 +31,7 @@ from gamma_loss import (
 EPS = np.finfo(np.float64).eps
 SETTING = {"beta": 0.5, "gamma0": 2.0, "tau": 1.5}
 SMOOTHING = [(0.0, False), (0.1, False), (0.0, True), (0.2, True)]
+MILD_AND_HARD = pytest.mark.parametrize("setting", [MILD, HARD], ids=["mild", "hard"])
 
 
 def logps(size=7, seed=0):
@@ -57,30 +59,27 @@ def test_preference_loss_keeps_small_losses_and_takes_arrays_of_margins(library)
 
 @pytest.mark.parametrize("method", ["dpo", "simpo", "gaps"])
 def test_values_and_aux_in_every_library(library, method):
-    rows, setting = logps(), {"gamma0": 2.0, "tau": 1.5}
-    arrays = [library.array(row) for row in rows]
-    for centered, (epsilon, robust) in product((True, False), SMOOTHING):
+    rows = logps()
+    given = {"dpo": rows, "simpo": rows[:2], "gaps": rows[:1] - rows[1]}[method]
+    beta = 1.0 if method == "gaps" else 0.5
+    loss_of = {1: gamma_preference_loss, 2: gamma_simpo_loss, 4: gamma_dpo_loss}[len(given)]
+    chosen, rejected, *references = (*given, np.zeros(7)) if method == "gaps" else given
+    if references:
+        chosen, rejected = chosen - references[0], rejected - references[1]
+    chosen, rejected = beta * chosen, beta * rejected
+    gaps = chosen - rejected
+    margins = oracles.margins(gaps, 2.0, 1.5)[0]
+    for i, (epsilon, robust) in enumerate(SMOOTHING):
+        centered = i in (0, 3)
         options = {"centered": centered, "label_smoothing": epsilon, "robust": robust}
-        if method == "dpo":
-            chosen, rejected = 0.5 * (rows[0] - rows[2]), 0.5 * (rows[1] - rows[3])
-            loss, aux = gamma_dpo_loss(*arrays, beta=0.5, **setting, **options)
-        elif method == "simpo":
-            chosen, rejected = 0.5 * rows[0], 0.5 * rows[1]
-            loss, aux = gamma_simpo_loss(*arrays[:2], beta=0.5, **setting, **options)
-        else:
-            chosen, rejected = rows[0] - rows[1], np.zeros(7)
-            loss, aux = gamma_preference_loss(library.array(chosen), **setting, **options)
-        gaps = chosen - rejected
-        margins = oracles.margins(gaps, 2.0, 1.5)[0]
+        options |= SETTING if method != "gaps" else {"gamma0": 2.0, "tau": 1.5}
+        loss, aux = loss_of(*map(library.array, given), **options)
         used = margins - 2.0 if centered else margins
         expected = (oracles.rdpo if robust else oracles.cdpo)(gaps, epsilon, used)
         np.testing.assert_allclose(float(loss), float(expected.mean()), rtol=1e-13)
         # the derivative of the smoothed formula, written out
-        s = gaps - used
-        weight = (1 - epsilon) * oracles.sigmoid(-s) - epsilon * oracles.sigmoid(s)
-        if robust:
-            weight = (1 - epsilon) * oracles.sigmoid(-s) + epsilon * oracles.sigmoid(s)
-            weight /= 1 - 2 * epsilon
+        p, sign = oracles.sigmoid(used - gaps), 1 if robust else -1
+        weight = ((1 - epsilon) * p + sign * epsilon * (1 - p)) / (1 - 2 * epsilon * robust)
         for name, wanted in {
             "margins": margins,
             "shifts": margins - 2.0,
@@ -103,14 +102,19 @@ def test_gradients_are_pair_weights(torch, jax, reduction):
     rows = logps()
     rows[0][1], rows[0][4] = math.nan, math.inf
     mask = np.array([True, False, True, True, False, True, True])
-    for (epsilon, robust), weighted in product(SMOOTHING, (False, True)):
+    for (epsilon, robust), weighted in zip(SMOOTHING, (False, True, True, False), strict=True):
         weights = np.array([2.0, 1.0, 0.5, 0.0, 1.0, 1.5, 1.0]) if weighted else np.ones(7)
         options = {**SETTING, "label_smoothing": epsilon, "robust": robust, "reduction": reduction}
         given = {"mask": mask} | ({"weights": weights} if weighted else {})
+
+        def total(*logps, make, options=options, given=given):
+            arrays = {name: make(each) for name, each in given.items()}
+            loss, aux = gamma_dpo_loss(*logps, **arrays, **options)
+            return loss.sum(), aux
+
         tensors = [torch.tensor(row, requires_grad=True) for row in rows]
-        arrays = {name: torch.tensor(each) for name, each in given.items()}
-        loss, aux = gamma_dpo_loss(*tensors, **arrays, **options)
-        loss.sum().backward()
+        loss, aux = total(*tensors, make=torch.tensor)
+        loss.backward()
         step = 0.5 * aux.pair_weights.numpy()  # d gap / d logp = ± beta
         step = step / (weights @ mask if reduction == "mean" else 1)
         for tensor, sign in zip(tensors[:2], (-1, 1), strict=True):
@@ -119,92 +123,78 @@ def test_gradients_are_pair_weights(torch, jax, reduction):
         assert aux.margins[1] == aux.margins[4] == 2.0
         assert tensors[2].grad is tensors[3].grad is None
 
-        arrays = {name: jax.numpy.asarray(each) for name, each in given.items()}
-
-        def total(*logps, options=options, arrays=arrays):
-            loss, aux = gamma_dpo_loss(*logps, **arrays, **options)
-            return loss.sum(), aux
-
-        gradients, _ = jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True)(
+        of_jax = functools.partial(total, make=jax.numpy.asarray)
+        gradients, _ = jax.grad(of_jax, argnums=(0, 1, 2, 3), has_aux=True)(
             *map(jax.numpy.asarray, rows)
         )
         for gradient, sign in zip(gradients, (-1, 1, 0, 0), strict=True):
             np.testing.assert_allclose(gradient, sign * step, rtol=1e-11)
 
 
-@pytest.mark.parametrize("setting", [MILD, HARD], ids=["mild", "hard"])
+@MILD_AND_HARD
 def test_a_masked_pair_leaves_no_nan_in_a_gradient_and_another_only_its_own(torch, jax, setting):
     gaps = np.array([1.0, math.nan, -1.0])
     mask = np.isfinite(gaps)
-    slopes = jax.grad(
-        lambda g: gamma_preference_loss(g, mask=jax.numpy.asarray(mask), **setting)[0]
-    )(jax.numpy.asarray(gaps))
+
+    def loss(gaps, **more):
+        return gamma_preference_loss(gaps, **more, **setting)[0]
+
+    slopes = jax.grad(lambda g: loss(g, mask=jax.numpy.asarray(mask)))(jax.numpy.asarray(gaps))
     assert np.isfinite(slopes).all()
     assert slopes[1] == 0
-    leaf = torch.tensor(gaps, requires_grad=True)
-    gamma_preference_loss(leaf, mask=torch.tensor(mask), **setting)[0].backward()
-    np.testing.assert_allclose(leaf.grad, slopes, rtol=1e-11)
-    leaf = torch.tensor(gaps, requires_grad=True)
-    loss, aux = gamma_preference_loss(leaf, **setting)
-    loss.backward()
-    assert loss.isnan()
-    np.testing.assert_allclose(leaf.grad[mask], -aux.pair_weights[mask] / 3, rtol=1e-12)
-    found = torch.func.grad(
-        lambda g: gamma_preference_loss(g, mask=torch.tensor(mask), **setting)[0]
-    )(torch.tensor(gaps))
+    leaf, kept = torch.tensor(gaps, requires_grad=True), torch.tensor(mask)
+    (found,) = torch.autograd.grad(loss(leaf, mask=kept), leaf)
     np.testing.assert_allclose(found, slopes, rtol=1e-11)
-    nobody = torch.zeros(3, dtype=torch.bool)
-    leaf = torch.tensor(gaps, requires_grad=True)
-    gamma_preference_loss(leaf, mask=nobody, **setting)[0].backward()
-    assert leaf.grad.tolist() == [0.0, 0.0, 0.0]
+    found = torch.func.grad(lambda g: loss(g, mask=kept))(torch.tensor(gaps))
+    np.testing.assert_allclose(found, slopes, rtol=1e-11)
+    (found,) = torch.autograd.grad(loss(leaf, mask=kept & False), leaf)
+    assert found.tolist() == [0.0, 0.0, 0.0]
+    unmasked, aux = gamma_preference_loss(leaf, **setting)
+    assert unmasked.isnan()
+    (found,) = torch.autograd.grad(unmasked, leaf)
+    np.testing.assert_allclose(found[mask], -aux.pair_weights[mask] / 3, rtol=1e-12)
 
 
-@pytest.mark.parametrize("setting", [MILD, HARD], ids=["mild", "hard"])
+@MILD_AND_HARD
 def test_only_the_loss_has_a_gradient(torch, jax, setting):
     """No field of aux, no reference and no context has one, and no margin."""
-    rows, others = logps(), np.array([1.0, -2.0])
+    arrays = [*logps(), np.array([1.0, -2.0])]
+
+    def loss_of(*arrays, **options):
+        return gamma_dpo_loss(*arrays[:4], context=arrays[4], beta=0.5, **setting, **options)
+
     for impl in ("auto", "eager"):
-        leaves = [torch.tensor(row, requires_grad=True) for row in [*rows, others]]
-        loss, aux = gamma_dpo_loss(
-            *leaves[:4], beta=0.5, **setting, context=leaves[4], impl=impl, reduction="none"
-        )
+        leaves = [torch.tensor(each, requires_grad=True) for each in arrays]
+        loss, aux = loss_of(*leaves, impl=impl, reduction="none")
         assert not any(field.requires_grad for field in aux)
         loss.sum().backward()
         assert all(leaf.grad is None for leaf in leaves[2:])
         solution = solve_margins(leaves[0], context=leaves[4], impl=impl, **setting)
         assert not any(field.requires_grad for field in solution)
 
-    def of(index):
-        def value(*arrays):
-            loss, aux = gamma_dpo_loss(*arrays[:4], beta=0.5, **setting, context=arrays[4])
-            fields = [field.astype(float).sum() for field in aux]
-            return [loss, *fields][index]
+    def sums(*arrays):
+        loss, aux = loss_of(*arrays)
+        return jax.numpy.stack([loss, *(field.astype(float).sum() for field in aux)])
 
-        return value
-
-    arrays = [jax.numpy.asarray(row) for row in [*rows, others]]
-    for index in range(10):
-        gradients = jax.grad(of(index), argnums=range(5))(*arrays)
-        has_one = [bool(gradient.any()) for gradient in gradients]
-        assert has_one == ([True, True, False, False, False] if index == 0 else [False] * 5)
+    _, pull = jax.vjp(sums, *map(jax.numpy.asarray, arrays))
+    slopes = pull((jax.numpy.arange(10) == 0) + 0.0)
+    assert [bool(slope.any()) for slope in slopes] == [True, True, False, False, False]
+    assert not any(slope.any() for slope in pull(jax.numpy.arange(10.0)))  # of all but the loss
 
 
-def test_references_of_inference_mode(torch):
-    rows = [torch.tensor(row) for row in logps()]
+@MILD_AND_HARD
+def test_references_of_inference_mode(torch, setting):
+    rows, context = [torch.tensor(row) for row in logps()], torch.tensor([1.0, 2.0]).double()
     rows[0].requires_grad_()
     with torch.inference_mode():
-        references = [row.clone() for row in rows[2:]]
-        context = torch.tensor([1.0, 2.0], dtype=torch.float64)
-    for setting in (MILD, HARD):
-        settings = {"beta": 0.5, **setting}
-        found, expected = (
-            torch.autograd.grad(gamma_dpo_loss(*args, **settings, context=others)[0], rows[0])
-            for args, others in (
-                ([*rows[:2], *references], context),
-                (rows, torch.tensor([1.0, 2.0], dtype=torch.float64)),
-            )
-        )
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        inferred = [each.clone() for each in (*rows[2:], context)]
+
+    def gradient(*references, context):
+        loss, _ = gamma_dpo_loss(*rows[:2], *references, beta=0.5, context=context, **setting)
+        return torch.autograd.grad(loss, rows[0])
+
+    found = gradient(*inferred[:2], context=inferred[2])
+    torch.testing.assert_close(found, gradient(*rows[2:], context=context), rtol=0, atol=0)
 
 
 def test_the_uncentred_gradient_is_that_of_the_minimised_objective():
@@ -231,28 +221,24 @@ def test_the_uncentred_gradient_is_that_of_the_minimised_objective():
 
 @pytest.mark.parametrize("name", ["numpy", "auto", "eager"])
 def test_no_output_shares_memory_with_another_array(torch, name):
-    def array(values):
-        return np.array(values) if name == "numpy" else torch.tensor(values)
-
-    def plain(values):
-        return values if name == "numpy" else values.detach().numpy()
-
-    options = {**MILD, **({} if name == "numpy" else {"impl": name})}
+    is_numpy = name == "numpy"
+    array = np.array if is_numpy else torch.tensor
+    options = {**MILD, **({} if is_numpy else {"impl": name})}
     methods = (gamma_dpo_loss, 4), (gamma_simpo_loss, 2), (gamma_preference_loss, 1)
     for (loss_of, count), masked in product(methods, (False, True)):
-        beta = {"beta": 1.0} if count > 1 else {}
-        rows = [array(row) for row in logps()[:count]]
-        if name != "numpy":
+        rows, inputs = [array(row) for row in logps()[:count]], {}
+        if not is_numpy:
             rows[0].requires_grad_()
-        mask = array(np.arange(7) != 2) if masked else None
-        weights = array(np.ones(7)) if masked else None
-        loss, aux = loss_of(*rows, mask=mask, weights=weights, reduction="none", **options, **beta)
-        inputs = [plain(each) for each in (*rows, mask, weights) if each is not None]
-        outputs = [plain(each) for each in (loss, *aux)]
-        for i, output in enumerate(outputs):
-            assert not any(np.shares_memory(output, other) for other in inputs)
-            assert not any(np.shares_memory(output, other) for other in outputs[:i])
-        if name != "numpy":  # nor does autograd keep what a caller may overwrite
+        if masked:
+            inputs = {"mask": array(np.arange(7) != 2), "weights": array(np.ones(7))}
+        beta = {"beta": 1.0} if count > 1 else {}
+        loss, aux = loss_of(*rows, **inputs, reduction="none", **options, **beta)
+        plain = np.asarray if is_numpy else lambda each: each.detach().numpy()
+        others = [plain(each) for each in (*rows, *inputs.values())]
+        for output in map(plain, (loss, *aux)):
+            assert not any(np.shares_memory(output, other) for other in others)
+            others.append(output)
+        if not is_numpy:  # nor does autograd keep what a caller may overwrite
             expected = -aux.pair_weights.clone()
             for field in aux:
                 field.zero_()
@@ -266,13 +252,11 @@ def test_good_input_makes_no_nan_in_jax(jax):
     mask, weights = jax.numpy.arange(7) != 2, jax.numpy.ones(7)
     jax.config.update("jax_debug_nans", True)
     try:
-        for setting in (MILD, HARD):
-            for given in (None, mask, jax.numpy.zeros(7, bool)):
-                loss, aux = gamma_dpo_loss(
-                    *rows, beta=0.5, **setting, mask=given, weights=weights, context=rows[0]
-                )
-                jax.grad(lambda x, s=setting: gamma_preference_loss(x, **s)[0])(rows[0])
-                metrics(aux)
+        for setting, flags in ((HARD, mask), (MILD, mask & False)):
+            options = {"mask": flags, "weights": weights, "context": rows[0], **setting}
+            loss, aux = gamma_dpo_loss(*rows, beta=0.5, **options)
+            metrics(aux)
+            jax.grad(lambda x, s=setting: gamma_preference_loss(x, **s)[0])(rows[0])
         for kind, match in product(("robust", "conservative"), ("value", "slope")):
             label_smoothing_from_shift(rows[0], rows[1], kind=kind, match=match)
             shift_from_label_smoothing(rows[0], 0.01, kind=kind, match=match)
@@ -335,32 +319,28 @@ def test_context_carries_no_loss(gaps, context, gamma0, tau):
 def test_reductions_are_over_pairs_that_take_part_and_a_weight_is_a_repetition(library):
     gaps, counts = np.array([1.0, -2.0, 0.5, 9.0, 3.0]), np.array([2, 1, 0, 3, 1])
     mask, whole = np.array([True] * 4 + [False]), np.repeat([1.0, -2.0, 9.0], [2, 1, 3])
-    for setting, factor in product((MILD, HARD), (1.0, 1 / 3)):
+    kept = mask & (counts > 0)
+    for setting, factor in ((MILD, 1.0), (HARD, 1 / 3)):
         options = {"label_smoothing": 0.1, "centered": True, **setting}
-        found = {
-            reduction: gamma_preference_loss(
-                library.array(gaps),
-                weights=library.array(factor * counts),
-                mask=library.array(mask, "bool"),
-                reduction=reduction,
-                **options,
-            )
-            for reduction in ("mean", "sum", "none")
-        }
-        single, aux = gamma_preference_loss(whole, reduction="none", **options)
-        assert float(found["mean"][0]) == pytest.approx(float(single.mean()), rel=1e-13)
-        assert float(found["sum"][0]) == pytest.approx(factor * float(single.sum()), rel=1e-13)
-        losses, of_weights = found["none"]
-        for ours, theirs in ((losses, single), (of_weights.pair_weights, aux.pair_weights)):
+
+        def loss_of(reduction="mean", mask=mask, options=options, **more):
+            flags = library.array(mask, "bool")
+            arrays = {"mask": flags, "reduction": reduction, **more}
+            return gamma_preference_loss(library.array(gaps), **arrays, **options)
+
+        weights = library.array(factor * counts)
+        single, known = gamma_preference_loss(whole, reduction="none", **options)
+        for reduction, expected in (("mean", single.mean()), ("sum", factor * single.sum())):
+            found = float(loss_of(reduction, weights=weights)[0])
+            assert found == pytest.approx(float(expected), rel=1e-13)
+        losses, aux = loss_of("none", weights=weights)
+        for ours, theirs in ((losses, single), (aux.pair_weights, known.pair_weights)):
             ours = library.numpy(ours)
-            expected = factor * counts[[0, 1, 3]] * theirs[[0, 2, 3]]
-            np.testing.assert_allclose(ours[[0, 1, 3]], expected, rtol=1e-12)
+            expected = factor * counts[kept] * theirs[[0, 2, 3]]
+            np.testing.assert_allclose(ours[kept], expected, rtol=1e-12)
             assert ours[2] == ours[4] == 0
-        kept = [True, True, False, True, False]
-        assert library.numpy(of_weights.mask).tolist() == kept
-        plain, kept_aux = gamma_preference_loss(
-            library.array(gaps), mask=library.array(kept, "bool"), **options
-        )
+        assert library.numpy(aux.mask).tolist() == kept.tolist()
+        plain, aux = loss_of(mask=kept)
         alone, _ = gamma_preference_loss(gaps[kept], **options)
         assert float(plain) == pytest.approx(float(alone), rel=1e-13)
-        assert library.numpy(kept_aux.pair_weights)[2] == 0
+        assert library.numpy(aux.pair_weights)[2] == 0

@@ -5,23 +5,17 @@ import pytest
 
 from gamma_loss import gamma_dpo_loss, gamma_preference_loss, label_smoothing_from_shift, metrics
 
-NAMES = {
-    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-    "gamma/mean", "gamma/min", "gamma/max", "gamma/kl", "gamma/effective_pairs",
-    "gamma/implied_smoothing", "gamma/error_bound", "gamma/pairs",
-}  # fmt: skip
-
 
 def test_values_over_unmasked_pairs(library):
     rows = np.random.default_rng(0).normal(size=(4, 6)) * 2
     keep = np.array([True, True, False, True, True, False])
     rows[0, 2] = np.nan  # masked: leaves no trace
+    rows[:, 3] = 0.0  # a tie, which is no accurate pair
     loss, aux = gamma_dpo_loss(
         *[library.array(row) for row in rows],
         beta=0.7, gamma0=3.0, tau=2.0, mask=library.array(keep, "bool"),
     )  # fmt: skip
     logs = metrics(aux)
-    assert set(logs) == NAMES
     kind = type(loss).__module__  # NumPy has two types for a number
     assert all(v.shape == () and type(v).__module__ == kind for v in logs.values())
     logs = {name: float(value) for name, value in logs.items()}
@@ -58,8 +52,3 @@ def test_without_margins_or_pairs_they_are_0(library):
     assert values.pop("gamma/min") == values.pop("gamma/max") == 3.0
     assert values.pop("gamma/error_bound") < 1e-14  # which contains rounding error
     assert all(abs(value) < 1e-15 for value in values.values())
-
-
-def test_a_tie_is_no_accurate_pair(library):
-    _, aux = gamma_preference_loss(library.array([-1.0, 0.0, 3.0]), gamma0=1.0, tau=1.0)
-    assert float(metrics(aux)["rewards/accuracies"]) == pytest.approx(1 / 3)
