@@ -1,5 +1,6 @@
 """Tracing: torch.compile, torch.export, torch.vmap and JAX take the library as it is."""
 
+import functools
 import itertools
 import sys
 import types
@@ -91,8 +92,7 @@ def test_a_solve_takes_few_nodes_of_a_graph(torch):
     gaps = torch.tensor(rows(9))
     for impl in ("auto", "eager", "compile"):
         for setting, most in ((HARD, 20), (MILD, 200)):
-            options = {"impl": impl, **setting}
-            traced = make_fx(lambda x, o=options: solve_margins(x, **o).margins)(gaps)
+            traced = make_fx(functools.partial(solve_margins, impl=impl, **setting))(gaps)
             assert len(list(traced.graph.nodes)) < most
 
 
