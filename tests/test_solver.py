@@ -69,6 +69,10 @@ class Problem(NamedTuple):
     def step(self, u):
         return _solver.newton_step(XP, self.pairs(), u, *self.side(), math.inf)
 
+    def safe(self, u):
+        step = self.step(u)
+        return _solver.safeguarded_step(XP, self.pairs(), u, step.y, step.du, *self.side())
+
     def z(self, u):
         return Real(self.gamma0) * np.exp(np.minimum(np.asarray(u, dtype=Real), 100)) - self.gaps
 
@@ -206,11 +210,9 @@ def test_safeguarded_steps_converge_from_anywhere_without_turning(problem, seed)
     near = np.minimum(bend + 0.1 * rng.normal(size=roots.shape), pairs.u_max)
     u = np.where(rng.uniform(size=roots.shape) < 0.5, anywhere, near)
     for n in range(_solver.MAX_ITER):
-        step = problem.step(u)
-        safe = _solver.safeguarded_step(XP, pairs, u, step.y, step.du, *problem.side())
-        new = np.minimum(u + safe, pairs.u_max)
+        new = np.minimum(u + problem.safe(u), pairs.u_max)
         before, after = (np.where(below, 1, -1) * (point - roots) for point in (u, new))
-        room = slack + 2 * EPS * (np.abs(u) + np.abs(step.du))
+        room = slack + 2 * EPS * (np.abs(u) + np.abs(problem.step(u).du))
         # It ends between the root and the inflection, or beyond the root by next to nothing,
         assert np.all(after <= np.abs(roots - bend) + room)
         if n > 0:  # if it starts on the root's side of the inflection,
@@ -219,6 +221,15 @@ def test_safeguarded_steps_converge_from_anywhere_without_turning(problem, seed)
             assert np.all(np.abs(after) <= np.abs(before) + room)
         u = new
     assert np.all(np.abs(u - roots) <= slack)
+
+
+@pytest.mark.parametrize(("gamma0", "lam"), [(200.0, -20.0), (10.0, 20.0)])
+def test_the_step_of_the_logarithm_goes_far(gamma0, lam):
+    # a σ(z), or a (1 - σ(z)), is too large by about e^10: ten of Newton's steps, of 1 in z
+    problem = Problem(np.array([100.0, 120.0]), gamma0, 1e7, lam)
+    u, roots = np.log((problem.gaps + lam / 4) / gamma0), problem.roots()
+    assert np.all(np.abs(problem.z(u + problem.step(u).du) - problem.z(u)) < 1.1)
+    assert np.all(np.abs(problem.z(u + problem.safe(u)) - problem.z(roots)) < 1.1)
 
 
 @given(problems(), log_uniform(1e-9, 0.5), st.sampled_from([-1, 1]))
