@@ -1,6 +1,5 @@
 """impl="compile" and impl="triton": what only they promise. Accuracy is in test_margins."""
 
-import functools
 import itertools
 import shutil
 import subprocess
@@ -91,8 +90,7 @@ def test_which_library_solves_on_the_cpu(torch, monkeypatch):
                 ("compile", 2, MILD, set()),
                 ("compile", 2, HARD, set()),
                 ("compile", 65_537, MILD, set()),
-                ("compile", 20_000, HARD, {"numpy"}),
-                ("compile", 65_537, HARD, of_many),
+                ("compile", 65_537, HARD, set()),
             ):
                 assert libraries(impl, size, setting) == expected, (number, impl, size, setting)
     finally:
@@ -108,13 +106,14 @@ def programs(torch, monkeypatch):
     from gamma_loss import _compile
 
     monkeypatch.setattr(_compile, "_programs", {})
-    return _compile._programs
+    _compile._program.cache_clear()
+    yield _compile._programs
+    _compile._program.cache_clear()
 
 
 @BUILDS
 @SETTINGS
 def test_one_program_serves_all_sizes_settings_and_layouts(torch, programs, setting):
-    """Mild settings need one, with one number of passes; others one to begin, step and end."""
     table = torch.tensor(rows((9000, 3)), dtype=torch.float32)
     column = table[:, 1]
     pools = [column[:size] for size in (2, 8, 257, 9000)] + [column.contiguous()[1:]]
@@ -125,22 +124,13 @@ def test_one_program_serves_all_sizes_settings_and_layouts(torch, programs, sett
         torch.testing.assert_close(solution.margins.double(), exact.margins, rtol=2e-5, atol=0)
         error = (solution.margins - exact.margins).abs().mean() / problem["gamma0"]
         assert error <= solution.error_bound < 1e-5
-    assert len(programs) == (1 if setting is MILD else 3)
-
-
-@BUILDS
-def test_a_program_takes_few_steps(torch, programs):
-    gaps, calls = torch.tensor(rows(300) + 4, dtype=torch.float32), []
-    for _ in range(2):
-        for key, program in programs.items():
-            programs[key] = lambda arrays, f=program, k=key: calls.append(k) or f(arrays)
-        solve_margins(gaps, **HARD, impl="compile")
-    assert len(set(calls)) == 3
-    assert 5 < len(calls) < 17  # one to begin, and one to end
+    assert len(programs) == 1
 
 
 @BUILDS
 def test_a_program_is_kept_for_the_next_process(torch, programs, monkeypatch):
+    from gamma_loss import _compile
+
     gaps = torch.tensor(rows(20), dtype=torch.float32)
     expected = solve_margins(gaps, **MILD, impl="compile")
 
@@ -148,28 +138,26 @@ def test_a_program_is_kept_for_the_next_process(torch, programs, monkeypatch):
         raise AssertionError("compiled")
 
     programs.clear()
+    _compile._program.cache_clear()
     monkeypatch.setattr(torch.export, "export", fails)
     found = solve_margins(gaps, **MILD, impl="compile")
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert len(programs) == 1
 
 
-@SETTINGS
-def test_torch_compile_takes_the_place_of_aot_inductor(
-    torch, programs, monkeypatch, tmp_path, setting
+def test_where_inductor_fails_a_warning_says_so_once_and_eager_answers(
+    torch, programs, monkeypatch, tmp_path
 ):
     def fails(*_, **__):
-        raise NotImplementedError("no such device")
+        raise NotImplementedError("no such device\nand more lines")
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fails)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    torch.compiler.reset()
-    for size in (9, 300):
-        gaps = torch.tensor(rows(size))
-        found = solve_margins(gaps, **setting, impl="compile")
-        torch.testing.assert_close(found.margins, solve_margins(gaps, **setting).margins)
-    assert len(programs) == (1 if setting is MILD else 3)
+    gaps = torch.tensor(rows(9))
+    with pytest.warns(RuntimeWarning, match="solves eagerly: NotImplementedError: no such device$"):
+        found = solve_margins(gaps, **MILD, impl="compile")
+    torch.testing.assert_close(found.margins, solve_margins(gaps, **MILD).margins)
+    solve_margins(gaps + 1, **MILD, impl="compile")  # without another warning
 
 
 @BUILDS
@@ -199,7 +187,7 @@ def test_threads_share_one_compilation_and_call_at_once(torch, programs, monkeyp
 
     with ThreadPoolExecutor(6) as threads:
         results = list(threads.map(solve, pools))
-    assert len(loads) == len(set(loads)) == len(programs) == 3
+    assert len(loads) == len(programs) == 1
     for result, margins in zip(results, expected, strict=True):
         for each in result:
             torch.testing.assert_close(each, margins)
