@@ -7,7 +7,7 @@ margin gap reward pair noise label clear wrong right exact fast slow queue rank 
 WORDS = TEXT.split()
 
 
-def build(folder):
+def build(folder, **changed):
     """Save model and tokenizer under ``folder``, as a user's would come from the hub."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -22,12 +22,13 @@ def build(folder):
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=64, initializer_range=0.3,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    config = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64,
+        "initializer_range": 0.3, "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }  # fmt: skip
+    LlamaForCausalLM(LlamaConfig(**config | changed)).save_pretrained(folder)
     return str(folder)
 
 
@@ -74,13 +75,30 @@ def vision_pairs(count, seed=0):
     """The same with an image, as messages."""
     from PIL import Image
 
-    rng, rows = random.Random(seed), pairs(count, seed)
-    for row in rows:
-        for name, text in row.items():
-            role = "user" if name == "prompt" else "assistant"
-            row[name] = [{"role": role, "content": text}]
-        row["images"] = [Image.frombytes("RGB", (16, 16), rng.randbytes(3 * 16 * 16))]
-    return rows
+    rng = random.Random(seed)
+    return [
+        messages(row) | {"images": [Image.frombytes("RGB", (16, 16), rng.randbytes(3 * 16 * 16))]}
+        for row in pairs(count, seed)
+    ]
+
+
+def messages(row):
+    """A pair of texts as one of messages."""
+    return {
+        name: [{"role": "user" if name == "prompt" else "assistant", "content": text}]
+        for name, text in row.items()
+    }
+
+
+def response_logps(model, tokenizer, prompt, response):
+    """The log-probability of each token of a response, one text at a time, in float64."""
+    import torch
+
+    start, ids = (tokenizer(text)["input_ids"] for text in (prompt, prompt + response))
+    assert ids[: len(start)] == start
+    with torch.no_grad():
+        logps = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return logps[range(len(ids) - 1), ids[1:]][len(start) - 1 :]
 
 
 def pairs(count, seed=0):
@@ -89,12 +107,8 @@ def pairs(count, seed=0):
     rows = []
     for _ in range(count):
         prompt = rng.choices(WORDS, k=rng.randint(2, 6))
-        responses = [rng.choices(WORDS, k=rng.randint(1, 5)) for _ in range(2)]
-        rows.append(
-            {
-                "prompt": " ".join(prompt),
-                "chosen": " " + " ".join([prompt[-1], *responses[0]]),
-                "rejected": " " + " ".join(responses[1]),
-            }
-        )
+        chosen, rejected = (rng.choices(WORDS, k=rng.randint(1, 5)) for _ in range(2))
+        texts = prompt, ["", prompt[-1], *chosen], ["", *rejected]
+        names = ("prompt", "chosen", "rejected")
+        rows.append(dict(zip(names, map(" ".join, texts), strict=True)))
     return rows

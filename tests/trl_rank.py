@@ -1,9 +1,8 @@
-"""One of two processes that train together with trainers for TRL; run by test_trl.py."""
+"""Makes trainers for TRL, here and in one of two processes that train together (test_trl.py)."""
 
 import json
 import os
-import sys
-from pathlib import Path
+import warnings
 
 import datasets
 import tiny_lm
@@ -14,6 +13,20 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
 from gamma_loss.integrations import trl
+
+OPTIONS = {  # on one thread, by SGD at a constant rate, with a log at each step
+    "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "max_steps": 6,
+    "per_device_train_batch_size": 4, "per_device_eval_batch_size": 48, "learning_rate": 0.02,
+    "optim": "sgd", "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no",
+    "report_to": [], "disable_tqdm": True,
+}  # fmt: skip
+
+
+def make(trainer, config, folder, model, options, **arguments):
+    processor = transformers.AutoProcessor.from_pretrained(model)
+    args = config(str(folder), **OPTIONS | options)
+    transformers.set_seed(0)  # of adapters
+    return trainer(model, args=args, processing_class=processor, **arguments)
 
 
 def shard():
@@ -34,42 +47,30 @@ def shard():
     os.environ["ACCELERATE_USE_FSDP"] = "true"
 
 
-def train(model, job):
+def train(model, out, method, options, resume, fsdp2):
     AcceleratorState._reset_state()  # of the job before
-    if job["fsdp2"] and "ACCELERATE_USE_FSDP" not in os.environ:
+    if fsdp2 and "ACCELERATE_USE_FSDP" not in os.environ:
         shard()
-    trainer = getattr(trl, job["family"])
-    config = getattr(trl, job["family"].replace("Trainer", "Config"))
-    trainer = trainer(
-        model,
-        args=config(
-            job["out"], use_cpu=True, gradient_checkpointing=False,
-            per_device_train_batch_size=2, learning_rate=0.02, optim="sgd",
-            lr_scheduler_type="constant", logging_steps=1, report_to=[], disable_tqdm=True,
-            **{"bf16": False, "save_strategy": "no", "max_steps": 6, **job["options"]},
-        ),
-        train_dataset=datasets.Dataset.from_list(tiny_lm.pairs(48)),
-        processing_class=transformers.AutoTokenizer.from_pretrained(model),
-    )  # fmt: skip
+    kind = (getattr(trl, f"Gamma{method}{part}") for part in ("Trainer", "Config"))
+    rows = datasets.Dataset.from_list(tiny_lm.pairs(48))
+    trainer = make(*kind, out, model, options, train_dataset=rows)
     assert trainer.accelerator.num_processes == 2
-    trainer.train(resume_from_checkpoint=job["resume"])
+    trainer.train(resume_from_checkpoint=resume)
     sharded = [isinstance(p, DTensor) for p in trainer.model_wrapped.parameters()]
-    assert all(sharded) is any(sharded) is job["fsdp2"]
+    assert all(sharded) is any(sharded) is fsdp2
     gaps, mask = trainer.gamma_loss.queue.context()
     return {"history": trainer.state.log_history, "queue": gaps[mask].tolist()}
 
 
-def main():
+def run(rank, port, folder, model, jobs):
+    """Do jobs as one of two processes, and write their results."""
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    work = json.loads(os.environ["WORK"])
-    result = {job["name"]: train(work["model"], job) for job in work["jobs"]}
-    Path(work["out"], f"rank{os.environ['RANK']}.json").write_text(json.dumps(result))
+    result = {name: train(model, str(folder / name), *job) for name, job in jobs.items()}
+    (folder / f"rank{rank}.json").write_text(json.dumps(result))
     torch.distributed.destroy_process_group()
     # Gloo's threads live on where something still refers to their group, and one that is at work
     # while the interpreter shuts down may abort the process: leave without that.
-    sys.stdout.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
