@@ -1,9 +1,12 @@
-"""Runs the example programs in this process, as a shell would."""
+"""Runs the example programs as a shell would, and functions as torchrun would."""
 
 import contextlib
 import inspect
 import io
 import json
+import multiprocessing
+import os
+import socket
 import sys
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -51,3 +54,27 @@ def write(rows, name="pairs.jsonl"):
     """Write rows as JSON lines, and return the name of the file."""
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return name
+
+
+def together(ranks, function, *arguments, imports="gamma_loss.torch"):
+    """Have so many processes call a function, with the environment that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([imports])  # once for all processes
+    processes = []
+    for rank in map(str, range(ranks)):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(ranks),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                       "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}  # fmt: skip
+        processes.append(context.Process(target=_call, args=(environment, function, arguments)))
+        processes[-1].start()
+    for process in processes:
+        process.join(400)
+    assert [process.exitcode for process in processes] == [0] * ranks
+
+
+def _call(environment, function, arguments):
+    os.environ |= environment
+    function(*arguments)

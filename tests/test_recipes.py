@@ -4,20 +4,18 @@ Frameworks that take a GPU to install are played by stand-ins: a few lines that 
 as the named release does.
 """
 
-import functools
 import importlib
 import json
 import math
 import os
 import pickle
 import re
-import socket
-import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import programs
 import pytest
 import yaml
 from pages import PAGES, SETTING, code
@@ -28,23 +26,21 @@ torch = pytest.importorskip("torch")
 
 ELSEWHERE = {"index", "trl"}  # without code, and with tests of its own
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}  # float32, a few operations apart
+close = partial(torch.testing.assert_close, **CLOSE)
 
 
-def run(page, edit=lambda text: text):
-    """Execute the blocks of a page in one namespace, in order."""
-    names = {"__name__": page}
-    exec(compile(edit(code(page)), f"{page}.md", "exec"), names)
-    return names
-
-
-def stored(loss_fn):
-    gaps, filled = loss_fn.queue.context()
-    return gaps[filled]
-
-
-@pytest.fixture(autouse=True)
-def _somewhere_to_write(tmp_path, monkeypatch):
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Import the blocks of a page, in order, as a module of the name that the page gives it."""
     monkeypatch.chdir(tmp_path)
+
+    def run(page, name=None, edit=str):
+        module = ModuleType(name or f"page_{page}")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        exec(compile(edit(code(page)), f"{page}.md", "exec"), vars(module))
+        return module
+
+    return run
 
 
 @pytest.fixture
@@ -52,38 +48,20 @@ def stand_in(monkeypatch):
     """Make a module importable under a dotted name, with the names given."""
 
     def make(dotted, **names):
-        parts = dotted.split(".")
-        for i in range(1, len(parts) + 1):
-            name, parent = ".".join(parts[:i]), ".".join(parts[: i - 1])
-            if name in sys.modules and name != dotted:
-                continue
-            module = ModuleType(name)
-            monkeypatch.setitem(sys.modules, name, module)
-            if parent:
-                monkeypatch.setattr(sys.modules[parent], parts[i - 1], module, raising=False)
-        vars(module).update(names)
-        return module
+        made = inner = SimpleNamespace(**names)
+        monkeypatch.setitem(sys.modules, dotted, made)
+        while "." in dotted:
+            dotted, _, name = dotted.rpartition(".")
+            inner = SimpleNamespace(**{name: inner})
+            monkeypatch.setitem(sys.modules, dotted, inner)
+        return made
 
     return make
 
 
-@pytest.fixture
-def saved_page(tmp_path, monkeypatch):
-    """Save a page's code as the importable module that it tells to write."""
-
-    def save(page, module):
-        Path(tmp_path, f"{module}.py").write_text(code(page))
-        monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.delitem(sys.modules, module, raising=False)
-
-    return save
-
-
-def logps(pairs=6, seed=0, scale=10.0):
-    """Four log-probabilities: of policy and reference, chosen and rejected."""
-    torch.manual_seed(seed)
-    policy = (torch.randn(2, pairs) * scale).requires_grad_()
-    return policy, torch.randn(2, pairs) * scale
+def stored(loss_fn):
+    gaps, filled = loss_fn.queue.context()
+    return gaps[filled]
 
 
 def test_every_page_has_a_test_and_is_in_the_index_with_the_version_that_was_run():
@@ -106,73 +84,61 @@ def test_every_page_has_a_test_and_is_in_the_index_with_the_version_that_was_run
 # --- frameworks that run ---
 
 
-def test_torch():
-    names = run("torch")
-    loss_fn = names["loss_fn"]
+def test_torch(run):
+    page = run("torch")
+    loss_fn = page.loss_fn
     assert len(stored(loss_fn)) == 3 * 64  # evaluation added none
-    assert names["loss"] < math.log(2)  # that of equal policy and reference, where training starts
-    assert names["logs"]["rewards/accuracies"] > 0.5
-    assert names["checkpoint"]["loss"]["queue.mask"].sum() == 3 * 64
+    assert page.loss < math.log(2)  # that of equal policy and reference, where training starts
+    assert page.logs["rewards/accuracies"] > 0.5
+    assert page.checkpoint["loss"]["queue.mask"].sum() == 3 * 64
 
-    four = names["four_logps"](*(names[name] for name in ("chosen", "rejected", "response")))
-    context = loss_fn.queue.context()
-    loss, _ = gamma_dpo_loss(
-        *four, beta=0.1, **SETTING, context=context[0], context_mask=context[1]
-    )
-    torch.testing.assert_close(loss.detach(), names["loss"], **CLOSE)
-    logps = names["policy"](names["chosen"])[:, 3:-1].double().log_softmax(-1)
-    expected = logps.gather(2, names["chosen"][:, 4:, None]).sum((1, 2))
+    four = page.four_logps(page.chosen, page.rejected, page.response)
+    loss, _ = gamma_dpo_loss(*four, beta=0.1, **SETTING, context=stored(loss_fn))
+    close(loss.detach(), page.loss)
+    logps = page.policy(page.chosen)[:, 3:-1].double().log_softmax(-1)
+    expected = logps.gather(2, page.chosen[:, 4:, None]).sum((1, 2))
     torch.testing.assert_close(four[0].double(), expected, rtol=1e-5, atol=0)
 
 
-def test_ddp(monkeypatch):
-    ports = []
-    for _ in range(2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
-    given = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code("ddp")], stderr=subprocess.PIPE, text=True,
-            env=os.environ | given | {"RANK": str(rank), "WORLD_SIZE": "2"}
-            | {"MASTER_PORT": str(ports[0]), "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=200)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    of_two = torch.load("checkpoint.pt", weights_only=True)
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": str(ports[1])}
-    for name, value in (given | alone).items():
-        monkeypatch.setenv(name, value)
-    run("ddp")
-    of_one = torch.load("checkpoint.pt", weights_only=True)
+def ddp(folder):
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    exec(compile(code("ddp"), "ddp.md", "exec"), {})
+
+
+def test_ddp(tmp_path):
+    saved = []
+    for ranks in (1, 2):
+        programs.together(ranks, ddp, tmp_path)
+        saved.append(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
     # Eight steps of sums of 32 numbers of size 1, rounded to float32.
-    close = {"rtol": 0, "atol": 8 * 32 * 6e-8}
-    for name, weight in of_one["model"].items():
-        torch.testing.assert_close(of_two["model"][name], weight, **close)
+    rounding = {"rtol": 0, "atol": 8 * 32 * 6e-8}
+    torch.testing.assert_close(*(each["model"] for each in saved), **rounding)
     gaps = [  # a batch's gaps are in the order of ranks
-        each["loss"]["queue.gaps"][-256:].view(8, 32).sort().values for each in (of_one, of_two)
+        each["loss"]["queue.gaps"][-256:].view(8, 32).sort().values for each in saved
     ]
-    torch.testing.assert_close(*gaps, **close)
-    assert of_two["loss"]["queue.mask"].sum() == 256
+    torch.testing.assert_close(*gaps, **rounding)
+    assert [each["loss"]["queue.mask"].sum() for each in saved] == [256, 256]
 
 
-def test_jax():
+def test_jax(run):
     pytest.importorskip("jax")
     pytest.importorskip("optax", reason="optax is not installed")
-    names = run("jax")
-    losses = np.array(names["losses"])
+    page = run("jax")
+    losses = np.array(page.losses)
     assert losses[0] == pytest.approx(math.log(2))
     assert losses[-4:].mean() < losses[4:8].mean() < losses[0]
-    gaps, filled = map(np.asarray, names["queue"])
+    gaps, filled = map(np.asarray, page.queue)
     assert filled.sum() == 5 * 64
 
-    x, reference = names["x"][:16], names["reference_logps"][:, :16]
-    _, aux = names["loss_fn"](names["params"], names["queue"], x, reference)
-    pool = np.concatenate([np.asarray(aux.reward_gaps), gaps[filled]]).astype(float)
-    np.testing.assert_allclose(aux.margins, solve_margins(pool, **SETTING).margins[:16], rtol=1e-5)
+    batch = page.x[:16], page.reference_logps[:, :16]
+    four = *page.policy(page.params, batch[0]), *batch[1]
+    four = [np.asarray(each, dtype=float) for each in four]
+    loss, aux = gamma_dpo_loss(*four, beta=1.0, **SETTING, context=gaps[filled].astype(float))
+    *_, queue, logs = page.step(page.params, page.state, page.queue, *batch)
+    assert logs["loss"] == pytest.approx(loss, rel=1e-5)
+    assert logs["gamma/max"] == pytest.approx(aux.margins.max(), rel=1e-5)
+    np.testing.assert_allclose(queue.gaps[-16:], aux.reward_gaps, rtol=1e-5, atol=1e-6)
 
 
 def loss_of(model, data):
@@ -180,43 +146,41 @@ def loss_of(model, data):
     return gamma_dpo_loss(*model(x).T, *reference.T, beta=1.0, **SETTING)[0].item()
 
 
-def test_accelerate():
+def test_accelerate(run):
     state = pytest.importorskip("accelerate.state", reason="accelerate is not installed")
     try:
-        names = run("accelerate")
-        assert len(stored(names["loss_fn"])) == 3 * 64
-        kept = names["loss_fn"].queue.gaps.clone()
-        names["loss_fn"].queue.push(torch.ones(5))
-        names["accelerator"].load_state("checkpoint")
-        assert torch.equal(names["loss_fn"].queue.gaps, kept)
+        page = run("accelerate")
+        assert len(stored(page.loss_fn)) == 3 * 64
+        kept = page.loss_fn.queue.gaps.clone()
+        page.loss_fn.queue.push(torch.ones(5))
+        page.accelerator.load_state("checkpoint")
+        assert torch.equal(page.loss_fn.queue.gaps, kept)
         torch.manual_seed(0)
         start = torch.nn.Linear(8, 2)  # as it was before training
-        assert loss_of(names["model"], names["data"]) < loss_of(start, names["data"])
+        assert loss_of(page.model, page.data) < loss_of(start, page.data)
     finally:
         state.AcceleratorState._reset_state(reset_partial_state=True)
         state.GradientState._reset_state()
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's use of torch
-def test_lightning(tmp_path):
+def test_lightning(run, tmp_path):
     pytest.importorskip("lightning", reason="lightning is not installed")
-    names = run("lightning")
-    loss_fn = names["model"].loss_fn
-    assert len(stored(loss_fn)) == 3 * 64  # none from the validation after each epoch
-    assert torch.equal(names["resumed"].loss_fn.queue.gaps, loss_fn.queue.gaps)
-    assert names["trainer"].callback_metrics["rewards/accuracies"] > 0.5
+    page = run("lightning")
+    kept = page.model.loss_fn.queue.gaps.clone()
+    assert len(stored(page.model.loss_fn)) == 3 * 64  # none from the validation after each epoch
+    assert torch.equal(page.resumed.loss_fn.queue.gaps, kept)
+    assert page.trainer.callback_metrics["rewards/accuracies"] > 0.5
     torch.manual_seed(0)
     torch.randn(64, 8)  # drawn for the data, before the model
-    start, data = names["PreferenceModel"](), names["data"]
-    assert loss_of(names["resumed"].policy, data) < loss_of(start.policy, data)
-    model, kept = names["model"], loss_fn.queue.gaps.clone()  # with a group, it goes to the loss
+    start = page.PreferenceModel()
+    assert loss_of(page.resumed.policy, page.data) < loss_of(start.policy, page.data)
     dist = torch.distributed
-    store = f"file://{tmp_path}/store"
-    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    try:
-        model.setup("fit")
-        assert model.loss_fn.group is dist.group.WORLD
-        assert torch.equal(model.loss_fn.queue.gaps, kept)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:  # with a group, it goes to the loss
+        page.model.setup("fit")
+        assert page.model.loss_fn.group is dist.group.WORLD
+        assert torch.equal(page.model.loss_fn.queue.gaps, kept)
     finally:
         dist.destroy_process_group()
 
@@ -227,9 +191,10 @@ def test_liger():
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):  # each runs alone
         exec(compile(block, "liger.md", "exec"), alone := {"__name__": "liger"})
         names |= alone
-    hidden, weight, labels = (names[name] for name in ("hidden", "weight", "labels"))
+    page = SimpleNamespace(**names)
+    hidden, weight, labels = page.hidden, page.weight, page.labels
     # Log-probabilities of size 20 in float32, rounded some ten times; gradients of size 0.1.
-    logits_close = {"rtol": 1e-5, "atol": 10 * 20 * 6e-8}
+    rounding = {"rtol": 1e-5, "atol": 10 * 20 * 6e-8}
 
     def averaged_logps(hidden, weight):
         logits = (hidden @ weight.T).log_softmax(-1)[:, 4:]
@@ -237,119 +202,114 @@ def test_liger():
 
     def same(loss, expected):
         value = expected(*averaged_logps(hidden, weight))
-        torch.testing.assert_close(loss.detach(), value.detach(), **logits_close)
-        ours, theirs = (torch.autograd.grad(each, (hidden, weight)) for each in (loss, value))
-        torch.testing.assert_close(ours, theirs, **logits_close)
+        ours, theirs = (
+            (each.detach(), *torch.autograd.grad(each, (hidden, weight))) for each in (loss, value)
+        )
+        torch.testing.assert_close(ours, theirs, **rounding)
 
-    again = names["averaged_logps"](hidden, weight, labels, chunk=64).view(2, -1)
+    def exact(*logps, **context):
+        return gamma_simpo_loss(*logps, **page.setting, **context)[0]
 
-    def exact(*logps):
-        return gamma_simpo_loss(*logps, **names["setting"])[0]
-
-    same(exact(*again), exact)
+    same(exact(*page.averaged_logps(hidden, weight, labels, chunk=64).view(2, -1)), exact)
 
     # After two pushes each pair is solved with the 16 gaps of the queue, and without its batch.
-    queue = names["queue"]
     chosen, rejected = averaged_logps(hidden, weight).detach()
-    gaps = names["setting"]["beta"] * (chosen - rejected)
-    torch.testing.assert_close(queue.gaps[queue.mask], gaps.repeat(2), **logits_close)
-    context = dict(zip(("context", "context_mask"), queue.context(), strict=True))
+    gaps = page.setting["beta"] * (chosen - rejected)
+    torch.testing.assert_close(stored(page), gaps.repeat(2), **rounding)
 
-    def one_by_one(chosen, rejected):
-        losses = [
-            gamma_simpo_loss(*pair, **names["setting"], **context)[0]
-            for pair in zip(chosen.split(1), rejected.split(1), strict=True)
-        ]
-        return torch.stack(losses).mean()
+    def one_by_one(*logps):
+        pairs = zip(*(each.split(1) for each in logps), strict=True)
+        return torch.stack([exact(*pair, context=stored(page)) for pair in pairs]).mean()
 
-    fused = names["FusedGammaSimPO"].apply(hidden, weight, labels, *names["options"])[0]
-    same(fused, one_by_one)
+    same(page.FusedGammaSimPO.apply(hidden, weight, labels, *page.options)[0], one_by_one)
 
     rows = re.findall(r"^\| ([\d,]+) \|(.*)\|$", text, re.MULTILINE)
     assert len(rows) == 4
     for size, cells in rows:
         found = [
-            names["largest_difference"](int(size.replace(",", "")), tau, behind)
+            page.largest_difference(int(size.replace(",", "")), tau, behind)
             for tau in (10.0, 0.05)
             for behind in (0.0, 1.0)
         ]  # which the page rounds to one digit, so by a third at most
         assert [float(cell) for cell in cells.split("|")] == pytest.approx(found, rel=1 / 3)
 
 
-def test_other_losses():
-    names = run("other_losses")
-    assert names["targets"].mean() == pytest.approx(5.0)
-    assert names["margins"].mean() == pytest.approx(1.0)
-    policy = names["chosen_logps"], names["rejected_logps"]
-    added = ("beta_dpo", "orpo", "as_margin", "as_reference")
-    for loss in ("ipo", "hinge", "r_dpo", "cpo", *added):
-        assert all(
-            grad.any() for grad in torch.autograd.grad(names[loss], policy, retain_graph=True)
-        )
-
-    gaps = names["length_gaps"].detach().double().numpy()
+def test_other_losses(run):
+    page = run("other_losses")
+    assert page.targets.mean() == pytest.approx(5.0)
+    assert page.margins.mean() == pytest.approx(1.0)
+    gaps = page.length_gaps.detach().double().numpy()
     shifted = gaps - (solve_margins(gaps, **SETTING).margins - 4.0)
-    assert names["r_dpo"].item() == pytest.approx(np.logaddexp(0, -shifted).mean(), rel=1e-5)
+    assert page.r_dpo.item() == pytest.approx(np.logaddexp(0, -shifted).mean(), rel=1e-5)
 
     # With a large tau they are the plain losses.
-    plain = run(
-        "other_losses",
-        lambda text: text.replace("= 0.1, 10.0", "= 0.1, 1e9").replace("tau=0.1", "tau=1e9"),
-    )
-    h = plain["log_ratios"]
-    torch.testing.assert_close(plain["ipo"], ((h - 5.0) ** 2).mean(), **CLOSE)
-    torch.testing.assert_close(plain["hinge"], torch.relu(1 - 0.1 * h).mean(), **CLOSE)
-    lengths = plain["lengths_chosen"] - plain["lengths_rejected"]
+    large = partial(re.sub, r"(= 0.1, 10.0|tau=0.1)", r"\g<1>e9")
+    plain = run("other_losses", edit=large)
+    policy, h = (plain.chosen_logps, plain.rejected_logps), plain.log_ratios
+    lengths = plain.lengths_chosen - plain.lengths_rejected
+    beta = 0.1 * (1 + 0.5 * (h.mean() - 0.2))
+    chosen, rejected = plain.mean_chosen, plain.mean_rejected
+    d, z = chosen - rejected, (h - h.mean()) / h.std()
+    odds = [p.exp() / (1 - p.exp()) for p in (chosen, rejected)]
 
     def logistic(gaps):
         return torch.nn.functional.softplus(-gaps).mean()
 
-    torch.testing.assert_close(plain["r_dpo"], logistic(0.1 * h + 0.01 * lengths), **CLOSE)
-    cpo = logistic(0.1 * (policy[0] - policy[1])) - policy[0].mean()
-    torch.testing.assert_close(plain["cpo"], cpo, **CLOSE)
-    beta = 0.1 * (1 + 0.5 * (h.mean() - 0.2))
-    torch.testing.assert_close(plain["beta_dpo"], logistic(beta * h), **CLOSE)
-    chosen, rejected = plain["mean_chosen"], plain["mean_rejected"]
-    odds = (p.exp() / (1 - p.exp()) for p in (chosen, rejected))
-    orpo = 0.1 * logistic(torch.log(next(odds) / next(odds))) - chosen.mean()
-    torch.testing.assert_close(plain["orpo"], orpo, **CLOSE)
-    d, z = chosen - rejected, (h - h.mean()) / h.std()
-    torch.testing.assert_close(plain["as_margin"], logistic(2.5 * d - 1), **CLOSE)
-    torch.testing.assert_close(plain["as_reference"], logistic(2.5 * (d - 0.1 * z) - 1), **CLOSE)
+    for name, expected in {
+        "ipo": ((h - 5.0) ** 2).mean(),
+        "hinge": torch.relu(1 - 0.1 * h).mean(),
+        "r_dpo": logistic(0.1 * h + 0.01 * lengths),
+        "cpo": logistic(0.1 * (policy[0] - policy[1])) - policy[0].mean(),
+        "beta_dpo": logistic(beta * h),
+        "orpo": 0.1 * logistic(torch.log(odds[0] / odds[1])) - chosen.mean(),
+        "as_margin": logistic(2.5 * d - 1),
+        "as_reference": logistic(2.5 * (d - 0.1 * z) - 1),
+    }.items():
+        close(getattr(plain, name), expected)
+        for module in (page, plain):
+            logps = module.chosen_logps, module.rejected_logps
+            gradients = torch.autograd.grad(getattr(module, name), logps, retain_graph=True)
+            assert all(gradient.any() for gradient in gradients), name
 
 
 # --- frameworks that are played by a stand-in ---
 
 
-def assert_is_gamma_dpo(call, *, loss_fn, evaluate, queue_of):
+def logps(pairs=6, seed=0):
+    """Four log-probabilities: of policy and reference, chosen and rejected."""
+    torch.manual_seed(seed)
+    policy, reference = 10 * torch.randn(2, 2, pairs)
+    return policy.requires_grad_(), reference
+
+
+def assert_is_gamma_dpo(call, *, evaluate, queue_of, **setting):
     """The adapter's loss, gradient and rewards are the function's; its queue follows the modes."""
+    loss_fn = partial(gamma_dpo_loss, beta=0.1, **SETTING, **setting)
     policy, reference = logps()
-    loss, chosen, rejected = call(*policy, *reference)
-    (gradient,) = torch.autograd.grad(loss, policy)
+    loss, *rewards = call(*policy, *reference)
     expected, aux = loss_fn(*policy, *reference)
-    torch.testing.assert_close(loss, expected, **CLOSE)
-    torch.testing.assert_close(gradient, torch.autograd.grad(expected, policy)[0], **CLOSE)
-    for ours, theirs in ((chosen, aux.chosen_rewards), (rejected, aux.rejected_rewards)):
-        torch.testing.assert_close(ours, theirs, **CLOSE)
-        assert not ours.requires_grad
+    close(loss, expected)
+    close(*(torch.autograd.grad(each, policy) for each in (loss, expected)))
+    close(rewards, [aux.chosen_rewards, aux.rejected_rewards])
+    assert not any(each.requires_grad for each in rewards)
     assert torch.equal(queue_of(), aux.reward_gaps)
 
     policy, reference = logps(seed=1)
     context = aux.reward_gaps
     expected, aux = loss_fn(*policy, *reference, context=context)
-    torch.testing.assert_close(evaluate(*policy, *reference)[0], expected.detach(), **CLOSE)
+    close(evaluate(*policy, *reference)[0], expected.detach())
     assert torch.equal(queue_of(), context)
-    torch.testing.assert_close(call(*policy, *reference)[0], expected, **CLOSE)
+    close(call(*policy, *reference)[0], expected)
     assert torch.equal(queue_of(), torch.cat([context, aux.reward_gaps]))
 
 
-def test_openrlhf(stand_in):
+def test_openrlhf(run, stand_in):
     module = stand_in("openrlhf.trainer.dpo_trainer")
     run("openrlhf")
     loss_fn = module.DPOLoss(0.1, 0.2, False)  # beta, label smoothing, IPO, as 0.11.0 calls it
     assert_is_gamma_dpo(
         loss_fn,
-        loss_fn=functools.partial(gamma_dpo_loss, beta=0.1, label_smoothing=0.2, **SETTING),
+        label_smoothing=0.2,
         evaluate=torch.no_grad()(loss_fn),
         queue_of=lambda: stored(loss_fn.gamma_dpo),
     )
@@ -368,7 +328,8 @@ class Trainer:
 
     def get_batch_loss_metrics(self, *logps):
         if hasattr(self, "compute_preference_loss"):  # of LLaMA-Factory
-            losses, *rewards = self.compute_preference_loss(*logps)
+            without_reference = (None, None) if len(logps) == 2 else ()
+            losses, *rewards = self.compute_preference_loss(*logps, *without_reference)
         elif len(logps) == 2:
             losses, *rewards = self.cpo_loss(*logps)
         else:
@@ -384,35 +345,33 @@ class Trainer:
         return result
 
 
-def assert_are_gamma_dpo_and_simpo(dpo, simpo, *nothing):
-    setting = {"beta": 0.1, "label_smoothing": 0.2, **SETTING}
+def assert_are_gamma_dpo_and_simpo(dpo, simpo):
     assert_is_gamma_dpo(
-        dpo.get_batch_loss_metrics, loss_fn=functools.partial(gamma_dpo_loss, **setting),
+        dpo.get_batch_loss_metrics, label_smoothing=0.2,
         evaluate=dpo.evaluate, queue_of=lambda: stored(dpo.gamma_loss),
     )  # fmt: skip
     policy, _ = logps()
-    loss, chosen, _ = simpo.get_batch_loss_metrics(*policy, *nothing)
-    expected, aux = gamma_simpo_loss(*policy, **setting)
-    torch.testing.assert_close(loss, expected, **CLOSE)
-    torch.testing.assert_close(chosen, aux.chosen_rewards, **CLOSE)
+    loss, *rewards = simpo.get_batch_loss_metrics(*policy)
+    expected, aux = gamma_simpo_loss(*policy, beta=0.1, label_smoothing=0.2, **SETTING)
+    close(loss, expected)
+    close(rewards, [aux.chosen_rewards, aux.rejected_rewards])
 
 
-def test_llama_factory(stand_in):
-    module = stand_in("llamafactory.train.dpo.trainer", CustomDPOTrainer=Trainer)
+def test_llama_factory(run, stand_in):
     stand_in("llamafactory.train.tuner", run_exp=None)
+    module = stand_in("llamafactory.train.dpo.trainer", CustomDPOTrainer=Trainer)
     run("llama_factory")
     made = module.CustomDPOTrainer
-    assert_are_gamma_dpo_and_simpo(made("sigmoid"), made("simpo"), None, None)
+    assert_are_gamma_dpo_and_simpo(made("sigmoid"), made("simpo"))
     with pytest.raises(ValueError, match="pref_loss must be sigmoid or simpo, got orpo"):
         made("orpo")
 
 
-def test_ms_swift(stand_in, saved_page):
+def test_ms_swift(run, stand_in):
     table = {}
     stand_in("swift.rlhf_trainers", DPOTrainer=Trainer, CPOTrainer=Trainer)
     stand_in("swift.trainers", TrainerFactory=SimpleNamespace(TRAINER_MAPPING=table))
-    saved_page("ms_swift", "gamma_swift")
-    page = importlib.import_module("gamma_swift")  # as --external_plugins does
+    page = run("ms_swift", "gamma_swift")  # as --external_plugins does
     dpo, simpo = (getattr(page, table[key].removeprefix("gamma_swift.")) for key in ("dpo", "cpo"))
     assert_are_gamma_dpo_and_simpo(dpo("sigmoid"), simpo("simpo"))
     with pytest.raises(ValueError, match="loss_type must be sigmoid"):
@@ -421,29 +380,29 @@ def test_ms_swift(stand_in, saved_page):
         simpo("sigmoid")
 
 
-def test_nemo_rl(stand_in, saved_page):
-    class DPOLossFn:
-        """The part of nemo_rl/algorithms/loss/loss_functions.py of 0.7.0 around the method."""
+class DPOLossFn:
+    """The part of nemo_rl/algorithms/loss/loss_functions.py of 0.7.0 around the page's method."""
 
-        def __init__(self, cfg):
-            self.reference_policy_kl_penalty = cfg["reference_policy_kl_penalty"]
+    def __init__(self, cfg):
+        self.reference_policy_kl_penalty = cfg["reference_policy_kl_penalty"]
 
-        def _preference_loss(self, rewards, sample_mask, global_valid_seqs, beta=1.0):
-            kept, pairs = sample_mask[::2], global_valid_seqs / 2
-            chosen, rejected = rewards[::2], rewards[1::2]
-            losses = torch.nn.functional.softplus(-beta * (chosen - rejected))
-            values = losses, chosen > rejected, chosen, rejected
-            return tuple((value * kept).sum() / (pairs + 1e-8) for value in values)
+    def _preference_loss(self, rewards, sample_mask, global_valid_seqs, beta=1.0):
+        kept, pairs = sample_mask[::2], global_valid_seqs / 2
+        chosen, rejected = rewards[::2], rewards[1::2]
+        losses = torch.nn.functional.softplus(-beta * (chosen - rejected))
+        values = losses, chosen > rejected, chosen, rejected
+        return tuple((value * kept).sum() / (pairs + 1e-8) for value in values)
 
-        def __call__(self, rewards, sample_mask, global_valid_seqs):
-            loss, accuracy, *_ = self._preference_loss(
-                rewards, sample_mask, global_valid_seqs, self.reference_policy_kl_penalty
-            )
-            return loss, accuracy.item()
+    def __call__(self, rewards, sample_mask, global_valid_seqs):
+        loss, accuracy, *_ = self._preference_loss(
+            rewards, sample_mask, global_valid_seqs, self.reference_policy_kl_penalty
+        )
+        return loss, accuracy.item()
 
+
+def test_nemo_rl(run, stand_in):
     stand_in("nemo_rl.algorithms.loss", DPOLossFn=DPOLossFn)
-    saved_page("nemo_rl", "gamma_dpo")
-    page = importlib.import_module("gamma_dpo")
+    page = run("nemo_rl", "gamma_dpo")
     loss_fn = page.GammaDPOLossFn({"reference_policy_kl_penalty": 0.1})
 
     torch.manual_seed(0)
@@ -457,7 +416,7 @@ def test_nemo_rl(stand_in, saved_page):
         with torch.no_grad():
             evaluated, accuracy = sent(rows, kept, valid)
         loss, _ = sent(rows, kept, valid)
-        torch.testing.assert_close(evaluated, loss.detach(), **CLOSE)
+        close(evaluated, loss.detach())
         gaps = 0.1 * (rows[::2] - rows[1::2])
         each, aux = gamma_preference_loss(
             gaps, mask=kept[::2].bool(), centered=True, reduction="sum", context=context, **SETTING
@@ -466,59 +425,52 @@ def test_nemo_rl(stand_in, saved_page):
         total, expected = total + loss, expected + each / 9
         new = aux.reward_gaps[aux.mask]
         context = new if context is None else torch.cat([context, new])
-    torch.testing.assert_close(total, expected, **CLOSE)
-    gradients = (torch.autograd.grad(value, rewards)[0] for value in (total, expected))
-    torch.testing.assert_close(*gradients, **CLOSE)
+    close(total, expected)
+    close(*(torch.autograd.grad(value, rewards) for value in (total, expected)))
     assert torch.equal(stored(page.gamma_dpo(torch.device("cpu"))), context)
 
 
-def test_torchtune(saved_page):
-    saved_page("torchtune", "gamma_torchtune")
+def named(dotted):
+    """A class that a configuration names."""
+    module, _, name = dotted.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def test_torchtune(run):
+    run("torchtune", "gamma_torchtune")
     settings = yaml.safe_load(code("torchtune", "yaml"))["loss"]
-    module, _, name = settings.pop("_component_").rpartition(".")
-    loss_fn = getattr(importlib.import_module(module), name)(**settings)  # config.instantiate
+    loss_fn = named(settings.pop("_component_"))(**settings)  # as torchtune's config.instantiate
 
     def call(*logps):
-        losses, chosen, rejected = loss_fn.train()(*logps)
-        return losses.mean(), chosen, rejected  # as recipes/lora_dpo_single_device.py does
+        losses, *rewards = loss_fn.train()(*logps)
+        return losses.mean(), *rewards  # as recipes/lora_dpo_single_device.py does
 
     assert_is_gamma_dpo(
         call,
-        loss_fn=functools.partial(gamma_dpo_loss, beta=0.1, **SETTING),
         evaluate=lambda *logps: loss_fn.eval()(*logps),
         queue_of=lambda: stored(loss_fn),
     )
 
 
-def test_axolotl(stand_in, saved_page):
-    class DPOTrainer:
-        def __init__(self, model, ref_model=None, args=None, **kwargs):
-            self.models, self.args, self.kwargs = (model, ref_model), vars(args).copy(), kwargs
+def test_axolotl(run, stand_in, monkeypatch):
+    class Trainer:
+        def __init__(self, *models, args=None, **options):
+            self.given = models, vars(args), options
 
-    class AxolotlDPOTrainer(DPOTrainer):
-        """The constructor of src/axolotl/core/trainers/dpo/trainer.py of 0.18.0."""
-
-        def __init__(self, *args, dataset_tags=None, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.dataset_tags = dataset_tags
-
-    class GammaDPOTrainer(DPOTrainer):  # TRL's tests are elsewhere
-        pass
-
-    simpo = type("GammaSimPOTrainer", (), {})
-    stand_in("axolotl.core.trainers", AxolotlCPOTrainer=type("AxolotlCPOTrainer", (), {}))
-    stand_in("axolotl.core.trainers.dpo.trainer", AxolotlDPOTrainer=AxolotlDPOTrainer)
-    stand_in("gamma_loss.integrations.trl", GammaDPOTrainer=GammaDPOTrainer,
-             GammaSimPOTrainer=simpo)  # fmt: skip
-    saved_page("axolotl", "gamma_trainer")
-
-    # src/axolotl/utils/import_helper.py and HFRLTrainerBuilder.build in core/builders/rl.py
-    dotted = re.search(r"trainer_cls: (\S+)", code("axolotl", "yaml"))[1]
-    module, name = dotted.rsplit(".", 1)
-    trainer_cls = getattr(importlib.import_module(module), name)
-    args = SimpleNamespace(beta=0.1)
-    trainer = trainer_cls("model", "reference", args=args, train_dataset="pairs", callbacks=[])
-    assert trainer.models == ("model", "reference")
-    assert trainer.args == {"beta": 0.1, **SETTING, "centered": True, "queue_size": 2048}
-    assert trainer.kwargs["train_dataset"] == "pairs"
-    assert trainer_cls.__mro__.index(AxolotlDPOTrainer) < trainer_cls.__mro__.index(GammaDPOTrainer)
+    names = ("AxolotlDPOTrainer", "AxolotlCPOTrainer", "GammaDPOTrainer", "GammaSimPOTrainer")
+    classes = {name: type(name, (Trainer,), {}) for name in names}
+    stand_in("axolotl.core.trainers.dpo.trainer", **classes)
+    stand_in("axolotl.core.trainers", **classes)
+    ours = SimpleNamespace(**classes)  # TRL's tests are elsewhere
+    monkeypatch.setitem(sys.modules, "gamma_loss.integrations.trl", ours)
+    page = run("axolotl", "gamma_trainer")
+    dpo = named(yaml.safe_load(code("axolotl", "yaml"))["trainer_cls"])
+    options = {"train_dataset": "pairs", "callbacks": []}
+    for kind, bases, models, setting in [
+        (dpo, names[::2], ("model", "reference"), {**SETTING, "centered": True}),
+        (page.AxolotlGammaSimPOTrainer, names[1::2], ("model",), {"tau": 10.0, "centered": False}),
+    ]:
+        assert [base.__name__ for base in kind.__bases__] == [*bases]
+        trainer = kind(*models, args=SimpleNamespace(beta=0.1), **options)
+        setting |= {"beta": 0.1, "queue_size": 2048}
+        assert trainer.given == (models, setting, options)

@@ -1,13 +1,11 @@
 """The trainers for TRL: against TRL's own, which γ-PO becomes as tau grows, and end to end."""
 
 import json
-import multiprocessing
 import os
 import pickle
 import re
 import runpy
 import signal
-import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -469,20 +467,7 @@ def ranks(trained, model, tmp_path_factory):
         settings = {"DPO": DPO, "SimPO": SIMPO}[method].settings
         options = settings | options | {"per_device_train_batch_size": 2}
         jobs[name] = method, options, checkpoint if resume else None, fsdp2
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    context = multiprocessing.get_context("forkserver")  # which imports TRL once
-    context.set_forkserver_preload(["trl_rank"])
-    processes = [
-        context.Process(target=trl_rank.run, args=(rank, port, folder, model, jobs))
-        for rank in ("0", "1")
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(400)
-    assert [process.exitcode for process in processes] == [0, 0]
+    programs.together(2, trl_rank.run, folder, model, jobs, imports="gamma_loss.integrations.trl")
     found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     return SimpleNamespace(alone=alone, of_two=found, folder=folder)
 

@@ -62,14 +62,12 @@ def train(model, out, method, options, resume, fsdp2):
     return {"history": trainer.state.log_history, "queue": gaps[mask].tolist()}
 
 
-def run(rank, port, folder, model, jobs):
+def run(folder, model, jobs):
     """Do jobs as one of two processes, and write their results."""
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     result = {name: train(model, str(folder / name), *job) for name, job in jobs.items()}
-    (folder / f"rank{rank}.json").write_text(json.dumps(result))
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(result))
     torch.distributed.destroy_process_group()
     # Gloo's threads live on where something still refers to their group, and one that is at work
     # while the interpreter shuts down may abort the process: leave without that.
