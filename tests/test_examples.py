@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_lm
 from _common import WrongInput, json_lines, load, read, texts, uninterrupted
 
 FOLDER = Path(__file__).parents[1] / "docs" / "examples"
@@ -20,22 +21,21 @@ CHAT = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
 LINE = json.dumps(GOOD).encode()
 
 
-@pytest.fixture
-def refused(tmp_path, monkeypatch):
-    """Load a file of this content; return the error."""
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def refused(content, name="pairs.jsonl"):
-        Path(name).write_bytes(content)
-        with pytest.raises(WrongInput) as found:
-            load(name)
-        assert "\n" not in str(found.value)
-        return str(found.value)
 
-    return refused
+def refusal(content, name="pairs.jsonl"):
+    """The error with which a file of this content is refused."""
+    Path(name).write_bytes(content)
+    with pytest.raises(WrongInput) as found:
+        load(name)
+    assert "\n" not in str(found.value)
+    return str(found.value)
 
 
-def test_a_wrong_row_is_named_with_its_line(refused):
+def test_a_wrong_row_is_named_with_its_line():
     for line, words in [
         (b"{", "Expecting property name"),
         (b'{"prompt": ', "Expecting value: column 11"),
@@ -63,12 +63,12 @@ def test_a_wrong_row_is_named_with_its_line(refused):
         ({**GOOD, "margin": 1}, "'margin' is a finite number, and missing in the first row"),
     ]:  # fmt: skip
         line = json.dumps(line).encode() if isinstance(line, dict) else line
-        problem = refused(b"\xef\xbb\xbf\n" + LINE + b"\n\n" + line + b"\n")
+        problem = refusal(codecs.BOM_UTF8 + b"\n" + LINE + b"\n\n" + line + b"\n")
         assert problem.startswith("pairs.jsonl:4: ")
         assert words in problem
 
 
-def test_a_file_of_another_kind_is_named_and_a_missing_one_not_looked_for_on_the_hub(refused):
+def test_a_file_of_another_kind_is_named_and_a_missing_one_not_looked_for_on_the_hub():
     for content, words in [
         (b"\n\n", "pairs.jsonl: holds no pairs"),
         (gzip.compress(LINE), "pairs.jsonl is compressed with gzip: unpack it first"),
@@ -76,14 +76,14 @@ def test_a_file_of_another_kind_is_named_and_a_missing_one_not_looked_for_on_the
         (codecs.BOM_UTF16_BE + LINE, "pairs.jsonl is UTF-16 text"),
         (b"PAR1....", "pairs.jsonl is a Parquet file: name it .parquet"),
     ]:
-        assert words in refused(content)
-    Path("pairs.jsonl").unlink()
-    for name in ("pairs.jsonl", "./pairs", "data/of/mine", "/nowhere", "my/pairs.csv"):
+        assert words in refusal(content)
+    for name in ("no.jsonl", "./pairs", "data/of/mine", "/nowhere", "my/pairs.csv"):
         with pytest.raises(WrongInput, match=f"no such file or folder, .*: {name}"):
             load(name)
 
 
-def test_the_forms_that_trl_takes_and_their_texts(tmp_path):
+def test_the_forms_that_trl_takes_and_their_texts():
+    file = Path("a")
     for row in [
         GOOD,
         {"chosen": "a b", "rejected": "a c", "score": 1.0},
@@ -92,23 +92,22 @@ def test_the_forms_that_trl_takes_and_their_texts(tmp_path):
         {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[:1]},
         {**GOOD, "margin": 1, "weight": 0.5},
     ]:
-        (tmp_path / "a").write_text(f"{json.dumps(row)}\n" * 2)
-        assert list(read(tmp_path / "a")) == [row] * 2
-    expected = tuple(GOOD.values())
-    assert texts(GOOD) == expected
+        file.write_text(f"{json.dumps(row)}\n" * 2)
+        assert list(read(file)) == [row] * 2
     inside = {"chosen": "2 + 2 = 4", "rejected": "2 + 2 = 5"}
     assert texts(inside) == ("2 + 2 = ", "4", "5")
-    said = {key: [{"role": "user", "content": GOOD[key]}] for key in GOOD}
-    assert texts(said) == expected
-    assert texts({key: said["prompt"] + said[key] for key in ("chosen", "rejected")}) == expected
-    (tmp_path / "a").write_bytes(b'\xef\xbb\xbf\n {"a": 1}\r\n\n{"a": NaN}')
-    (first, one), (second, two) = json_lines(tmp_path / "a")
-    assert (first, one, second) == (f"{tmp_path}/a:2", {"a": 1}, f"{tmp_path}/a:4")
-    assert two["a"] != two["a"]
+    said = tiny_lm.messages(GOOD)
+    inside = {key: said["prompt"] + said[key] for key in ("chosen", "rejected")}
+    for row in (GOOD, said, inside):
+        assert texts(row) == tuple(GOOD.values())
+    file.write_bytes(b'\xef\xbb\xbf\n {"a": 1}\r\n\n{"a": NaN}')
+    first, (place, row) = json_lines(file)
+    assert first == ("a:2", {"a": 1})
+    assert (place, row["a"] != row["a"]) == ("a:4", True)
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_the_formats_that_datasets_reads(tmp_path, refused, monkeypatch):
+def test_the_formats_that_datasets_reads(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     data = datasets.Dataset.from_list([GOOD] * 3)
@@ -121,7 +120,7 @@ def test_the_formats_that_datasets_reads(tmp_path, refused, monkeypatch):
     for name in ("pairs.csv", "pairs.parquet", "pairs.json", "pairs.jsonl", "rows", "splits"):
         assert [dict(row) for row in load(name)["train"]] == [GOOD] * 3
     assert set(load("splits")) == {"train", "test"}
-    problem = refused(b"", "pairs.csv")
+    problem = refusal(b"", "pairs.csv")
     assert "pairs.csv: cannot be loaded as a dataset: EmptyDataError: No columns" in problem
     assert "(it reads .jsonl, .json, .csv, .parquet, .arrow, folders of save_to_disk" in problem
     datasets.Dataset.from_list([GOOD, {**GOOD, "chosen": None}]).to_parquet("pairs.parquet")
@@ -153,16 +152,18 @@ def test_ctrl_c_waits_for_a_file_that_is_being_written(interruptible):
 
 
 INTERRUPTED = """
-import os, signal, sys, runpy, threading
-import numpy, torch, tqdm
+import os, runpy, signal, sys, tqdm
+
 class Bar(tqdm.tqdm):
     def update(self, n=1):
         super().update(n)
         os.kill(os.getpid(), signal.SIGINT)
+
     def __iter__(self):
         for item in super().__iter__():
             yield item
             os.kill(os.getpid(), signal.SIGINT)
+
 tqdm.tqdm = Bar
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -170,25 +171,25 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "command",
     [
-        ["noisy_preferences.py", "--quick", "--out", "out.png"],
-        ["score_dataset.py", "gaps.npy", "--gamma0", "4", "--tau", "10", "--out", "out.npy"],
+        "noisy_preferences.py --quick --out out.png",
+        "score_dataset.py gaps.npy --gamma0 4 --tau 10 --out out.npy",
     ],
-    ids=lambda arguments: arguments[0],
 )
-def test_ctrl_c_ends_a_program_with_one_line(tmp_path, interruptible, arguments):
+def test_ctrl_c_ends_a_program_with_one_line(interruptible, command):
     for needed in ("torch", "tqdm", "matplotlib"):
         pytest.importorskip(needed)
-    np.save(tmp_path / "gaps.npy", np.arange(10.0))
-    (tmp_path / "out.png").write_text("of yesterday")
+    np.save("gaps.npy", np.arange(10.0))
+    Path("out.png").write_text("of yesterday")
+    name, *arguments = command.split()
     path = os.pathsep.join([str(FOLDER.parents[1]), str(FOLDER)])
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, FOLDER / arguments[0], *arguments[1:]],
-        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path},
+        [sys.executable, "-c", INTERRUPTED, FOLDER / name, *arguments],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 130, done.stderr
-    assert done.stderr.splitlines()[-1] == f"{arguments[0]}: interrupted"
+    assert done.stderr.splitlines()[-1] == f"{name}: interrupted"
     assert "Traceback" not in done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"gaps.npy", "out.png"}
-    assert (tmp_path / "out.png").read_text() == "of yesterday"
+    assert set(os.listdir()) == {"gaps.npy", "out.png"}
+    assert Path("out.png").read_text() == "of yesterday"
