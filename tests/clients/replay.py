@@ -64,23 +64,24 @@ def calls(folder, rank):
     return found
 
 
+def responses(call):
+    """Yield each row's tokens of the response, the places before them, and the logits there."""
+    places = [np.flatnonzero(mask) for mask in call["mask"]]
+    texts = [tokens[kept] for tokens, kept in zip(call["tokens"], places, strict=True)]
+    for i, text in enumerate(texts):
+        other = texts[i - len(texts) // 2]  # the pair's other response
+        start = next(t for t in range(len(text)) if text[t] != other[t])
+        before = places[i][start - 1 : -1]
+        yield text[start:], before, call["logits"][i][before].astype(oracles.Real)
+
+
 def log_probabilities(call, average):
     """The log-probabilities of the responses: a row of the chosen, one of the rejected."""
     found = []
-    rows = [
-        (tokens[mask > 0], logits[mask > 0].astype(oracles.Real))
-        for tokens, mask, logits in zip(call["tokens"], call["mask"], call["logits"], strict=True)
-    ]
-    half = len(rows) // 2
-    for i, (tokens, logits) in enumerate(rows):
-        other = rows[(i + half) % len(rows)][0]
-        shared = next(t for t in range(len(tokens)) if tokens[t] != other[t])
-        each = [
-            logits[t - 1, tokens[t]] - np.log(np.exp(logits[t - 1]).sum())
-            for t in range(shared, len(tokens))
-        ]
-        found.append(sum(each) / (len(each) if average else 1))
-    return np.array(found).reshape(2, half)
+    for tokens, _, logits in responses(call):
+        each = logits[range(len(tokens)), tokens] - np.log(np.exp(logits).sum(1))
+        found.append(each.mean() if average else each.sum())
+    return np.array(found).reshape(2, -1)
 
 
 def gaps(process, beta, reference):
@@ -107,20 +108,12 @@ def gradient(call, weights, beta, average):
     The loss of a pair falls by its weight per unit of reward, a log-probability rises by one minus
     the probability of its token.
     """
-    found = np.zeros(call["logits"].shape)
-    half = len(weights)
-    for row, (tokens, mask, logits) in enumerate(
-        zip(call["tokens"], call["mask"], call["logits"], strict=True)
-    ):
-        places, other = np.flatnonzero(mask), (row + half) % (2 * half)
-        others = call["tokens"][other][call["mask"][other] > 0]
-        shared = next(t for t in range(len(places)) if tokens[places[t]] != others[t])
-        scale = beta * weights[row % half] / half / (len(places) - shared if average else 1)
-        for before, place in zip(places[shared - 1 : -1], places[shared:], strict=True):
-            logp = logits[before].astype(oracles.Real)
-            slope = -np.exp(logp - logp.max()) / np.exp(logp - logp.max()).sum()
-            slope[tokens[place]] += 1
-            found[row, before] += (-scale if row < half else scale) * slope
+    found, half = np.zeros(call["logits"].shape), len(weights)
+    for row, (tokens, before, logits) in enumerate(responses(call)):
+        slope = -np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        slope[range(len(tokens)), tokens] += 1
+        scale = beta * weights[row % half] / half / (len(tokens) if average else 1)
+        found[row, before] = (-scale if row < half else scale) * slope
     return found
 
 

@@ -102,27 +102,16 @@ def models(folder):
 
 def datasets(folder):
     rows = tiny_lm.pairs(24)
+    talks = [tiny_lm.messages({name: text.strip() for name, text in row.items()}) for row in rows]
 
-    def said(role, text):
-        return [{"role": role, "content": text.strip()}]
+    def prompt_inside(rows):
+        return [{key: row["prompt"] + row[key] for key in ("chosen", "rejected")} for row in rows]
 
-    def talk(row, response):
-        return said("user", row["prompt"]) + said("assistant", row[response])
-
-    both = ("chosen", "rejected")
     kinds = {
         "standard_preference": rows,
-        "standard_implicit_prompt_preference": [
-            {key: row["prompt"] + row[key] for key in both} for row in rows
-        ],
-        "conversational_preference": [
-            {"prompt": said("user", row["prompt"])}
-            | {key: said("assistant", row[key]) for key in both}
-            for row in rows
-        ],
-        "conversational_implicit_prompt_preference": [
-            {key: talk(row, key) for key in both} for row in rows
-        ],
+        "standard_implicit_prompt_preference": prompt_inside(rows),
+        "conversational_preference": talks,
+        "conversational_implicit_prompt_preference": prompt_inside(talks),
         "standard_unpaired_preference": [
             {"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in rows
         ],
