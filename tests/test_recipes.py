@@ -387,16 +387,11 @@ class DPOLossFn:
         self.reference_policy_kl_penalty = cfg["reference_policy_kl_penalty"]
 
     def _preference_loss(self, rewards, sample_mask, global_valid_seqs, beta=1.0):
-        kept, pairs = sample_mask[::2], global_valid_seqs / 2
-        chosen, rejected = rewards[::2], rewards[1::2]
-        losses = torch.nn.functional.softplus(-beta * (chosen - rejected))
-        values = losses, chosen > rejected, chosen, rejected
-        return tuple((value * kept).sum() / (pairs + 1e-8) for value in values)
+        right = (rewards[::2] > rewards[1::2]) * sample_mask[::2]
+        return None, right.sum() / (global_valid_seqs / 2 + 1e-8)
 
-    def __call__(self, rewards, sample_mask, global_valid_seqs):
-        loss, accuracy, *_ = self._preference_loss(
-            rewards, sample_mask, global_valid_seqs, self.reference_policy_kl_penalty
-        )
+    def __call__(self, *arguments):
+        loss, accuracy = self._preference_loss(*arguments, self.reference_policy_kl_penalty)
         return loss, accuracy.item()
 
 

@@ -26,22 +26,14 @@ sys.path.append(str(DOCS / "examples" / "published"))
 import datasets  # noqa: E402
 import train as published  # noqa: E402
 import transformers  # noqa: E402
+import trl  # noqa: E402
 import trl_dpo as program  # noqa: E402
 import trl_rank  # noqa: E402
 import yaml  # noqa: E402
 from packaging.version import Version  # noqa: E402
-from trl import DPOConfig, DPOTrainer  # noqa: E402
-from trl import __version__ as TRL_VERSION  # noqa: E402
 
 from gamma_loss import PUBLISHED_SETTINGS  # noqa: E402
-from gamma_loss.integrations.trl import (  # noqa: E402
-    CPOConfig,
-    CPOTrainer,
-    GammaDPOConfig,
-    GammaDPOTrainer,
-    GammaSimPOConfig,
-    GammaSimPOTrainer,
-)
+from gamma_loss.integrations import trl as gamma_trl  # noqa: E402
 
 pytestmark = [
     # TRL's default of gradient_checkpointing and its use, in transformers' new terms.
@@ -56,19 +48,27 @@ class Family(NamedTuple):
     settings: dict
 
 
-DPO = Family(GammaDPOTrainer, GammaDPOConfig, {"beta": 0.5, "gamma0": 2.0})
-SIMPO = Family(GammaSimPOTrainer, GammaSimPOConfig, {"beta": 2.0, "gamma0": 1.0})
-TRL_DPO = Family(DPOTrainer, DPOConfig, {"beta": 0.5})
-TRL_SIMPO = Family(
-    CPOTrainer, CPOConfig, {"beta": 2.0, "loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 1.0}
+DPO = Family(gamma_trl.GammaDPOTrainer, gamma_trl.GammaDPOConfig, {"beta": 0.5, "gamma0": 2.0})
+SIMPO = Family(
+    gamma_trl.GammaSimPOTrainer, gamma_trl.GammaSimPOConfig, {"beta": 2.0, "gamma0": 1.0}
 )
+TRL_DPO = Family(trl.DPOTrainer, trl.DPOConfig, {"beta": 0.5})
+OF_SIMPO = {"beta": 2.0, "loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 1.0}
+TRL_SIMPO = Family(gamma_trl.CPOTrainer, gamma_trl.CPOConfig, OF_SIMPO)
 FAMILIES = pytest.mark.parametrize("family", [DPO, SIMPO], ids=["dpo", "simpo"])
-ROUNDS_TOKENS = Version(TRL_VERSION) < Version("1.15")  # their log-probabilities, to bfloat16
+TRL_VERSION = Version(trl.__version__)
+ROUNDS_TOKENS = Version("1.15") > TRL_VERSION  # their log-probabilities, to bfloat16
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny_lm.build(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    programs.write(tiny_lm.pairs(40))
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +81,14 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def make(model, data, tmp_path_factory):
     def make(family, *, model=model, peft=False, **options):
-        names = ("train_dataset", "eval_dataset", "ref_model")
-        given = {name: options.pop(name) for name in names if name in options}
+        given = {"train_dataset": data}
+        for name in options.keys() & {"train_dataset", "eval_dataset", "ref_model"}:
+            given[name] = options.pop(name)
         if peft:
             lora = pytest.importorskip("peft").LoraConfig(r=4, task_type="CAUSAL_LM")
             given["peft_config"] = lora
         trainer, config, settings = family
         folder = tmp_path_factory.mktemp("out")
-        given = {"train_dataset": data, **given}
         return trl_rank.make(trainer, config, folder, model, settings | options, **given)
 
     return make
@@ -370,7 +370,7 @@ def test_where_no_pair_takes_part_it_is_said(make, data, family):
     with pytest.warns(UserWarning, match="no pair of the first batch takes part"):
         ours.train()
     assert curve(ours, "gamma/pairs") == curve(ours) == 0
-    if family is DPO and Version(TRL_VERSION) < Version("1.9"):
+    if family is DPO and Version("1.9") > TRL_VERSION:
         return  # TRL 1.8 keeps long prompts in DPO's data
     words = "48 of the 48 pairs of {} are left out: .*_length = 60 .* Increase max_length"
     with pytest.raises(ValueError, match=words.format("train_dataset")):
@@ -510,19 +510,18 @@ def test_under_fsdp2_policy_and_reference_round_alike(ranks):
 
 
 def test_a_config_takes_gamma0_either_way_and_trl_s_own_will_do(make, tmp_path):
-    config = GammaSimPOConfig(str(tmp_path), beta=2.5, gamma_beta_ratio=0.2, use_cpu=True)
+    config = SIMPO.config(str(tmp_path), beta=2.5, gamma_beta_ratio=0.2, use_cpu=True)
     assert (config.gamma0, config.simpo_gamma, config.tau) == (0.5, 0.5, 10.0)
-    assert GammaSimPOConfig(**config.to_dict()).gamma0 == 0.5
-    assert GammaDPOConfig(str(tmp_path), use_cpu=True).gamma0 == 4.0
-    parser = transformers.HfArgumentParser(GammaDPOConfig)
+    assert SIMPO.config(**config.to_dict()).gamma0 == 0.5
+    assert DPO.config(str(tmp_path), use_cpu=True).gamma0 == 4.0
+    parser = transformers.HfArgumentParser(DPO.config)
     arguments = ["--output_dir", "x", "--gamma_beta_ratio", "30", "--tau", "3", "--use_cpu", "true"]
     (config,) = parser.parse_args_into_dataclasses(arguments)
     assert (config.gamma0, config.tau, config.queue_size) == (3.0, 3.0, 2048)
-    for family, gamma0 in ((TRL_DPO, 4.0), (TRL_SIMPO, 1.0)):
-        ours = Family((DPO if family is TRL_DPO else SIMPO).trainer, *family[1:])
-        settings = make(ours).gamma_loss.settings
-        found = settings["beta"], settings["gamma0"], settings["tau"]
-        assert found == (family.settings["beta"], gamma0, 10.0)
+    for ours, theirs, gamma0 in ((DPO, TRL_DPO, 4.0), (SIMPO, TRL_SIMPO, 1.0)):
+        settings = make(ours._replace(config=theirs.config, settings=theirs.settings))
+        found = [settings.gamma_loss.settings[name] for name in ("beta", "gamma0", "tau")]
+        assert found == [theirs.settings["beta"], gamma0, 10.0]
 
 
 def test_options_that_would_change_the_loss_are_refused(make, monkeypatch):
@@ -546,7 +545,9 @@ def test_options_that_would_change_the_loss_are_refused(make, monkeypatch):
         for family in families:
             with pytest.raises(error, match=words):
                 make(family, **options)
-    monkeypatch.setattr(DPOTrainer, "_compute_loss_liger", None, raising=False)  # TRL before 1.15
+    monkeypatch.setattr(
+        trl.DPOTrainer, "_compute_loss_liger", None, raising=False
+    )  # TRL before 1.15
     words = r"use_liger_kernel must be False .*\(fused_linear_cross_entropy=False\).* TRL 1\.15"
     with pytest.raises(ValueError, match=words):
         make(DPO, use_liger_kernel=True)
@@ -557,13 +558,6 @@ def test_options_that_would_change_the_loss_are_refused(make, monkeypatch):
 TINY = "use_cpu=True, bf16=False, report_to=[], max_steps=2, tau="
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    programs.write(tiny_lm.pairs(40))
-
-
-@pytest.mark.usefixtures("folder")
 def test_the_code_of_recipe_and_readme_runs(model, data, trained, monkeypatch):
     """Each block alone, with a model and data of ours, on the CPU."""
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: data)
@@ -588,7 +582,6 @@ QUICK = ["--max_steps", "2", "--use_cpu", "true", "--dataloader_pin_memory", "fa
 FILES = ["--dataset", "pairs.jsonl", "--bf16", "false", "--output_dir", "out"]
 
 
-@pytest.mark.usefixtures("folder")
 def test_the_program_trains_on_local_files_and_without_arguments(model, capsys, monkeypatch):
     pytest.importorskip("peft")
     few = program.local_pairs(300)
@@ -603,7 +596,6 @@ def test_the_program_trains_on_local_files_and_without_arguments(model, capsys, 
     assert "held-out pairs: accuracy" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("folder")
 def test_a_model_is_never_trained_with_the_settings_of_the_tiny_one(model, monkeypatch):
     seen = []
 
@@ -623,7 +615,6 @@ def test_a_model_is_never_trained_with_the_settings_of_the_tiny_one(model, monke
     assert seen[3][1].learning_rate == 3e-3
 
 
-@pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("program", [program, published], ids=["trl_dpo", "published"])
 def test_wrong_input_ends_in_one_line(model, monkeypatch, program):
     for name, text in (("list", "- model\n"), ("broken", "model: [\n"), ("half", "bf16: false\n")):
@@ -666,15 +657,12 @@ def test_wrong_input_ends_in_one_line(model, monkeypatch, program):
         assert words in programs.complaint(program, *argv, *options)
 
 
-@pytest.mark.usefixtures("folder")
 def test_ctrl_c_leaves_whole_checkpoints(model, monkeypatch):
-    save = GammaDPOTrainer._save_checkpoint
-
-    def interrupted(self, *arguments, **options):
+    def interrupted(self, *arguments, save=DPO.trainer._save_checkpoint):
         os.kill(os.getpid(), signal.SIGINT)
-        save(self, *arguments, **options)
+        save(self, *arguments)
 
-    monkeypatch.setattr(program.GammaDPOTrainer, "_save_checkpoint", interrupted)
+    monkeypatch.setattr(DPO.trainer, "_save_checkpoint", interrupted)
     argv = ["--model", model, *FILES, *QUICK, "--save_steps", "1", "--report_to", "none"]
     done = programs.run(program, *argv)
     assert done.returncode == 130
@@ -687,7 +675,6 @@ def test_ctrl_c_leaves_whole_checkpoints(model, monkeypatch):
     Version(transformers.__version__) < Version("5"),
     reason="a share of all steps as warmup_steps needs transformers 5",
 )
-@pytest.mark.usefixtures("folder")
 def test_the_authors_settings_are_ready(model, monkeypatch):
     """Their files parse as they are, and train where model, data and machine are ours."""
     Path("data").mkdir()
