@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._compile import _disable_dynamo
 
-from gamma_loss._comm import Comm
 
-
-class ProcessGroupComm(Comm):
-    """The ranks of a group, each with gaps of its own or none."""
+class ProcessGroupComm:
+    """The ranks of a group, each with gaps of its own or none: a `gamma_loss._comm.Comm`."""
 
     def __init__(self, group: Any, **settings: Any) -> None:
         if isinstance(group, ProcessGroupComm):
@@ -40,7 +39,7 @@ class ProcessGroupComm(Comm):
         dist.all_reduce(stacked, dist.ReduceOp.MAX, group=self.group)
         return stacked.unbind()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # Dynamo cannot read a group
+    @_disable_dynamo  # Dynamo cannot read a group; torch.compiler.disable would import it
     def exchange(self, *numbers: float, failed: Exception | None = None) -> list[list[float]]:
         """Return the numbers of each rank, once all have the same settings and none has failed."""
         digest = -1 if failed else zlib.crc32(repr(sorted(self.settings.items())).encode())
@@ -71,6 +70,9 @@ class ProcessGroupComm(Comm):
 
     def local_shard(self, values: torch.Tensor) -> torch.Tensor:
         return values.split_with_sizes(self.sizes)[self.rank]
+
+    def mark_replicated(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return values
 
     def chunk(self, values: torch.Tensor) -> torch.Tensor:
         """Return this rank's equal share of values that every rank holds."""

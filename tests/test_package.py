@@ -31,11 +31,12 @@ def test_only_the_library_whose_arrays_arrive_is_imported(used):
     pytest.importorskip(used)
     code = f"""
 import sys, gamma_loss
-heavy = {{"numpy", "torch", "jax", "cupy", "scipy", "matplotlib"}}
+heavy = {{"numpy", "torch", "torch._dynamo", "jax", "cupy", "scipy", "matplotlib"}}
 print(heavy & set(sys.modules))
 {USE[used]}
 before = set(sys.modules)
 gamma_loss.gamma_preference_loss(a, gamma0=1.0, tau=1.0)
+{"import gamma_loss.torch" if used == "torch" else ""}
 print(heavy & set(sys.modules) - before - {{"numpy"}})
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -44,7 +44,7 @@ def test_files_are_loaded_as_data():
     for page in (pages.ROOT / "README.md", *(pages.ROOT / "docs").rglob("*.md")):
         sources += [(page.name, block) for block in pages.blocks(page)]
     found = {(file, name) for file, code in sources for name in unsafe(code)}
-    own = {(f"test_{name}.py", "pickle.loads") for name in ("modules", "recipes")}
+    own = {(f"test_{name}.py", "pickle.loads") for name in ("modules", "recipes", "trl")}
     assert found == own  # of bytes that they made themselves
 
 
