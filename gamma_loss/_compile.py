@@ -94,7 +94,7 @@ def _load(passes: int, examples: list[Tensor]) -> Program | None:
     except Exception as error:  # such as no C++ compiler, or a device that Inductor does not know
         warnings.warn(
             "Inductor cannot compile this solve, gamma_loss solves eagerly: "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            + f"{type(error).__name__}: {error}".partition("\n")[0],
             RuntimeWarning,
             stacklevel=2,
         )
