@@ -63,6 +63,8 @@ def test_autocast_and_a_default_device_change_nothing(torch, triton, device, imp
 def test_which_library_solves_on_the_cpu(torch, monkeypatch):
     """NumPy up to 65,536 gaps or with one thread, else torch; a program where one is faster."""
     used = set()
+    for setting in (MILD, HARD):  # the two programs are traced now
+        solve_margins(torch.tensor(rows(9), dtype=torch.float32), **setting, impl="compile")
     for name in ("newton_step", "solve_mild"):
         step = getattr(_solver, name)
         monkeypatch.setattr(
@@ -71,9 +73,8 @@ def test_which_library_solves_on_the_cpu(torch, monkeypatch):
 
     def libraries(impl, size, setting):
         gaps = torch.tensor(rows(size), dtype=torch.float32)
-        for _ in range(2):  # a program is traced by the first call
-            used.clear()
-            solve_margins(gaps, **setting, impl=impl)
+        used.clear()
+        solve_margins(gaps, **setting, impl=impl)
         return used
 
     threads = torch.get_num_threads()
