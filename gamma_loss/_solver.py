@@ -65,7 +65,7 @@ class Inner(NamedTuple):
     y: Array
     d: Array
     du: Array
-    largest: Array  # |du| (1 + y)
+    largest: Array  # |du| (1 + y) of the pairs that stepped last
     before: Array  # the largest of the step before
 
 

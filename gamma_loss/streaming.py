@@ -222,7 +222,7 @@ def _find_roots(pairs: _solver.Pairs, u: Floats, s: float, k: float) -> tuple[Fl
         inner = _solver.inner_step(xp, pairs, inner, s, k)
     # From here a step squares the error, until rounding error is left.
     before = math.inf
-    while 1e-8 < (largest := inner.largest) < 0.5 * before:
+    while 1e-8 < (largest := np.max(np.abs(inner.du) * (1 + inner.y))) < 0.5 * before:
         u, before = np.minimum(inner.u + inner.du, pairs.u_max), largest
         inner = _solver.newton_step(xp, pairs, u, s, k, math.inf)
     u = np.minimum(inner.u + inner.du, pairs.u_max)

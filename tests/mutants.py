@@ -36,7 +36,7 @@ MUTANTS = [  # file (in gamma_loss), the edit as «old→new» in its text, word
     ("_pool.py",
      "«xp.where(mask, weights, 0 * counted)→weights»", "margins choose_the_pool numpy-all"),
     ("_pool.py", "size <«= _comm.GATHER_LIMIT→ 0»:",
-     "distributed every_rank_issues_the_same_collectives_and_only_small_ones_above_the_limit"),
+     "distributed few_collectives"),
     # losses
     ("_compute.py", "deficit = «counted→»((", "losses a_masked_pair"),
     ("_compute.py", "reward_gaps=«xp.detach(gaps)→gaps»", "losses only_the_loss"),

@@ -33,6 +33,8 @@ EDGES = [
       for gamma0, tau in ((4.0, 10.0), (4.0, 0.1), (0.05, 1e-3), (100.0, 1e-3))),
     # of which few are far from their roots
     (np.random.default_rng(0).normal(0.0, 0.25, 4000), 2.3, 6.5),
+    # of which few step on alone, and come closer than all others
+    (np.repeat([13.143, -1e4, 149.42, 264.92, 0.0], [68, 198, 16, 1894, 1]), 10.065, 0.00106),
 ]  # fmt: skip
 
 
