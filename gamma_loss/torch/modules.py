@@ -86,7 +86,7 @@ class _QueuedLoss(torch.nn.Module):
             size = 0 if queue is None else queue.capacity
             ranks = ProcessGroupComm(self.group, queue_size=size, training=self.training)
         try:
-            _checks.tensors(**dict(zip(self._names, arrays, strict=False)))
+            _checks.tensors(**dict(zip(self._names[: len(arrays)], arrays, strict=True)))
             if queue is not None and arrays[0].device != queue.gaps.device:
                 raise ValueError(
                     f"{self._names[0]} must be on the device of the module, {queue.gaps.device}, "
@@ -102,7 +102,7 @@ class _QueuedLoss(torch.nn.Module):
         if queue is not None:
             context = (self._context if again else None) or queue.context()
             gaps, filled = context if ranks is None else map(ranks.chunk, context)
-            options |= {"context": gaps, "context_mask": filled}
+            options.update(context=gaps, context_mask=filled)
         loss, aux = self._function(*arrays, **options)
         if self.training and not again:
             self._remember(aux, context, ranks)
