@@ -248,6 +248,7 @@ class _TorchTraced(_Torch):
         return torch.sum(array, dtype=torch.float64).to(array.dtype)
 
     def repeat_until(self, done: Done, step: Step, state: Any, max_iter: int) -> Any:
+        """Loop inside the graph, by torch's operator for loops."""
         torch = sys.modules["torch"]
         pytree, loop = torch.utils._pytree, torch._higher_order_ops.while_loop
         leaves, kind = pytree.tree_flatten(state)
