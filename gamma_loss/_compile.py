@@ -93,7 +93,7 @@ def _load(passes: int, examples: list[Tensor]) -> Program | None:
             program: Program = torch._inductor.aoti_load_package(str(path)).loader.run
     except Exception as error:  # such as no C++ compiler, or a device that Inductor does not know
         warnings.warn(
-            "Inductor cannot compile this solve, gamma_loss solves eagerly: "
+            "Inductor cannot compile this solve, so gamma_loss solves eagerly: "
             + f"{type(error).__name__}: {error}".partition("\n")[0],
             RuntimeWarning,
             stacklevel=2,

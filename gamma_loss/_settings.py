@@ -50,8 +50,9 @@ DOCS = {
         - "eager": array operations one by one. On CPU tensors it runs NumPy on a view, except for
           pools over 65,536 gaps with more than one thread. JAX compiles one program a shape.
         - "compile" (torch): a program compiled by Inductor, at the first call for each kind of pool
-          (dtype, device, optional arguments), not for each size or setting. Where Inductor cannot
-          compile it (no C++ compiler, torch 2.6 outside mild settings): a warning, and "eager".
+          (dtype, device, optional arguments), not for each size or setting. Where Inductor fails
+          (without a C++ compiler; outside mild settings with torch 2.6), a warning says so, and the
+          solve is as with "eager".
         - "triton" (torch, on a GPU that Triton knows): one kernel launch. Pools beyond the kernel's
           limit are solved as "eager" does.
         - "auto": "triton" for a tensor on such a GPU, else "eager". In a graph of torch.compile or

@@ -176,8 +176,8 @@ def solve_mild(
     eps, (num, read) = xp.eps(gaps), _scalars(xp, xp.is_host)
     a, half = 0.5 * a, 0.5 * gamma0
     shift, y_max = num.log(half), half * num.exp(2 * a)
-    bend, steep = 0.5 * a * (y_max + 0.77 * y_max * y_max), a * y_max
-    total, is_close = gaps.shape[0], 8 * eps / bend
+    curvature, steep = 0.5 * a * (y_max + 0.77 * y_max * y_max), a * y_max
+    total, is_close = gaps.shape[0], 8 * eps / curvature
     if weights is not None:
         (total,) = map(read, comm.all_reduce_sum(xp.sum(weights)))
     at_most, one, h = xp.scalar(a, gaps), xp.scalar(1.0, gaps), gaps * xp.scalar(0.5, gaps)
@@ -203,7 +203,7 @@ def solve_mild(
     mass = xp.sum(y) if weights is None else xp.dot(weights, y)
     scale = budget / read(*comm.all_reduce_sum(mass))
     log_scale = num.log(scale)
-    rho = bend * largest * largest + steep * abs(log_scale) + (16 + abs(shift)) * eps
+    rho = curvature * largest * largest + steep * abs(log_scale) + (16 + abs(shift)) * eps
     # Residuals v in a range of 2 ρ bound mean |x - x*|: Proposition 7 of docs/theory.md.
     nu = nu + log_scale + (a - shift)
     return y * xp.scalar(2 * scale, gaps), nu, 2 * num.tanh(0.5 * rho)

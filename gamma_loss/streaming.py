@@ -116,7 +116,7 @@ def solve_margins_streaming(
     ranks = None if group is None else _comm.ranks_of(group, gamma0=gamma0, tau=tau)
 
     def read(evaluate: Evaluate) -> tuple[float, ...]:
-        """Return a hash of all gaps, the last three sums, and the extremes of -g and g."""
+        """Return a hash of all gaps, sums of the last three of ``evaluate``, and max -g and g."""
         try:
             local = _merge(
                 (_hash(gaps), *map(np.sum, evaluate(gaps)[-3:]), -gaps.min(), gaps.max())

@@ -203,18 +203,18 @@ def test_closed_form_of_the_inflection(dtype, gaps):
 @given(problems(), seeds)
 def test_safeguarded_steps_converge_from_anywhere_without_turning(problem, seed):
     pairs, roots, rng = problem.pairs(), problem.roots(), np.random.default_rng(seed)
-    bend = np.log(_solver.inflection(XP, pairs.gaps) / pairs.gamma0)
-    below, slack = roots < bend, problem.rounding(roots) + 8 * EPS * np.abs(bend)
+    inflection = np.log(_solver.inflection(XP, pairs.gaps) / pairs.gamma0)
+    below, slack = roots < inflection, problem.rounding(roots) + 8 * EPS * np.abs(inflection)
     # From far below all roots up to the highest allowed, or near the inflection.
     anywhere = pairs.u_max - rng.uniform(size=roots.shape) ** 4 * (problem.a + 2)
-    near = np.minimum(bend + 0.1 * rng.normal(size=roots.shape), pairs.u_max)
+    near = np.minimum(inflection + 0.1 * rng.normal(size=roots.shape), pairs.u_max)
     u = np.where(rng.uniform(size=roots.shape) < 0.5, anywhere, near)
     for n in range(_solver.MAX_ITER):
         new = np.minimum(u + problem.safe(u), pairs.u_max)
         before, after = (np.where(below, 1, -1) * (point - roots) for point in (u, new))
         room = slack + 2 * EPS * (np.abs(u) + np.abs(problem.step(u).du))
         # It ends between the root and the inflection, or beyond the root by next to nothing,
-        assert np.all(after <= np.abs(roots - bend) + room)
+        assert np.all(after <= np.abs(roots - inflection) + room)
         if n > 0:  # if it starts on the root's side of the inflection,
             assert np.all(after >= -1.01 * BENT * np.abs(before) - room)
         if n > 1:  # and from there on nearer each time.
