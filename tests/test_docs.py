@@ -7,12 +7,15 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pages
 import pytest
 
+from gamma_loss import solve_margins
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-# The blocks of the scoring page use each other's files: test_score_pairs.py.
+# The blocks of the scoring page use each other's files: test_score_dataset.py.
 PAGES = sorted(p.stem for p in DOCS.glob("*.md") if pages.blocks(p, "(?:python|pycon)"))
 PAGES = [page for page in PAGES if page not in ("queue", "scoring")]
 
@@ -58,10 +61,13 @@ def test_code_of_a_page_runs(page, one_rank):
     run(f"docs/{page}.md")
 
 
-def test_code_of_the_queue_page_gives_what_it_says(one_rank):
-    retried, _, mesh, value = run("docs/queue.md")
+def test_code_of_the_queue_page_gives_what_it_says(one_rank, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    retried, _, mesh, file, value = run("docs/queue.md")
     assert retried["again"] == retried["loss"]
     assert mesh["margins"].mean() == pytest.approx(4.0, rel=1e-6)
+    expected = solve_margins(file["gaps"].astype(float), gamma0=4.0, tau=10.0).margins
+    np.testing.assert_allclose(np.load("margins.npy"), expected, rtol=1e-6)
     assert value["queue"].mask.sum() == 3
 
 

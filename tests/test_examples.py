@@ -5,17 +5,14 @@ import gzip
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny_lm
-from _common import WrongInput, json_lines, load, read, texts, uninterrupted
+from _common import WrongInput, load, read, texts, uninterrupted
+from programs import run, write
 
-FOLDER = Path(__file__).parents[1] / "docs" / "examples"
 GOOD = {"prompt": "2 + 2 =", "chosen": " four", "rejected": " five"}  # no numbers, for CSV
 CHAT = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
 LINE = json.dumps(GOOD).encode()
@@ -38,26 +35,18 @@ def refusal(content, name="pairs.jsonl"):
 def test_a_wrong_row_is_named_with_its_line():
     for line, words in [
         (b"{", "Expecting property name"),
-        (b'{"prompt": ', "Expecting value: column 11"),
         (b"[1]", "got list: each line must be a JSON object"),
         (b"[" * 100_000, "maximum recursion depth exceeded"),
         (b'{"prompt": ' + b"9" * 5000 + b"}", "a number of 5000 digits is too large"),
-        (LINE.decode().encode("utf-16-le"), "each line must be a JSON object"),
         ('{"prompt": "é"}'.encode("latin-1"), "can't decode byte 0xe9"),
-        ({"prompt": "a", "chosen": "b"}, "needs prompt, chosen and rejected, it has prompt, cho"),
-        ({"question": "a", "yes": "b"}, "it has question, yes: rename its columns"),
+        ({"prompt": "a", "chosen": "b"}, "it has prompt, chosen: rename its columns"),
         ({**GOOD, "chosen": 3}, "'chosen' must be text or messages, got 3"),
-        ({**GOOD, "chosen": None}, "'chosen' must be text or messages, got None"),
-        ({**GOOD, "rejected": ""}, "'rejected' is empty"),
         ({**GOOD, "rejected": []}, "'rejected' is empty"),
         ({**GOOD, "rejected": " four"}, "chosen and rejected are the same: remove the pair"),
         ({**GOOD, "rejected": CHAT}, "chosen is text, rejected is messages: give one form"),
         ({"prompt": "a", "chosen": CHAT[1:], "rejected": CHAT[:1]}, "no prompt: chosen and reject"),
-        ({"chosen": CHAT, "rejected": CHAT[:1]}, "'prompt' is missing, and text in the first row"),
         ({"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT},
          "'prompt' is messages, and text in the first row: all rows need one form"),
-        ({**GOOD, "margin": None}, "'margin' must be a finite number, got None"),
-        ({**GOOD, "margin": "1"}, "'margin' must be a finite number, got '1'"),
         ({**GOOD, "margin": True}, "'margin' must be a finite number, got True"),
         ({**GOOD, "weight": float("inf")}, "'weight' must be a finite number, got inf"),
         ({**GOOD, "margin": 1}, "'margin' is a finite number, and missing in the first row"),
@@ -73,7 +62,6 @@ def test_a_file_of_another_kind_is_named_and_a_missing_one_not_looked_for_on_the
         (b"\n\n", "pairs.jsonl: holds no pairs"),
         (gzip.compress(LINE), "pairs.jsonl is compressed with gzip: unpack it first"),
         (LINE.decode().encode("utf-16"), "pairs.jsonl is UTF-16 text: save it as UTF-8"),
-        (codecs.BOM_UTF16_BE + LINE, "pairs.jsonl is UTF-16 text"),
         (b"PAR1....", "pairs.jsonl is a Parquet file: name it .parquet"),
     ]:
         assert words in refusal(content)
@@ -100,10 +88,6 @@ def test_the_forms_that_trl_takes_and_their_texts():
     inside = {key: said["prompt"] + said[key] for key in ("chosen", "rejected")}
     for row in (GOOD, said, inside):
         assert texts(row) == tuple(GOOD.values())
-    file.write_bytes(b'\xef\xbb\xbf\n {"a": 1}\r\n\n{"a": NaN}')
-    first, (place, row) = json_lines(file)
-    assert first == ("a:2", {"a": 1})
-    assert (place, row["a"] != row["a"]) == ("a:4", True)
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -140,56 +124,30 @@ def test_ctrl_c_waits_for_a_file_that_is_being_written(interruptible):
     done = []
 
     @uninterrupted()
-    def write():
+    def save():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         done.append("written")
 
     with pytest.raises(KeyboardInterrupt):
-        write()
+        save()
     assert done
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-INTERRUPTED = """
-import os, runpy, signal, sys, tqdm
+def test_ctrl_c_ends_a_program_with_one_line(interruptible, monkeypatch):
+    tqdm = pytest.importorskip("tqdm").tqdm
+    import score_dataset
 
-class Bar(tqdm.tqdm):
-    def update(self, n=1):
-        super().update(n)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    def __iter__(self):
-        for item in super().__iter__():
-            yield item
+    def bar(rows, **options):
+        for row in tqdm(rows, **options | {"disable": False}):
+            yield row
             os.kill(os.getpid(), signal.SIGINT)
 
-tqdm.tqdm = Bar
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "noisy_preferences.py --quick --out out.png",
-        "score_dataset.py gaps.npy --gamma0 4 --tau 10 --out out.npy",
-    ],
-)
-def test_ctrl_c_ends_a_program_with_one_line(interruptible, command):
-    for needed in ("torch", "tqdm", "matplotlib"):
-        pytest.importorskip(needed)
-    np.save("gaps.npy", np.arange(10.0))
-    Path("out.png").write_text("of yesterday")
-    name, *arguments = command.split()
-    path = os.pathsep.join([str(FOLDER.parents[1]), str(FOLDER)])
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, FOLDER / name, *arguments],
-        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path},
-    )  # fmt: skip
-    assert done.returncode == 130, done.stderr
-    assert done.stderr.splitlines()[-1] == f"{name}: interrupted"
+    monkeypatch.setattr(score_dataset, "tqdm", bar)
+    rated = GOOD | {"chosen_score": 2, "rejected_score": 1}
+    done = run(score_dataset, write([rated] * 3), "--out", "out.jsonl")
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == "score_dataset.py: interrupted"
     assert "Traceback" not in done.stderr
-    assert set(os.listdir()) == {"gaps.npy", "out.png"}
-    assert Path("out.png").read_text() == "of yesterday"
+    assert os.listdir() == ["pairs.jsonl"]
