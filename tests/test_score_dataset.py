@@ -117,22 +117,18 @@ def test_a_folder_of_splits_and_a_table_as_input_and_output(tmp_path, monkeypatc
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A model after training and before, with one tokenizer."""
-    transformers = pytest.importorskip("transformers")
+    """A policy and its reference, with one tokenizer."""
+    pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("models")
-    tiny_lm.build(folder / "sft")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_lm.build(folder / "dpo"))
-    for each in model.parameters():
-        each.data += 0.02 * each.data.new_empty(each.shape).normal_()
-    model.save_pretrained(folder / "dpo")
-    return str(folder / "dpo"), str(folder / "sft")
+    return tiny_lm.build(folder / "dpo", initializer_range=0.4), tiny_lm.build(folder / "sft")
 
 
 def direct(name, row, side):
     """The log-probability of each token of a response, one text at a time."""
-    transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(name)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name)
     return tiny_lm.response_logps(model, tokenizer, row["prompt"], row[side] + "<eos>")
 
 
@@ -152,23 +148,18 @@ def test_log_probabilities_of_policy_and_reference(models):
 
 
 def test_averaged_log_probabilities_of_a_model_alone(models):
-    stale = [row | dict.fromkeys(program.BOTH, 0.0) for row in PAIRS]
-    assert "likelier by token" in output(program, write(stale), "--model", models[0], *LONG)
+    earlier = [row | dict.fromkeys(program.BOTH, 0.0) for row in PAIRS]
+    assert "likelier by token" in output(program, write(earlier), "--model", models[0], *LONG)
     expected = direct(models[0], PAIRS[3], "chosen").mean().item()
     assert scored()[3]["policy_chosen_logps"] == pytest.approx(expected, rel=1e-5)
     assert "reference_chosen_logps" not in scored()[0]
-    output(program, "out.jsonl", *SETTING, "--out", "again.jsonl")
-    assert scored("again.jsonl") == scored()
 
 
 def test_messages_go_through_the_chat_template(models):
-    from transformers import AutoTokenizer
-
     write([tiny_lm.messages(row) for row in PAIRS])
     found = complaint(program, "pairs.jsonl", "--model", models[0], *LONG)
     assert "has no chat template, which messages need" in found
-    tiny_lm.build("chat")
-    tokenizer = AutoTokenizer.from_pretrained("chat")
+    tokenizer = program.load_tokenizer(tiny_lm.build("chat"))
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['content'] }}"
         "{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
@@ -182,12 +173,10 @@ def test_messages_go_through_the_chat_template(models):
 
 
 def test_long_texts_are_cut_and_counted(models):
-    from transformers import AutoTokenizer
-
     long = {"prompt": "gap " * 40, "chosen": " pair" * 2, "rejected": " noise" * 40}
     told = output(program, write([*PAIRS, long]), "--model", models[0], *LONG, "--max-length", 32)
     assert "1 of 31 pairs were cut to 32 tokens." in told
-    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    tokenizer = program.load_tokenizer(models[0])
     whole, start, is_cut = program.encode(tokenizer, long, 10_000)
     assert not is_cut
     texts, kept, is_cut = program.encode(tokenizer, long, 32)
@@ -199,33 +188,23 @@ def test_long_texts_are_cut_and_counted(models):
     assert (start, empty[0][0]) == (1, tokenizer.eos_token_id)
 
 
-@pytest.mark.parametrize("done_before", [1, 4])  # the policy's blocks are three
-def test_an_interrupted_run_goes_on(models, monkeypatch, done_before):
+def test_an_interrupted_run_goes_on(models, monkeypatch):
     monkeypatch.setattr(program, "BLOCK", 10)
     command = (write(PAIRS), "--model", models[0], "--reference", models[1], *LONG)
-    output(program, *command)
-    whole = Path("out.jsonl").read_bytes()
-    os.remove("out.jsonl")
-    score, left = program.score, [None] * done_before
-
-    def interrupted(*arguments):
-        if not left:
-            raise KeyboardInterrupt
-        left.pop()
-        return score(*arguments)
-
-    monkeypatch.setattr(program, "score", interrupted)
-    assert run(program, *command).returncode == 130
-    assert "out.jsonl" not in os.listdir()
-    with Path("out.jsonl.progress").open("a") as file:
-        file.write('{"cut": 0, "sco')  # of a run that was killed
+    with mock.patch.object(program, "write_rows", side_effect=KeyboardInterrupt):
+        assert run(program, *command).returncode == 130
+    progress, outputs = Path("out.jsonl.progress"), set()
+    head, *blocks = progress.read_text().splitlines(keepends=True)
     other = complaint(program, *command, "--max-length", 32)
     assert "out.jsonl.progress is of a run with other data, models or" in other
-    left += [None] * (6 - done_before)
-    output(program, *command)
-    assert not left  # each block was scored once
-    assert Path("out.jsonl").read_bytes() == whole
-    assert "out.jsonl.progress" not in os.listdir()
+    for done in (0, 1, 4):  # of three blocks of the policy and three of the reference
+        progress.write_text("".join([head, *blocks[:done], blocks[done][:9]]))  # it was killed
+        with mock.patch.object(program, "score", wraps=program.score) as score:
+            output(program, *command)
+        assert score.call_count == 6 - done
+        outputs.add(Path("out.jsonl").read_bytes())
+        assert not progress.exists()
+    assert len(outputs) == 1
 
 
 def test_an_interrupt_leaves_the_output_of_before(monkeypatch):
@@ -275,13 +254,11 @@ def test_wrong_arguments(monkeypatch):
 
 
 def test_wrong_models(models):
-    from transformers import AutoTokenizer
-
     options = (write(PAIRS), "--out", "out.jsonl", "--model")
     found = complaint(program, *options, models[0])
     assert found == f"--max-length must be at most 64 for {models[0]}"
     assert "./no: cannot be loaded as a model: " in complaint(program, *options, "./no")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_lm.build("other"))
+    tokenizer = program.load_tokenizer(tiny_lm.build("other"))
     tokenizer.add_tokens(["new"])
     tokenizer.save_pretrained("other")
     os.remove("other/model.safetensors")
