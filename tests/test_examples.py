@@ -63,6 +63,7 @@ def test_a_file_of_another_kind_is_named_and_a_missing_one_not_looked_for_on_the
         (gzip.compress(LINE), "pairs.jsonl is compressed with gzip: unpack it first"),
         (LINE.decode().encode("utf-16"), "pairs.jsonl is UTF-16 text: save it as UTF-8"),
         (b"PAR1....", "pairs.jsonl is a Parquet file: name it .parquet"),
+        (b"\x93NUMPY....", "pairs.jsonl is a NumPy array, not pairs: solve_margins_streaming"),
     ]:
         assert words in refusal(content)
     for name in ("no.jsonl", "./pairs", "data/of/mine", "/nowhere", "my/pairs.csv"):

@@ -25,6 +25,7 @@ ENCODED = {
     b"\xff\xfe": "UTF-16 text: save it as UTF-8",
     b"\xfe\xff": "UTF-16 text: save it as UTF-8",
     b"PAR1": "a Parquet file: name it .parquet",
+    b"\x93NUMPY": "a NumPy array, not pairs: solve_margins_streaming takes gaps",
 }
 
 
