@@ -67,7 +67,7 @@ MUTANTS = [  # file (in gamma_loss), the edit as «old→new» in its text, word
     ("_operator.py", "NUMPY_LIMIT = 2**«16→20»", "implementations on_the_cpu"),
     ("_operator.py", "return «_pool.solve_eagerly if is_mild else solve→_pool.solve_eagerly»",
      "compilers few_nodes"),
-    ("_operator.py", "«_without_triton.add(device.type)→pass»", "implementations missing_triton"),
+    ("_operator.py", "«_without_triton.add(device.type)→pass»", "kernels without_a_driver"),
     # checks
     ("_checks.py", "MAX_A = «1e9→1e12»", "bad_input out_of_its_range"),
     ("_checks.py",

@@ -1,7 +1,6 @@
 """Tracing: torch.compile, torch.export, torch.vmap and JAX take the library as it is."""
 
 import functools
-import itertools
 import sys
 import types
 
@@ -106,54 +105,6 @@ def test_a_tensor_is_not_asked_whether_it_is_jaxs(torch, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax", types.SimpleNamespace(Array=Asks("Array", (), {})))
     torch.compiler.reset()
     assert solve_margins(torch.zeros(1), **MILD).margins == 4
-
-
-def test_inductor_fuses_a_loss_with_its_solve_into_one_kernel(torch):
-    run_and_get_code = pytest.importorskip("torch._inductor.utils").run_and_get_code
-    logps = torch.tensor(rows((4, 50)), dtype=torch.float32)
-
-    def loss(logps):
-        return gamma_dpo_loss(*logps, beta=0.3, **MILD)
-
-    torch.compiler.reset()
-    with (
-        torch._inductor.config.patch(fx_graph_cache=False),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-    ):
-        found, (code,) = run_and_get_code(torch.compile(loss, fullgraph=True), logps)
-    assert code.count("async_compile.cpp_pybinding(") == 1
-    torch.testing.assert_close(found, loss(logps))
-
-
-def guards(torch, function, *arguments):
-    """Return how many guards Dynamo checks before each call of a compiled function."""
-
-    def leaves(manager):
-        pairs = getattr(manager, "get_key_value_managers", dict)().values()
-        below = [*manager.get_child_managers(), *itertools.chain(*pairs)]
-        return len(manager.get_leaf_guards()) + sum(map(leaves, filter(None, below)))
-
-    torch.compiler.reset()
-    torch.compile(function, fullgraph=True, backend="eager")(*arguments)
-    (entry,) = torch._dynamo.eval_frame._debug_get_cache_entry_list(function)
-    return leaves(entry.guard_manager.root)
-
-
-def test_a_graph_has_few_guards(torch):
-    logps = torch.tensor(rows((4, 9))).unbind()
-
-    def dpo(*logps):
-        gaps = 0.1 * ((logps[0] - logps[2]) - (logps[1] - logps[3]))
-        return -torch.nn.functional.logsigmoid(gaps).mean()
-
-    plain = guards(torch, dpo, *logps)
-    for setting in (MILD, HARD):
-
-        def loss(*logps, setting=setting):
-            return gamma_dpo_loss(*logps, beta=0.1, **setting)[0]
-
-        assert guards(torch, loss, *logps) <= plain + 100
-        assert guards(torch, lambda g, s=setting: solve_margins(g, **s), logps[0]) <= 100
 
 
 def test_a_bad_setting_in_a_compiled_function_is_a_plain_error(torch):

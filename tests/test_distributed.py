@@ -165,18 +165,6 @@ def test_ranks_issue_the_same_few_collectives_and_small_ones_above_the_limit(ran
         assert max(numbers for _, numbers, _ in first) <= largest
 
 
-def test_the_benchmark_counts_collectives_and_bytes(ranks):
-    benchmark = pytest.importorskip("benchmarks.distributed", reason="tqdm is not installed")
-    for way in benchmark.LIMITS:
-        job = benchmark.traffic, 16, way, benchmark.LLAMA
-        for log, found in zip(
-            ranks.run(2, work.calls, work.COLLECTIVES, *job), ranks.run(2, *job), strict=True
-        ):
-            sent = sum(each for *_, each in log)
-            assert found == {"collectives": len(log), "bytes": sent}
-            assert sent > 64 if way == "gather" else len(log) > 2
-
-
 def test_gaps_that_are_not_finite_cost_ranks_that_reduce_no_step(ranks):
     setting, gaps = {"gamma0": 1.0, "tau": 0.001}, np.array([-60.0, -61.0, np.nan])
     few, with_nan = (
@@ -226,13 +214,6 @@ def test_ranks_with_other_settings_are_told(ranks, function):
                 f"{name} is {first!r} on rank 0 and {other!r} on 2"
             )
     assert ranks.run(3, work.refused, function, of_rank[:1] * 3) == [None] * 3  # it goes on
-
-
-def test_all_settings_that_differ_are_named(ranks):
-    of_rank = [([1.0], MILD), ([1.0], MILD | {"tau": 3.0, "reduction": "sum"})]
-    for error in ranks.run(2, work.refused, LOSS, of_rank):
-        words = "tau is 10.0 on rank 0 and 3.0 on 1, reduction is 'mean' on rank 0 and 'sum' on 1"
-        assert words in error
 
 
 WRONG = {  # gaps and options of one of three ranks
