@@ -2,10 +2,11 @@
 
 import itertools
 import json
+import math
+import re
 import sys
 import warnings
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,10 +18,7 @@ pytest.importorskip("tqdm")
 
 from benchmarks import _harness as harness  # noqa: E402
 from benchmarks import accuracy, distributed, gpu, logps, loss, published, worst_case  # noqa: E402
-from benchmarks.__main__ import listing  # noqa: E402
 from gamma_loss import _solver, solve_margins  # noqa: E402
-
-CPU = {"device": "cpu", "quick": False}
 
 
 @pytest.fixture
@@ -36,9 +34,6 @@ def start(monkeypatch, capsys):
     return run
 
 
-# --- the harness ---
-
-
 def test_calls_come_in_any_order_hot_after_the_same_and_cold_after_a_training_step(monkeypatch):
     now, log = itertools.count(step=2.0).__next__, []  # each reading of the clock takes 2 s
     clock = SimpleNamespace(
@@ -50,19 +45,17 @@ def test_calls_come_in_any_order_hot_after_the_same_and_cold_after_a_training_st
     times = harness.in_turns(calls, seconds=0.0, device="cpu", least=40)
     # Two readings by each call, and not what the clock takes.
     assert times == {name: dict.fromkeys(harness.STATES, [4.0] * 40) for name in "ab"}
-    timed = np.reshape(log[2000:], (-1, 4))  # without what the clock itself takes
-    assert np.all(timed[:, 1::2] == "clock")
-    kinds = [before + name for before, _, name, _ in timed]
-    turns = [tuple(kinds[i : i + 4]) for i in range(0, len(kinds), 4)]
-    assert all(sorted(turn) == ["aa", "bb", "stepa", "stepb"] for turn in turns)
-    assert len(set(turns)) > 10  # of 24 orders
+    before, first, name, last = np.reshape(log[2000:], (-1, 4)).T
+    assert {*first, *last} == {"clock"}
+    turns = np.char.add(before, name).reshape(-1, 4)
+    assert np.all(np.sort(turns) == ["aa", "bb", "stepa", "stepb"])
+    assert len(np.unique(turns, axis=0)) > 10  # of 24 orders
 
 
 def test_times_are_quantiles_in_microseconds_and_speed_compares_medians():
     assert harness.quantiles(np.arange(11) * 1e-6) == pytest.approx([1.0, 5.0, 9.0])
     rows = {"a": {"hot": [1.0, 2.0, 900.0]}, "b": {"hot": [0.0, 6.0, 7.0]}}
     assert harness.speed(rows, "a", "b") == 3.0  # above 1 for the faster
-    assert harness.speed(rows, "a", "c") is None
 
 
 def test_what_cannot_run_is_left_out_with_its_reason_and_the_rest_agrees(monkeypatch):
@@ -75,15 +68,13 @@ def test_what_cannot_run_is_left_out_with_its_reason_and_the_rest_agrees(monkeyp
 
     monkeypatch.setattr(harness, "solve_margins", solve)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    args = SimpleNamespace(**CPU, left_out={})
+    args = SimpleNamespace(device="cpu", quick=False, left_out={})
     ways = harness.ways(args, interpret=True)
     assert {"eager", "auto", "numpy"} == set(ways) - {"jax"}
     assert args.left_out["compile"] == "RuntimeError: no compiler"
     assert "Triton can't be used" in args.left_out["triton"]
-    args.quick = True
     harness.ways(args)
     assert "interpreter is not timed" in args.left_out["triton"]
-    assert "--quick" in args.left_out["compile"]
     gaps = harness.pool(harness.LLAMA, 32)
     exact = oracles.margins(gaps, 4.0, 10.0)[0]
     for array, way in ways.values():
@@ -111,66 +102,38 @@ def test_counts_kernels_and_their_time_from_a_profile(monkeypatch):
     assert counted == {"kernels": 1.0, "copies": 0.5, "device_microseconds": 45.0}
 
 
-def test_results_are_json_with_a_line_each_and_five_digits(tmp_path):
-    out = tmp_path / "result.json"
-    harness.write(out, {"γ": float("nan"), "rows": [{"x": 1.23456789}, {"x": [2.0]}], "none": []})
-    assert out.read_text("utf-8").splitlines() == [
-        "{", ' "γ": null,', ' "rows": [', '  {"x": 1.2346},', '  {"x": [2.0]}', " ],",
-        ' "none": []', "}",
-    ]  # fmt: skip
-
-
-def test_wrong_arguments_end_in_one_line_before_anything_runs(start, tmp_path):
-    (tmp_path / "file").touch()
-    (tmp_path / "folder.json").mkdir()
+def test_wrong_arguments_end_in_one_line_before_anything_runs(start, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     section = harness.Section(pytest.fail, pytest.fail, (), list)
     for arguments, message in [
         (["--out", "results.txt"], "--out must name a .json file, got results.txt"),
-        (["--out", tmp_path / "folder.json"], "Is a directory"),
-        (["--out", tmp_path / "file/new.json"], "can't write results"),
+        (["--out", f"{__file__}/new.json"], "can't write results"),
         (["--seconds", "0"], "--seconds must be positive and finite, got 0"),
-        (["--seconds", "nan"], "--seconds must be positive"),
-        (["--fast"], "unrecognized arguments: --fast"),
+        (["--device", "cuda"], "torch finds no CUDA device"),
     ]:
         code, printed = start(lambda: harness.run("Doc", 1.0, {"all": section}), *arguments)
         assert code == 2
-        assert printed.err.startswith("python -m benchmarks.solver: ")
-        assert message in printed.err
-        assert printed.err.count("\n") == 1
+        assert re.fullmatch(f"python -m benchmarks.solver: .*{message}.*\n", printed.err)
 
 
-def test_a_run_measures_every_case_writes_and_shows(start, tmp_path):
+def test_a_run_measures_every_case_within_its_time_and_writes_five_digits(start, tmp_path):
     out, found = tmp_path / "new" / "results.json", {}
 
     def measure(args, seconds, case):
         args.left_out[case] = "why"
-        args.later.append(lambda: found[case].update(later=1))
-        found[case] = {"case": case, "seconds": seconds}
+        args.later.append(lambda: found[case].update(later=1.23456789))
+        found[case] = {"case": case, "seconds": seconds, "none": math.nan}
         yield found[case]
 
-    part = harness.Section(
-        lambda args: ["a", "b"], measure, ["case", "µs"],
-        lambda rows: [[rows[0]["case"], 1234.4], ["longer", None], ["b", 0.1234]], share=3.0,
-    )  # fmt: skip
-    none = harness.Section(lambda args: [], measure, ["case"], list)
-    sections = {"part": part, "none": none}
-    _, printed = start(lambda: harness.run("Doc", 40.0, sections, pi=3), "--out", out)
+    sections = {"part": harness.Section(lambda args: "ab", measure, ["case"], lambda rows: [])}
+    start(lambda: harness.run("Doc", 40.0, sections), "--out", out)
     record = json.loads(out.read_text("utf-8"))
     seconds = [row.pop("seconds") for row in record["part"]]
     assert seconds == pytest.approx([20, 40], rel=0.1)
-    assert record["part"] == [{"case": "a", "later": 1}, {"case": "b", "later": 1}]
-    assert record["none"] == []
-    assert record["pi"] == 3
+    assert record["part"] == [{"case": case, "later": 1.2346, "none": None} for case in "ab"]
     assert record["left_out"] == {"a": "why", "b": "why"}
     assert record["command"] == f"python -m benchmarks.solver --out {out}"
     assert record["versions"]["torch"] == torch.__version__
-    assert printed.out.splitlines()[-5:] == [
-        "part", "case    µs", "a       1234", "longer  -", "b       0.123",
-    ]  # fmt: skip
-    assert printed.err == ""  # no bar where there is no terminal
-
-
-# --- the benchmarks ---
 
 
 def test_accuracy_stays_in_the_domain_at_its_kappa_and_finds_an_error(monkeypatch):
@@ -190,9 +153,6 @@ def test_accuracy_stays_in_the_domain_at_its_kappa_and_finds_an_error(monkeypatc
     assert row["errors"]["numpy"][1] < 1e-13
     assert 0.2 < row["errors"]["wrong"][0] <= row["errors"]["wrong"][1] < 0.5
     assert row["errors"]["lost"] == [np.inf, np.inf]
-    results = [{"kappa": k, "dtype": "float32", "errors": {"a": [0.0, error]}}
-               for k, error in ((1.0, 0.1), (2.0, 0.3), (10.0, None))]  # fmt: skip
-    assert accuracy.worst(results, "a", "float32") == [0.3, np.inf, None]
 
 
 @pytest.fixture
@@ -237,7 +197,6 @@ def test_worst_case_stays_in_the_domain_and_at_the_edges_between_solvers():
     pool = worst_case.drawn(rng, "float32", 500)
     for _ in range(1000):
         pool = worst_case.changed(rng, "float32", 500, pool)
-        assert 1 <= len(pool.values) == len(pool.counts) <= worst_case.DISTINCT
         assert min(pool.counts) >= 1 <= sum(pool.counts) <= 500
         assert np.abs(pool.values).max() <= 1e4
         assert 1e-3 <= pool.gamma0 <= 100
@@ -255,8 +214,7 @@ def test_worst_case_keeps_pools_and_goes_on_where_it_was(start, monkeypatch, tmp
     monkeypatch.setattr(worst_case, "solvers", lambda args: ways)
 
     def run(seconds):
-        _, printed = start(worst_case.main, "--out", out, "--seconds", seconds)
-        assert "reproduce('numpy', 'float64', Pool(values=[" in printed.out
+        start(worst_case.main, "--out", out, "--seconds", seconds)
         lines = out.with_suffix(".jsonl").read_text().splitlines()
         return json.loads(out.read_text("utf-8"))["results"], list(map(json.loads, lines))
 
@@ -271,19 +229,12 @@ def test_worst_case_keeps_pools_and_goes_on_where_it_was(start, monkeypatch, tmp
     assert 15 <= longer[0]["seconds"] <= 20  # a quarter of all, with those that it had before
 
 
-def test_the_hard_settings_have_margins_that_differ():
-    for name, setting in harness.HARD.items():
-        margins = solve_margins(harness.pool(name, 256), **setting).margins
-        assert margins.std() >= setting["gamma0"] / 10
-
-
 def test_the_deques_do_what_the_queue_does():
-    batch = torch.randn(5)
-    calls = distributed.queue_calls(batch)
-    context = calls["GapQueue"]()
-    assert torch.equal(context.gaps, calls["deque"]())
-    assert context.mask.all()
-    assert torch.equal(context.gaps[-5:], batch)
+    calls = distributed.queue_calls(batch := torch.randn(5))
+    gaps, mask = calls["GapQueue"]()
+    assert mask.all()
+    assert torch.equal(gaps, calls["deque"]())
+    assert torch.equal(gaps[-5:], batch)
     assert calls["deque, sample"]().shape == (published.POOL_SIZE,)
 
 
@@ -310,12 +261,6 @@ def test_a_step_in_chunks_is_a_step_with_all_logits():
     torch.testing.assert_close(*both)
 
 
-def test_functions_to_compile_have_room_for_graphs_of_their_own(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    copies = [planted, *(harness.fresh_compile(planted) for _ in range(2))]
-    assert len({id(function.__code__) for function in copies}) == 3
-
-
 def test_python_calls_are_those_of_the_package_and_memory_is_what_is_held_at_once():
     gaps = np.array([-1.0, 2.0])
     count = loss.python_calls(lambda: [solve_margins(gaps, gamma0=1.0, tau=1.0), json.dumps({})])
@@ -331,27 +276,10 @@ def test_python_calls_are_those_of_the_package_and_memory_is_what_is_held_at_onc
     assert 80_000 <= peak < 90_000
 
 
-def test_a_gpu_run_needs_a_gpu_and_fails_if_a_step_fails(start, monkeypatch, tmp_path):
-    given, outcomes = [], {}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(
-        gpu, "run", lambda name, _, seconds: given.append(seconds) or outcomes.get(name, "passed")
-    )
-    code, printed = start(gpu.main, "--out-dir", tmp_path / "none")
-    assert code == 2
-    assert "no CUDA device" in printed.err
-    assert not (tmp_path / "none").exists()
-    rehearsal = "--device", "cpu", "--out-dir", tmp_path
-    assert start(gpu.main, *rehearsal)[0] == 0
+def test_a_gpu_run_fails_if_a_step_fails(start, monkeypatch, tmp_path):
+    outcomes = dict.fromkeys(gpu.STEPS, "passed")
+    monkeypatch.setattr(gpu, "run", lambda name, *_: outcomes[name])
+    rehearsal = gpu.main, "--device", "cpu", "--out-dir", tmp_path
+    assert start(*rehearsal)[0] == 0
     outcomes["accuracy"] = "exit status 1"
-    assert start(gpu.main, *rehearsal)[0] == 1
-    assert len(given) == 2 * len(gpu.STEPS)
-    assert all(0 < seconds <= 480 for seconds in given)  # eight minutes in all
-
-
-def test_every_benchmark_is_listed_with_its_cost():
-    files = Path(published.__file__).parent.glob("[a-z]*.py")
-    programs = {path.stem for path in files if "def main()" in path.read_text("utf-8")}
-    listed = [line.split() for line in listing()]
-    assert {words[2] for words in listed} == {f"benchmarks.{n}" for n in {*programs, "noise_study"}}
-    assert all({"min", "hours"} & set(words) for words in listed)
+    assert start(*rehearsal)[0] == 1
