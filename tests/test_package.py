@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import graphlib
 import importlib
 import inspect
 import re
@@ -56,26 +55,6 @@ def test_an_extra_that_is_missing_is_named(monkeypatch, module, missing, words):
     monkeypatch.delitem(sys.modules, f"gamma_loss.{module}", raising=False)
     with pytest.raises(ImportError, match=words):
         importlib.import_module(f"gamma_loss.{module}")
-
-
-def imports(path):
-    """The package's files that a file imports, at any depth, but for the type checker only."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            node.body = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "gamma_loss":
-            for name in (node.module, *(f"{node.module}.{each.name}" for each in node.names)):
-                file = ROOT.joinpath(*name.split(".")).with_suffix(".py")
-                if file.is_file():
-                    yield file
-
-
-def test_no_circle_of_imports():
-    graph = {path: set(imports(path)) for path in (ROOT / "gamma_loss").rglob("*.py")}
-    assert sum(map(len, graph.values())) > len(graph)
-    graphlib.TopologicalSorter(graph).prepare()  # raises for a circle
 
 
 def test_dir_lists_every_public_name():
@@ -134,19 +113,14 @@ def test_every_public_name_has_a_complete_docstring(module):
         value = getattr(offered, name)
         if not callable(value):
             continue
-        found = sections(inspect.getdoc(value))
+        parts = re.split(r"^(\w+)\n-{3,}\n", inspect.getdoc(value), flags=re.MULTILINE)[1:]
+        found = dict(zip(parts[::2], parts[1::2], strict=True))  # of a NumPy-style docstring
         if isinstance(value, type) and issubclass(value, tuple):
             assert set(value._fields) <= named(found["Attributes"]), name
             continue
         assert own_parameters(value) <= named(found["Parameters"]), name
         assert ">>> " in found["Examples"], name
         assert found["Returns"] if inspect.isfunction(value) else True, name
-
-
-def sections(text):
-    """The parts of a NumPy-style docstring, by their titles."""
-    parts = re.split(r"^(\w+)\n-{3,}\n", text, flags=re.MULTILINE)[1:]
-    return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
 def named(section):
@@ -162,10 +136,3 @@ def own_parameters(value):
     if isinstance(value, type) and "__init__" not in vars(value):
         return set()
     return set(inspect.signature(value).parameters)
-
-
-@pytest.mark.xdist_group("kept together")
-def test_workers_keep_groups_together(request):
-    """What tests share, such as compiled programs, would be made by each worker otherwise."""
-    if request.config.getoption("loadgroup", False):
-        assert request.node.nodeid.endswith("@kept together")
