@@ -19,7 +19,6 @@ def test_the_report_has_a_line_each_and_the_solve_passes(capsys):
     assert end.value.code == 0
     first, packages, auto, result = capsys.readouterr().out.splitlines()
     assert first.startswith(f"gamma_loss {gamma_loss.__version__}, Python 3.")
-    assert packages.startswith(f"installed: numpy {np.__version__}, torch ")
     for name in ("numpy", "torch", "jax", "triton", "trl", "scipy"):
         assert re.search(rf"\b{name} (not installed|\d)", packages)
     assert auto.startswith('impl="auto" takes ')
@@ -31,15 +30,12 @@ def test_its_margins_are_an_independent_solution():
     np.testing.assert_allclose(program.MARGINS, np.asarray(expected, float), rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("margins", "bound"), [((4.0,) * 4, 1e-15), (program.MARGINS, 0.1)], ids=["wrong", "unproven"]
-)
-def test_a_failed_solve_ends_with_exit_code_1(monkeypatch, capsys, margins, bound):
+@pytest.mark.parametrize(("margins", "bound"), [((4.0,) * 4, 1e-15), (program.MARGINS, 0.1)])
+def test_wrong_or_unproven_margins_end_with_exit_code_1(monkeypatch, capsys, margins, bound):
     solution = gamma_loss.MarginSolution(np.array(margins), np.float64(0.3), np.float64(bound))
     monkeypatch.setattr(gamma_loss, "solve_margins", lambda *_, **__: solution)
     assert program.main() == 1
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert line == f"self-test: FAILED, error bound {bound:.1e}"
+    assert f"self-test: FAILED, error bound {bound:.1e}" in capsys.readouterr().out
 
 
 def test_without_torch_the_solve_is_numpy_s_and_help_works(monkeypatch, capsys):
@@ -49,21 +45,19 @@ def test_without_torch_the_solve_is_numpy_s_and_help_works(monkeypatch, capsys):
     assert "sequence_logps  " in pydoc.render_doc(gamma_loss)
 
 
-@pytest.mark.parametrize("kernels", [True, False])
-def test_with_a_gpu_it_says_whether_triton_can_be_used(monkeypatch, kernels):
+def test_with_a_gpu_it_says_whether_triton_can_be_used(monkeypatch):
     torch = pytest.importorskip("torch")
     from gamma_loss import _operator
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
-    if kernels:
-        monkeypatch.setattr(_operator, "launcher", lambda device: torch)
-        assert program.auto()[0].startswith("triton for CUDA tensors, ")
-    else:
-        monkeypatch.setattr(_operator, "_without_triton", set())
-        monkeypatch.setitem(sys.modules, "gamma_loss.kernels.launch", None)
-        monkeypatch.delattr("gamma_loss.kernels.launch", raising=False)
+    monkeypatch.setattr(_operator, "_without_triton", set())
+    with monkeypatch.context() as broken:
+        broken.setitem(sys.modules, "gamma_loss.kernels.launch", None)
+        broken.delattr("gamma_loss.kernels.launch", raising=False)
         assert program.auto()[0].startswith("eager: Triton can't be used on cuda, ")
+    monkeypatch.setattr(_operator, "launcher", lambda device: torch)
+    assert program.auto()[0].startswith("triton for CUDA tensors, ")
 
 
 def test_help_shows_every_public_name_with_its_line():
