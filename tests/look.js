@@ -11,25 +11,23 @@
         if (formula.getBoundingClientRect().right > innerWidth) say("formula is cut", formula);
 
     const pixel = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-    const known = new Map(), grounds = new Map();
-    const read = colour => {
-        if (known.has(colour)) return known.get(colour);
+    const remember = (make, known = new Map()) => key => {
+        if (!known.has(key)) known.set(key, make(key));
+        return known.get(key);
+    };
+    const read = remember(colour => {
         pixel.clearRect(0, 0, 1, 1);
         pixel.fillStyle = colour;
         pixel.fillRect(0, 0, 1, 1);
         const [r, g, b, a] = pixel.getImageData(0, 0, 1, 1).data;
-        known.set(colour, [r, g, b, a / 255]);
-        return known.get(colour);
-    };
+        return [r, g, b, a / 255];
+    });
     const over = (top, below) => [0, 1, 2].map(i => top[i] * top[3] + below[i] * (1 - top[3]));
-    const ground = node => {
+    const ground = remember(node => {
         if (!node) return [255, 255, 255];
-        if (!grounds.has(node)) {
-            const own = read(getComputedStyle(node).backgroundColor);
-            grounds.set(node, own[3] > 0.99 ? own : over(own, ground(node.parentElement)));
-        }
-        return grounds.get(node);
-    };
+        const own = read(getComputedStyle(node).backgroundColor);
+        return own[3] > 0.99 ? own : over(own, ground(node.parentElement));
+    });
     const light = colour => {
         const [r, g, b] = colour.map(v => v / 255).map(
             v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);

@@ -92,32 +92,29 @@ def page(browser, address, request):
     assert not said
 
 
-def readouts(page):
-    page.wait_for_timeout(400)  # a frame, and the delay of the address
-    texts = page.locator("#explorer dd").all_inner_texts()
-    return [[float(n) for n in re.findall(r"-?\d+\.?\d*", text)] for text in texts]
-
-
-def expected(gamma0, tau, mean, deviation, flips, centered):
-    """The readouts by the library: κ, margins' extremes and deviation, beta factor, ratios."""
+def close(page, gamma0, tau, mean, deviation, flips, centered):
+    """The readouts are the library's: κ, margins' range and deviation, beta factor, ratios."""
     from scipy.stats import norm
 
+    page.wait_for_timeout(400)  # a frame, and the delay of the address
+    texts = page.locator("#explorer dd").all_inner_texts()
+    numbers = [[float(n) for n in re.findall(r"-?\d+\.?\d*", text)] for text in texts]
+    (kappa,), found, (factor, *_), ratios = numbers
     flipped = round(200 * flips)
     parts = [norm.ppf((np.arange(n) + 0.5) / n) for n in (200 - flipped, flipped)]
     gaps = np.concatenate([mean + deviation * parts[0], deviation * parts[1] - mean])
     margins = solve_margins(gaps, gamma0=gamma0, tau=tau).margins
     shift = gamma0 * centered
     match = match_logistic(gaps, gamma0=gamma0, tau=tau, centered=centered)
-    matched = match.scale / (1 + np.exp(match.beta_factor * gaps - match.margin))
-    weights = 1 / (1 + np.exp(gaps + shift - margins)), 1 / (1 + np.exp(gaps + shift - gamma0))
-    ratios = [w[200 - flipped :].mean() / w[: 200 - flipped].mean() for w in (*weights, matched)]
-    return gamma0**2 / tau, margins.min(), margins.max(), margins.std(), match.beta_factor, *ratios
-
-
-def close(page, *setting):
-    (kappa,), margins, factor, ratios = readouts(page)
-    shown = kappa, *margins, factor[0], ratios[0], *ratios[-2:]
-    np.testing.assert_allclose(shown, expected(*setting), rtol=6e-3)  # of three digits
+    weights = [
+        1 / (1 + np.exp(gaps + shift - margins)),
+        1 / (1 + np.exp(gaps + shift - gamma0)),
+        match.scale / (1 + np.exp(match.beta_factor * gaps - match.margin)),
+    ]
+    expected = [gamma0**2 / tau, margins.min(), margins.max(), margins.std(), match.beta_factor]
+    expected += [w[200 - flipped :].mean() / w[: 200 - flipped].mean() for w in weights]
+    shown = kappa, *found, factor, ratios[0], *ratios[-2:]
+    np.testing.assert_allclose(shown, expected, rtol=6e-3)  # of three digits
 
 
 def test_the_figure_shows_the_library_s_numbers_and_its_address_makes_it_again(page, address):

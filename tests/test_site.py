@@ -84,21 +84,18 @@ def address(site, serve):
     return serve(site)
 
 
-LOOK = (ROOT / "tests" / "look.js").read_text("utf-8")  # what is wrong with a page
-
-
 @pytest.mark.parametrize("width", [1400, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_page_is_quiet_and_can_be_read(site, browser, address, scheme, width):
     context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
-    said = []
+    look, said = (ROOT / "tests" / "look.js").read_text("utf-8"), []
     for path in pages(site):
         page = context.new_page()
         page.on("console", lambda message, path=path: said.append((path, message.text)))
         page.on("pageerror", lambda error, path=path: said.append((path, str(error))))
         page.on("requestfailed", lambda request, path=path: said.append((path, request.url)))
         page.goto(f"{address}/{path}")
-        said.extend((path, complaint) for complaint in page.evaluate(LOOK))
+        said.extend((path, complaint) for complaint in page.evaluate(look))
         page.close()
     context.close()
     assert not said, "\n".join(map(str, said))
