@@ -7,7 +7,7 @@ margin gap reward pair noise label clear wrong right exact fast slow queue rank 
 WORDS = TEXT.split()
 
 
-def build(folder, **changed):
+def build(folder):
     """Save model and tokenizer under ``folder``, as a user's would come from the hub."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -22,64 +22,13 @@ def build(folder, **changed):
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64,
-        "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64,
-        "initializer_range": 0.3, "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }  # fmt: skip
-    LlamaForCausalLM(LlamaConfig(**config | changed)).save_pretrained(folder)
-    return str(folder)
-
-
-def build_vision(folder):
-    """Save a tiny random vision model with its processor under ``folder``."""
-    from transformers import (
-        AutoTokenizer,
-        CLIPImageProcessor,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
-
-    tokenizer = AutoTokenizer.from_pretrained(build(folder))
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    template = (
-        "{% for message in messages %}{% for part in message['content'] %}"
-        "{{ '<image>' if part['type'] == 'image' else part['text'] }}"
-        "{% endfor %}{{ eos_token }}{% endfor %}"
-    )
-    size = {"height": 16, "width": 16}
-    LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size), tokenizer,
-        patch_size=8, num_additional_image_tokens=1, vision_feature_select_strategy="default",
-        chat_template=template,
-    ).save_pretrained(folder)  # fmt: skip
-    tiny = {"intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlavaConfig(
-        vision_config={
-            "model_type": "clip_vision_model", "hidden_size": 16, "image_size": 16, "patch_size": 8,
-            **tiny,
-        },
-        text_config={
-            "model_type": "llama", "hidden_size": 32, "vocab_size": len(tokenizer),
-            "initializer_range": 0.3, **tiny,
-        },
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-1,
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=64, initializer_range=0.3,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder)
     return str(folder)
-
-
-def vision_pairs(count, seed=0):
-    """The same with an image, as messages."""
-    from PIL import Image
-
-    rng = random.Random(seed)
-    return [
-        messages(row) | {"images": [Image.frombytes("RGB", (16, 16), rng.randbytes(3 * 16 * 16))]}
-        for row in pairs(count, seed)
-    ]
 
 
 def messages(row):

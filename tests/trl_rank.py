@@ -1,8 +1,10 @@
 """Makes trainers for TRL, here and in one of two processes that train together (test_trl.py)."""
 
+import gc
 import json
 import os
 import warnings
+from typing import NamedTuple
 
 import datasets
 import tiny_lm
@@ -14,6 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from gamma_loss.integrations import trl
 
+gc.freeze()  # each training collects garbage at its start, among all that is imported by now
+
 OPTIONS = {  # on one thread, by SGD at a constant rate, with a log at each step
     "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "max_steps": 6,
     "per_device_train_batch_size": 4, "per_device_eval_batch_size": 48, "learning_rate": 0.02,
@@ -22,11 +26,26 @@ OPTIONS = {  # on one thread, by SGD at a constant rate, with a log at each step
 }  # fmt: skip
 
 
-def make(trainer, config, folder, model, options, **arguments):
+class Family(NamedTuple):
+    trainer: type
+    config: type
+    settings: dict
+
+
+DPO = Family(trl.GammaDPOTrainer, trl.GammaDPOConfig, {"beta": 0.5, "gamma0": 2.0})
+SIMPO = Family(trl.GammaSimPOTrainer, trl.GammaSimPOConfig, {"beta": 2.0, "gamma0": 1.0})
+
+
+def make(family, folder, model, options, **arguments):
     processor = transformers.AutoProcessor.from_pretrained(model)
-    args = config(str(folder), **OPTIONS | options)
+    args = family.config(str(folder), **OPTIONS | family.settings | options)
     transformers.set_seed(0)  # of adapters
-    return trainer(model, args=args, processing_class=processor, **arguments)
+    return family.trainer(model, args=args, processing_class=processor, **arguments)
+
+
+def stored(trainer):
+    gaps, mask = trainer.gamma_loss.queue.context()
+    return gaps[mask]
 
 
 def shard():
@@ -47,19 +66,18 @@ def shard():
     os.environ["ACCELERATE_USE_FSDP"] = "true"
 
 
-def train(model, out, method, options, resume, fsdp2):
+def train(model, out, family, options, resume, fsdp2):
     AcceleratorState._reset_state()  # of the job before
     if fsdp2 and "ACCELERATE_USE_FSDP" not in os.environ:
         shard()
-    kind = (getattr(trl, f"Gamma{method}{part}") for part in ("Trainer", "Config"))
     rows = datasets.Dataset.from_list(tiny_lm.pairs(48))
-    trainer = make(*kind, out, model, options, train_dataset=rows)
+    options = options | {"per_device_train_batch_size": 2}
+    trainer = make(family, out, model, options, train_dataset=rows)
     assert trainer.accelerator.num_processes == 2
     trainer.train(resume_from_checkpoint=resume)
     sharded = [isinstance(p, DTensor) for p in trainer.model_wrapped.parameters()]
     assert all(sharded) is any(sharded) is fsdp2
-    gaps, mask = trainer.gamma_loss.queue.context()
-    return {"history": trainer.state.log_history, "queue": gaps[mask].tolist()}
+    return {"history": trainer.state.log_history, "queue": stored(trainer).tolist()}
 
 
 def run(folder, model, jobs):
