@@ -99,20 +99,19 @@ def test_settings_can_follow_a_schedule(torch):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_pushes_once_and_changes_no_bit(torch, reentrant):
-    def gradient(loss_module, seed, calls, call=lambda run, batch: run(batch)):
-        (batch,) = logps(torch, seed=seed)
-        call(lambda batch: calls.append(1) or loss_module(batch * 2)[0], batch).backward()
-        return batch.grad
+    plain, checkpointed, calls = preference_loss(), preference_loss(), []
 
-    def checkpoint(run, batch):
-        return torch.utils.checkpoint.checkpoint(run, batch, use_reentrant=reentrant)
+    def run(batch):
+        calls.append(1)
+        return checkpointed(batch * 2)[0]
 
-    plain, checkpointed, once, twice = preference_loss(), preference_loss(), [], []
     for seed in range(4):
-        expected = gradient(plain, seed, once)
-        assert torch.equal(gradient(checkpointed, seed, twice, checkpoint), expected)
-        assert stored(plain) == stored(checkpointed)
-    assert len(twice) == 2 * len(once) == 8
+        (batch,), (same,) = logps(torch, seed=seed), logps(torch, seed=seed)
+        plain(batch * 2)[0].backward()
+        torch.utils.checkpoint.checkpoint(run, same, use_reentrant=reentrant).backward()
+        assert torch.equal(same.grad, batch.grad)
+        assert stored(checkpointed) == stored(plain)
+    assert len(calls) == 2 * 4
     assert len(stored(plain)) == 8
 
 
@@ -127,47 +126,24 @@ def test_a_retried_step_starts_from_the_saved_state(torch):
         assert stored(loss_module) == stored(never_failed)
 
 
-def test_a_step_that_the_loss_scaler_skips_keeps_its_gaps(torch):
-    loss_module = preference_loss(queue_size=16).float()
-    parameter = torch.nn.Parameter(torch.ones(()))
-    optimizer = torch.optim.SGD([parameter], lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    pushed = []
-    for seed, overflow in enumerate([False, True, False]):
-        before = parameter.item()
-        loss, aux = loss_module(parameter * logps(torch, seed=seed)[0].detach().float())
-        scaler.scale(loss).backward()
-        if overflow:
-            parameter.grad.fill_(float("inf"))
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        assert (parameter.item() == before) is overflow
-        pushed += aux.reward_gaps.tolist()
-    assert stored(loss_module) == pushed
-
-
 # --- copies and checkpoints ---
 
 
 def test_a_copy_keeps_the_group_and_has_a_queue_of_its_own(torch):
-    distributed = pytest.importorskip("torch.distributed")
-    if not distributed.is_available():
-        pytest.skip("torch is without distributed")
+    distributed = torch.distributed
     distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
     try:
         loss_module = GammaDPOLoss(**SETTING, group=distributed.group.WORLD)
         loss_module(*logps(torch, 4))
         saved = pickle.dumps(loss_module)
-        average = torch.optim.swa_utils.AveragedModel(loss_module).module
-        for copied in (average, pickle.loads(saved)):  # noqa: S301
+        for copied in (copy.deepcopy(loss_module), pickle.loads(saved)):  # noqa: S301
             assert copied.group is loss_module.group
             assert copied.settings == loss_module.settings
             assert stored(copied) == stored(loss_module)
             copied(*logps(torch, 4, seed=1))
             assert len(stored(copied)) == 2 * len(stored(loss_module))
         other = GammaDPOLoss(**SETTING, group=distributed.new_group())
-        assert copy.copy(other).group is copy.deepcopy(other).group is other.group
+        assert copy.deepcopy(other).group is other.group
         with pytest.raises(TypeError, match="got another group: save its state_dict"):
             pickle.dumps(other)
     finally:
@@ -177,24 +153,21 @@ def test_a_copy_keeps_the_group_and_has_a_queue_of_its_own(torch):
 
 
 @pytest.mark.parametrize(("name", "value"), [("beta", 1.0), ("gamma0", 4.0)])
-def test_a_saved_queue_is_loaded_where_its_gaps_have_the_same_units(torch, tmp_path, name, value):
+def test_a_saved_queue_is_loaded_where_its_gaps_have_the_same_units(torch, name, value):
     first = GammaDPOLoss(**SETTING)
     first(*logps(torch, 4))
-    torch.save(torch.nn.ModuleList([first]).state_dict(), tmp_path / "loss.pt")
-    saved = torch.load(tmp_path / "loss.pt", weights_only=True)
+    saved = torch.nn.ModuleList([first]).state_dict()
     same = GammaDPOLoss(**SETTING | {"tau": 9.0}).half()
     other, again = (GammaDPOLoss(**SETTING | {name: value}) for _ in range(2))
     torch.nn.ModuleList([same]).load_state_dict(saved)  # without a warning
-    assert stored(same) == stored(first)
+    assert stored(same) == stored(first) != []
     words = rf"filled with .*{name} = {SETTING[name]:g}.* has .*{name} = {value:g}.* starts empty"
     with pytest.warns(UserWarning, match=words):
         torch.nn.ModuleList([other]).load_state_dict(saved)
     assert stored(other) == []
     assert "0.queue.mask" in saved, "the checkpoint is left as it is"
     again.load_state_dict(other.state_dict())  # whose gaps would be of the new units
-    without = GammaDPOLoss(**SETTING, queue_size=0)  # takes the state of one with a queue
-    without.load_state_dict(first.state_dict())
-    assert not without.state_dict()
+    GammaDPOLoss(**SETTING, queue_size=0).load_state_dict(first.state_dict())
     first.settings["gamma0"] = 3.0  # as a schedule does: the units of the queue stay
     same.load_state_dict(first.state_dict())
     assert stored(same) == stored(first) != []
@@ -227,48 +200,43 @@ def warned(loss_module, batches, **given):
 def test_a_run_in_which_nothing_happens_says_so_once_and_names_a_tau_that_helps(torch, queue_size):
     torch.manual_seed(0)
     batches = [[torch.randn(3) + x for x in (1.0, 0.0, 0.0, 0.0)] for _ in range(250)]
-
-    def module(tau):
-        return GammaDPOLoss(beta=1.0, gamma0=2.0, tau=tau, queue_size=queue_size)
-
-    idle = module(1e5)
+    setting = {"beta": 1.0, "gamma0": 2.0, "queue_size": queue_size}
+    idle = GammaDPOLoss(tau=1e5, **setting)
     idle.eval()(*batches[0])  # an evaluation is no step
     ((number, message),) = warned(idle.train(), batches)
     assert number == 100
     assert "gamma0 = 2 and tau = 100000 this run is DPO to rounding" in message
     better = float(re.search(r"tau = ([\d.e+-]+) would", message)[1])
-    size = int(re.search(r"the last (\d+) gaps", message)[1])
-    assert size == (queue_size or 3)
+    size = queue_size or 3
+    assert f"the last {size} gaps" in message
     pool = torch.cat([b[0] - b[2] - (b[1] - b[3]) for b in batches[:100]])[-size:]
     margins = gamma_loss.solve_margins(pool, gamma0=2.0, tau=better).margins
     assert float(margins.std(correction=0)) == pytest.approx(0.2, rel=0.1)
-    assert warned(module(better), batches) == []
+    assert warned(GammaDPOLoss(tau=better, **setting), batches) == []
 
 
 @pytest.mark.parametrize(
-    ("gaps", "gamma0", "tau", "words"),
+    ("gamma0", "words"),
     [
-        ([1.0], 0.0, 1.0, "For the last 1 gaps.*: gamma0 must be finite and > 0"),
-        ([1.0], 4.0, 1.0, "plain logistic loss to rounding.*equal, and so are their margins"),
-        ([-2000.0, 2000.0], 40.0, 1e-2, None),  # one margin is 0 to rounding
+        (0.0, "For the last 1 gaps.*: gamma0 must be finite and > 0"),
+        (4.0, "plain logistic loss to rounding.*equal, and so are their margins"),
     ],
 )
-def test_where_no_tau_helps_the_reason_is_said(torch, gaps, gamma0, tau, words):
-    loss_module = GammaPreferenceLoss(gamma0=gamma0, tau=tau, queue_size=0)
-    said = warned(loss_module, [[torch.tensor(gaps)]] * 101)
-    assert len(said) == (words is not None)
-    assert all(re.search(words, message) for _, message in said)
+def test_where_no_tau_helps_the_reason_is_said(torch, gamma0, words):
+    loss_module = GammaPreferenceLoss(gamma0=gamma0, tau=1.0, queue_size=0)
+    ((_, message),) = warned(loss_module, [[torch.ones(1)]] * 101)
+    assert re.search(words, message)
 
 
-@pytest.mark.parametrize("queue_size", [0, 64])
-def test_a_first_batch_without_pairs_is_said_and_a_hundred_are_an_error(torch, queue_size):
-    loss_module = GammaPreferenceLoss(gamma0=4.0, tau=1.0, queue_size=queue_size)
+def test_a_first_batch_without_pairs_is_said_and_a_hundred_are_an_error(torch):
     nothing = {"mask": torch.zeros(2, dtype=torch.bool)}
+    loss_module, without = (
+        GammaPreferenceLoss(gamma0=4.0, tau=1.0, queue_size=size) for size in (64, 0)
+    )
     ((number, message),) = warned(loss_module, [[torch.randn(2)]] * 99, **nothing)
     assert number == 1
     assert "no pair of the first batch takes part" in message
-    if queue_size:
-        with pytest.raises(RuntimeError, match="no pair took part in a hundred steps of training"):
-            loss_module(torch.randn(2), **nothing)
-    else:  # which knows of the last batch only
+    with pytest.raises(RuntimeError, match="no pair took part in a hundred steps of training"):
         loss_module(torch.randn(2), **nothing)
+    # Without a queue it knows of the last batch only.
+    assert len(warned(without, [[torch.randn(2)]] * 101, **nothing)) == 1
