@@ -11,7 +11,7 @@ from programs import complaint, output, run, write
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
-tqdm = pytest.importorskip("tqdm").tqdm
+pytest.importorskip("tqdm")
 
 import noisy_preferences as program  # noqa: E402
 
@@ -42,32 +42,25 @@ def test_a_quick_run_repeats_itself_and_another_seed_is_another_run(monkeypatch)
     assert not done.stderr  # a progress bar is for a terminal
     assert {name: len(row) for name, row in table(printed).items()} == {"DPO": 6, "γ-DPO": 6}
     assert Path("picture.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in Path().iterdir()] == ["picture.png"]
     assert "DPO and γ-DPO align it on 128 pairs, 26 of them with a flipped label." in printed
     chosen, _, found = printed.partition("Findings:")
     assert float(re.search("tau = (.*): on DPO's last gaps", chosen)[1]) > 0
     factor = float(re.search(r"- DPO with (.*) times the beta", found)[1])
     assert factor == pytest.approx(0.7, abs=0.05)  # on gaps of γ-DPO's own run
     assert re.search(r"mean margin is 4\.\d\d \(clean\), 3\.\d\d \(flipped\)", found)
-    assert len(re.findall(r"^    \S.* \d\.\d\d$", found, re.MULTILINE)) == 3  # ratios of weights
     again, same, other = (table(output(program, *SHORT, *seed)) for seed in ((), (), ("--seed", 1)))
     assert again == same
     assert again["DPO"] != other["DPO"]
 
 
-def test_recent_gaps_are_the_context_and_the_bar_shows_what_was_learned(monkeypatch):
-    bars, calls = [], []
-
-    def bar(*arguments, **options):
-        bars.append(tqdm(*arguments, **options))
-        return bars[-1]
+def test_recent_gaps_are_the_context(monkeypatch):
+    calls = []
 
     def loss(*logps, context, original=program.gamma_dpo_loss, **settings):
         loss, aux = original(*logps, context=context, **settings)
         calls.append((context, aux.reward_gaps))
         return loss, aux
 
-    monkeypatch.setattr(program, "tqdm", bar)
     monkeypatch.setattr(program, "gamma_dpo_loss", loss)
     monkeypatch.setattr(program, "RECENT_GAPS", 80)  # two batches and a half
     output(program, "--quick", "--steps", 4)
@@ -77,15 +70,13 @@ def test_recent_gaps_are_the_context_and_the_bar_shows_what_was_learned(monkeypa
         assert contexts[0] is None
         for i in (1, 2, 3):
             assert torch.equal(contexts[i], torch.cat(gaps[:i])[-80:])
-    assert [bar.n for bar in bars] == [bar.total for bar in bars] == [10, 4, 4]
-    assert all(not bar.postfix.endswith("0.000") for bar in bars[1:])
 
 
 def test_own_pairs_are_as_labelled_and_flipped_on_demand(monkeypatch):
-    file = write(OWN)
+    command = (*SHORT, "--pairs", write(OWN))
     with monkeypatch.context() as patch:
         patch.setattr(program, "draw", draw)
-        printed = output(program, *SHORT, "--pairs", file, "--out", "own.svg")
+        printed = output(program, *command, "--out", "own.svg")
     accuracy, low, _, high, weight = table(printed)["γ-DPO"]
     assert 0 < float(low) < float(accuracy) <= float(high)
     assert float(weight) > 0
@@ -93,16 +84,16 @@ def test_own_pairs_are_as_labelled_and_flipped_on_demand(monkeypatch):
     for text in (printed, Path("own.svg").read_text()):
         assert "as labelled" in text  # nobody knows whether own labels are right
         assert "clean" not in text
-    printed = output(program, *SHORT, "--pairs", file, "--flip", 0.3)
-    assert float(table(printed)["γ-DPO"][-1]) > 0  # flipped pairs, as they were asked for
-    tied = output(program, *SHORT[:3], "--pairs", write([GOOD] * 20))
-    assert "as no tau gives that --beta-factor" in tied
+    flipped = table(output(program, *command, "--flip", 0.3))
+    assert float(flipped["γ-DPO"][-1]) > 0  # the mean weight of flipped pairs
 
 
-def test_a_flip_swaps_whole_responses_of_any_lengths():
+def test_a_flip_swaps_whole_responses_of_any_lengths_from_texts_or_messages():
     pairs = program.from_file(Path(write(OWN)))
     lengths = pairs.in_response.sum(2).tolist()
     assert lengths == [[2, 3 * i] for i in range(1, 41)]
+    said = program.from_file(Path(write([tiny_lm.messages(row) for row in OWN])))
+    assert all(torch.equal(a, b) for a, b in zip(pairs, said, strict=True))
     found = program.flip_labels(pairs, 0.3, torch.Generator().manual_seed(0))
     assert found.flipped.sum() == 12
     for before, after in zip(pairs[:2], found[:2], strict=True):
@@ -127,17 +118,10 @@ def test_long_texts_are_cut_and_counted(capsys):
     assert "and 1 pairs the end of a response. 1 pairs were dropped" in printed
 
 
-def test_messages_are_pairs_too():
-    said = [tiny_lm.messages(row) for row in OWN]
-    plain, other = (program.from_file(Path(write(rows))) for rows in (OWN, said))
-    assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
-
-
 def test_a_beta_factor_that_no_tau_gives_is_said_and_replaced(capsys):
-    gaps = torch.linspace(-2, 4, 50)
-    for gamma0, factor in ((4.0, 1e-9), (1e-7, 0.7)):
-        assert program.choose_tau(gaps, Namespace(gamma0=gamma0, beta_factor=factor)) == gamma0**2
-        assert "κ = γ0²/τ = 1, as no tau gives that --beta-factor" in capsys.readouterr().out
+    options = Namespace(gamma0=4.0, beta_factor=1e-9)
+    assert program.choose_tau(torch.linspace(-2, 4, 50), options) == 16.0
+    assert "κ = γ0²/τ = 1, as no tau gives that --beta-factor" in capsys.readouterr().out
 
 
 def test_training_that_diverges_ends_at_once(monkeypatch):
@@ -153,17 +137,14 @@ def test_a_wrong_argument_ends_in_one_line_and_changes_no_file():
     Path("old.png").write_text("of yesterday")
     Path("one.jsonl").write_text(json.dumps(GOOD))
     for command, words in [
-        ("--pairs missing", "no such file: missing"),
         ("--pairs one.jsonl", "one.jsonl: need at least 10 pairs, got 1"),
         ("--out missing/picture.png", "cannot write in the folder"),
         ("--out picture", "must end in one of .jpg, .pdf, .png, .svg, got picture"),
         ("--out folder.png", "--out is a folder: "),
         ("--flip 0.7", "must be from 0 to 0.5, got 0.7"),
-        ("--tau 0", "must be positive and finite, got 0"),
         ("--tau 1e-300", "tau"),
-        ("--steps " + "9" * 5000, "argument --steps: "),
         ("--out old.png --pairs missing.jsonl", "no such file: missing.jsonl"),
     ]:
         assert words in complaint(program, *command.split())
-        assert {path.name for path in Path().iterdir()} == {"folder.png", "old.png", "one.jsonl"}
+    assert {path.name for path in Path().iterdir()} == {"folder.png", "old.png", "one.jsonl"}
     assert Path("old.png").read_text() == "of yesterday"
