@@ -94,9 +94,6 @@ def test_settings_can_follow_a_schedule(torch):
     assert "gamma0=3.0" in repr(loss_module)
 
 
-# --- what runs twice ---
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_pushes_once_and_changes_no_bit(torch, reentrant):
     plain, checkpointed, calls = preference_loss(), preference_loss(), []
@@ -113,17 +110,6 @@ def test_activation_checkpointing_pushes_once_and_changes_no_bit(torch, reentran
         assert stored(checkpointed) == stored(plain)
     assert len(calls) == 2 * 4
     assert len(stored(plain)) == 8
-
-
-def test_a_retried_step_starts_from_the_saved_state(torch):
-    loss_module, never_failed = preference_loss(), preference_loss()
-    for seed in range(3):
-        (batch,) = logps(torch, seed=seed)
-        saved = copy.deepcopy(loss_module.state_dict())
-        loss_module(batch)
-        loss_module.load_state_dict(saved)  # the step failed later on
-        assert torch.equal(loss_module(batch)[0], never_failed(batch)[0])
-        assert stored(loss_module) == stored(never_failed)
 
 
 # --- copies and checkpoints ---
@@ -215,17 +201,10 @@ def test_a_run_in_which_nothing_happens_says_so_once_and_names_a_tau_that_helps(
     assert warned(GammaDPOLoss(tau=better, **setting), batches) == []
 
 
-@pytest.mark.parametrize(
-    ("gamma0", "words"),
-    [
-        (0.0, "For the last 1 gaps.*: gamma0 must be finite and > 0"),
-        (4.0, "plain logistic loss to rounding.*equal, and so are their margins"),
-    ],
-)
-def test_where_no_tau_helps_the_reason_is_said(torch, gamma0, words):
-    loss_module = GammaPreferenceLoss(gamma0=gamma0, tau=1.0, queue_size=0)
+def test_where_no_tau_helps_the_reason_is_said(torch):
+    loss_module = GammaPreferenceLoss(gamma0=4.0, tau=1.0, queue_size=0)
     ((_, message),) = warned(loss_module, [[torch.ones(1)]] * 101)
-    assert re.search(words, message)
+    assert re.search("For the last 1 gaps.*: .*equal, and so are their margins", message)
 
 
 def test_a_first_batch_without_pairs_is_said_and_a_hundred_are_an_error(torch):
