@@ -372,7 +372,7 @@ def test_the_queue_goes_back_with_the_model_and_is_saved_with_it(
 
 RANKS = {"tau": 0.3, "gradient_accumulation_steps": 2, "max_steps": 4}
 SAVED = {**RANKS, "save_strategy": "steps", "save_steps": 2}
-JOBS = {  # options, whether to resume from the checkpoint of one process, and FSDP2
+JOBS = {  # with options, whether one process saved what is resumed, and FSDP2
     "dpo": (DPO, SAVED, True, False),
     "simpo": (SIMPO, RANKS, False, False),
     "dpo saved": (DPO, SAVED, False, False),

@@ -37,10 +37,10 @@ SIMPO = Family(trl.GammaSimPOTrainer, trl.GammaSimPOConfig, {"beta": 2.0, "gamma
 
 
 def make(family, folder, model, options, **arguments):
-    processor = transformers.AutoProcessor.from_pretrained(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     args = family.config(str(folder), **OPTIONS | family.settings | options)
     transformers.set_seed(0)  # of adapters
-    return family.trainer(model, args=args, processing_class=processor, **arguments)
+    return family.trainer(model, args=args, processing_class=tokenizer, **arguments)
 
 
 def stored(trainer):
