@@ -49,7 +49,7 @@ def run(page):
             runner.run(test, out=problems.append, clear_globs=False)
             assert not problems, "".join(problems)
             names.update(test.globs)
-        elif "integrations.trl" not in code:  # in test_trl.py
+        elif "integrations.trl" not in code:  # in test_trl_programs.py
             exec(compile(code, page.name, "exec"), alone := {})
             names |= alone
             found.append(alone)

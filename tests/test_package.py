@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import graphlib
 import importlib
 import inspect
 import re
@@ -55,6 +56,25 @@ def test_an_extra_that_is_missing_is_named(monkeypatch, module, missing, words):
     monkeypatch.delitem(sys.modules, f"gamma_loss.{module}", raising=False)
     with pytest.raises(ImportError, match=words):
         importlib.import_module(f"gamma_loss.{module}")
+
+
+def imports(path):
+    """The package's files that a file imports, at any depth, but for the type checker only."""
+    tree = ast.parse(path.read_text("utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("gamma_loss"):
+            for name in (node.module, *(f"{node.module}.{each.name}" for each in node.names)):
+                yield ROOT.joinpath(*name.split(".")).with_suffix(".py")
+
+
+def test_no_circle_of_imports():
+    files = set((ROOT / "gamma_loss").rglob("*.py"))
+    graph = {path: files.intersection(imports(path)) for path in files}
+    assert sum(map(len, graph.values())) > len(graph)
+    graphlib.TopologicalSorter(graph).prepare()  # raises for a circle
 
 
 def test_dir_lists_every_public_name():
