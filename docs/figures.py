@@ -630,7 +630,6 @@ TRAINERS = {
     "axolotl": ("axolotl", "**not run**; its call, as of 0.18.0, by a stand-in"),
     "openrlhf": ("OpenRLHF", "**not run**; its call, as of 0.11.0, by a stand-in"),
     "nemo_rl": ("NeMo-RL", "**not run**; its call, as of 0.7.0, by a stand-in"),
-    "torchtune": ("torchtune", "**not run**; its call, as of 0.6.1, by a stand-in"),
     "ms_swift": ("ms-swift", "**not run**"),
     "liger": ("Liger-Kernel", "run with 0.8.5, its fused losses"),
     "jax": ("optax", "run with 0.2.8"),

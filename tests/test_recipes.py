@@ -4,7 +4,6 @@ Frameworks that take a GPU to install are played by stand-ins: a few lines that 
 as the named release does.
 """
 
-import importlib
 import json
 import math
 import os
@@ -425,28 +424,6 @@ def test_nemo_rl(run, stand_in):
     assert torch.equal(stored(page.gamma_dpo(torch.device("cpu"))), context)
 
 
-def named(dotted):
-    """A class that a configuration names."""
-    module, _, name = dotted.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-def test_torchtune(run):
-    run("torchtune", "gamma_torchtune")
-    settings = yaml.safe_load(code("torchtune", "yaml"))["loss"]
-    loss_fn = named(settings.pop("_component_"))(**settings)  # as torchtune's config.instantiate
-
-    def call(*logps):
-        losses, *rewards = loss_fn.train()(*logps)
-        return losses.mean(), *rewards  # as recipes/lora_dpo_single_device.py does
-
-    assert_is_gamma_dpo(
-        call,
-        evaluate=lambda *logps: loss_fn.eval()(*logps),
-        queue_of=lambda: stored(loss_fn),
-    )
-
-
 def test_axolotl(run, stand_in, monkeypatch):
     class Trainer:
         def __init__(self, *models, args=None, **options):
@@ -459,7 +436,8 @@ def test_axolotl(run, stand_in, monkeypatch):
     ours = SimpleNamespace(**classes)  # TRL's tests are elsewhere
     monkeypatch.setitem(sys.modules, "gamma_loss.integrations.trl", ours)
     page = run("axolotl", "gamma_trainer")
-    dpo = named(yaml.safe_load(code("axolotl", "yaml"))["trainer_cls"])
+    named = yaml.safe_load(code("axolotl", "yaml"))["trainer_cls"]
+    dpo = getattr(page, named.removeprefix("gamma_trainer."))
     options = {"train_dataset": "pairs", "callbacks": []}
     for kind, bases, models, setting in [
         (dpo, names[::2], ("model", "reference"), {**SETTING, "centered": True}),
