@@ -1,86 +1,90 @@
 """What holds the runs in installed trainers (`python -m tests.clients`) to first principles."""
 
 import json
-import os
-import subprocess
-import sys
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pages
 import pytest
-from clients import replay, sabotages
+from clients import replay
 
 torch = pytest.importorskip("torch")
 
-from gamma_loss import GammaDPOLoss, GammaSimPOLoss  # noqa: E402
+from gamma_loss import GammaDPOLoss, GammaSimPOLoss, sequence_logps  # noqa: E402
 
-SETTING = {"beta": 2.0, "gamma0": 4.0, "tau": 1.0}
+SETTING = {**replay.SETTING, "beta": 2.0}
+MASK = np.ones((8, 7), dtype=int)  # of four prompts with chosen responses, then with rejected ones
+MASK[::3, -1] = MASK[[1, 5], 0] = 0  # padding on either side
+RESPONSE = torch.tensor(MASK * (np.arange(7) >= 4), dtype=bool)
 
 
-def train(folder, loss_fn, reference, batches=3, pairs=4, log=torch.Tensor.item):
-    """Save a model's calls as `recorder` does, and the log of a trainer with this loss."""
+def train(folder, kind, *, alone=False, writes=False, change=lambda right, _: right, **other):
+    """Train in two processes, as a trainer and `recorder` record it, and compare that.
+
+    One loss has the pairs of both, as with a group. Alone, each process has a loss of its own.
+    """
+    reference = kind is GammaDPOLoss
+    loss_fns = [kind(**SETTING | other) for _ in range(1 + alone)]
+    plain = kind(**SETTING | {"tau": 1e9, "queue_size": 0})  # which has no margins
     generator = torch.Generator().manual_seed(0)
-    arrays, losses, number = {}, [], 0
-    mask = np.ones((2 * pairs, 7), dtype=int)
-    mask[::3, -1] = mask[1::3, 0] = 0  # padding on either side
-    for step in range(2 * batches):
+    history = []
+    for step in range(6):
         training = step % 2 == 0  # an evaluation follows each step
-        loss_fn.train(training)
-        tokens = torch.randint(3, 11, (2 * pairs, 7), generator=generator)
-        tokens[pairs:, :4] = tokens[:pairs, :4]
-        for rows, first in ((slice(pairs), 1), (slice(pairs, None), 2)):
-            tokens[rows, 4] = first  # where responses begin
-        for half in (mask[:pairs], mask[pairs:]):
-            half[:, 0] = mask[:pairs, 0]
-        four, made = [], []
-        for policy in (True, False) if reference else (True,):
-            logits = 2 * torch.randn(2 * pairs, 7, 11, generator=generator)
-            logits.requires_grad_(policy and training)
-            each = logits.double().log_softmax(-1)[:, 3:-1].gather(-1, tokens[:, 4:, None])
-            kept = torch.tensor(mask[:, 4:])
-            summed = (each.squeeze(-1) * kept).sum(1)
-            four += (summed if reference else summed / kept.sum(1)).chunk(2)
-            made.append(logits)
-        loss = loss_fn(*four)[0].mean()
+        calls, logps = {}, ([], [])
+        for rank in range(2):
+            tokens = torch.randint(3, 11, (8, 7), generator=generator)
+            tokens[4:, :4] = tokens[:4, :4]
+            tokens[:4, 4], tokens[4:, 4] = 1, 2  # where responses begin
+            for model in ("policy", "reference") if reference else ("policy",):
+                logits = 2 * torch.randn(8, 7, 11, generator=generator)
+                logits.requires_grad_(training and model == "policy")
+                each = sequence_logps(logits.double(), tokens, RESPONSE, average=not reference)
+                logps[rank].extend(each.chunk(2))
+                calls[f"calls-{rank}-{step}-{model}.npz"] = tokens, logits
+        pools = logps if alone else [[torch.cat(ranks) for ranks in zip(*logps, strict=True)]]
+        losses = []
+        for loss_fn, pool in zip(loss_fns, pools, strict=True):
+            loss_fn.train(training or writes)
+            losses.append(change(loss_fn(*pool)[0], plain(*pool)[0]))
         if training:
-            loss.backward()
-            losses.append(log(loss))
-        for logits in made:
-            call = {"tokens": tokens, "mask": mask, "logits": logits.detach(),
-                    "gradient": logits.grad if logits.requires_grad else np.empty(0),
-                    "policy": logits.requires_grad}  # fmt: skip
-            arrays |= {f"{number} {name}": np.asarray(value) for name, value in call.items()}
-            number += 1
-    np.savez(folder / "calls-0-0.npz", **arrays)
-    state = {"log_history": [{"loss": loss} for loss in losses] + [{"eval_loss": 1.0}]}
+            loss = sum(losses) / len(losses)
+            (2 * loss).backward()  # which gives each process the mean of its own pairs
+            history.append({"loss": loss.item()})
+        for name, (tokens, logits) in calls.items():
+            gradient = np.empty(0) if logits.grad is None else logits.grad
+            call = {"tokens": tokens, "mask": MASK, "logits": logits.detach(), "gradient": gradient}
+            np.savez(folder / name, **call, policy=logits.requires_grad)
+    state = {"log_history": [*history, {"eval_loss": 1.0}]}
     (folder / "trainer_state.json").write_text(json.dumps(state))
+    return replay.compare(folder, "run", ranks=2, reference=reference, **SETTING)
 
 
-@pytest.mark.parametrize("loss_class", [GammaDPOLoss, GammaSimPOLoss])
-def test_losses_of_the_library_pass_and_no_sabotage_does(tmp_path, loss_class, monkeypatch):
-    reference = loss_class is GammaDPOLoss
-    compare = partial(replay.compare, tmp_path, "run", reference=reference, **SETTING)
-    train(tmp_path, loss_class(**SETTING), reference)
-    found = compare()
+MISTAKES = {
+    "no queue": {"queue_size": 0},
+    "each process by itself": {"alone": True},
+    "tau a tenth larger": {"tau": 1.1},
+    "a queue that evaluation writes": {"writes": True},
+    "another value": {"change": lambda right, _: right + 2e-5},
+    "no margins": {"change": lambda right, plain: plain},
+    "the gradient of no margins": {"change": lambda right, plain: (right - plain).detach() + plain},
+    "the gradient reversed": {"change": lambda right, _: 2 * right.detach() - right},
+    "half the gradient": {"change": lambda right, _: (right.detach() + right) / 2},
+}
+
+
+@pytest.mark.parametrize("kind", [GammaDPOLoss, GammaSimPOLoss])
+def test_losses_of_the_library_pass_and_no_mistake_does(tmp_path, kind):
+    found = train(tmp_path, kind)
     assert found["largest_difference"] < 1e-6  # the queue holds float32
     assert found["gradients_differ_by"] < 1e-6
-    train(tmp_path, loss_class(**SETTING), reference, log=lambda loss: loss.item() + 2e-5)
-    with pytest.raises(AssertionError, match="largest_difference"):
-        compare()
-    for name in [*sabotages.RESULTS, "no queue", "tau a tenth larger"]:
-        with monkeypatch.context() as patch:
-            sabotages.apply(name, patch.setattr)
-            train(tmp_path, loss_class(**SETTING), reference)
-        with pytest.raises(AssertionError):
-            compare()
+    for name, mistake in MISTAKES.items():
+        with pytest.raises(AssertionError, match="largest_difference"):
+            pytest.fail(f"{name}: {train(tmp_path, kind, **mistake)}")
 
 
 RECORDED = """
 import torch
 from types import SimpleNamespace
-from clients import recorder
+import recorder
 
 class LlamaForCausalLM(torch.nn.Linear):
     def forward(self, input_ids, attention_mask):
@@ -97,9 +101,8 @@ with torch.no_grad():
 
 
 def test_a_call_is_recorded_once_with_the_gradient_at_its_logits(tmp_path):
-    path = os.pathsep.join([replay.TESTS, str(Path(replay.TESTS).parent)])
-    environment = {**os.environ, "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", RECORDED], cwd=tmp_path, env=environment, check=True)
+    (tmp_path / "recorded.py").write_text(RECORDED)
+    replay.start(tmp_path, ["python", "recorded.py"], ranks=1)
     training, other = replay.calls(tmp_path, 0)
     assert training["policy"]
     assert not other["policy"]

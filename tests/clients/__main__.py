@@ -1,17 +1,15 @@
 """Install trainers, run the recipes in them, and record what was run.
 
-    python -m tests.clients [NAME ...] [--folder FOLDER] [--sabotage]
+    python -m tests.clients [NAME ...] [--folder FOLDER]
 
 Each trainer gets an environment of its own under the folder (a temporary one where none is given),
 with the pins of NAME.txt beside this file, and NAME.py is run in it. What passes is written to
-benchmarks/results/clients.json, from which the pages say what was run, and when. With --sabotage
-the mistakes of sabotages.py are made in turn: a client must refuse each, and nothing is written.
+benchmarks/results/clients.json, from which the pages say what was run, and when.
 """
 
 import argparse
 import importlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -54,40 +52,18 @@ def inside(name):
         "version": version(client.PACKAGE),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "versions": {
-            each: version(each) for each in sorted({"torch", "transformers", "trl"} & pinned)
+            each: version(each) for each in ("torch", "transformers", "trl") if each in pinned
         },
         "runs": runs,
     }
 
 
-def sabotaged(name):
-    """Make the mistakes in a client, in the environment that it is called in; those it missed."""
-    client, missed = importlib.import_module(f"clients.{name}"), []
-    for mistake in client.SABOTAGES:
-        os.environ["SABOTAGE"] = mistake
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                list(client.run(Path(folder)))
-        except (AssertionError, RuntimeError) as error:
-            print(f"refused: {mistake}: {str(error)[-200:]}", flush=True)
-        else:
-            missed.append(mistake)
-    return missed
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("names", nargs="*", choices=NAMES, help="all, if none is given")
     parser.add_argument("--folder", type=Path, help="where environments are made, and found again")
-    parser.add_argument("--sabotage", action="store_true", help="make mistakes, to be refused")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if unknown := set(options.names) - set(NAMES):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
-    if options.inside and options.sabotage:
-        missed = sabotaged(options.names[0])
-        print(f"missed: {', '.join(missed)}" if missed else "all refused")
-        return bool(missed)
     if options.inside:
         found = {options.names[0]: inside(options.names[0])}
         record = (json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}) | found
@@ -102,7 +78,6 @@ def main():
             try:
                 python = install(name, folder.absolute() / name)
                 command = [python, "-m", "clients", name, "--inside"]
-                command += ["--sabotage"] * options.sabotage
                 subprocess.run(command, cwd=ROOT / "tests", check=True)
             except (subprocess.CalledProcessError, RuntimeError) as error:
                 print(error, file=sys.stderr)

@@ -6,13 +6,14 @@ is made of them.
 
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace as Space
 
-import tiny_lm
+import torch
+import torch.distributed as dist
 
-from clients import replay, sabotages
+from clients import replay
 
-SABOTAGES = sabotages.ALL
 PACKAGE = "openrlhf"
 STUBS = {
     "deepspeed/__init__.py": "",
@@ -21,7 +22,7 @@ STUBS = {
     "flash_attn/utils/__init__.py": "",
     "flash_attn/utils/distributed.py": "all_gather = None",
 }
-BETA, STEPS = 0.5, 12
+BETA, STEPS = replay.LOSSES["γ-DPO"]["beta"], 12
 
 
 class Strategy:
@@ -38,23 +39,19 @@ class Strategy:
     )  # fmt: skip
 
     def __init__(self, ranks):
-        self.ranks, self.losses = ranks, []
+        self.ranks, self.history = ranks, []
 
     def is_rank_0(self):
         return False  # no progress bars
 
     def average(self, tensor):
         if self.ranks > 1:
-            import torch.distributed as dist
-
             dist.all_reduce(tensor)
         return tensor / self.ranks
 
     def all_reduce(self, logs):
-        import torch
-
         logs = {name: self.average(torch.tensor(value)).item() for name, value in logs.items()}
-        self.losses += [logs["loss"]] if "loss" in logs else []
+        self.history.append(logs)
         return logs
 
     def backward(self, loss, model, optimizer):
@@ -72,24 +69,20 @@ class Strategy:
 
 def train():
     """In a process of the training."""
-    import torch
-    import torch.distributed as dist
     from datasets import Dataset
     from openrlhf.datasets import RewardDataset
     from openrlhf.models import Actor
     from openrlhf.trainer import dpo_trainer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    rank, ranks = (int(os.environ.get(name, default)) for name, default in
-                   (("RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1:
         dist.init_process_group("gloo")
     __import__("train_gamma_dpo")  # the page's, after which it hands over to OpenRLHF
-    actors = []
-    for _ in ("policy", "reference"):
-        actor = Actor(AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32))
+    models = [AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32) for _ in range(2)]
+    actors = [Actor(model) for model in models]
+    for actor in actors:
         actor.packing_samples = False
-        actors.append(actor)
     tokenizer, strategy = AutoTokenizer.from_pretrained("model"), Strategy(ranks)
     rows = [row | {"prompt": row["prompt"] + "\n"} for row in replay.pairs(4 * STEPS * ranks)]
     data = RewardDataset(
@@ -103,22 +96,14 @@ def train():
     )  # fmt: skip
     trainer.fit(strategy.args)
     if rank == 0:
-        history = [{"loss": loss} for loss in strategy.losses]
-        with open("trainer_state.json", "w") as file:
-            json.dump({"log_history": history}, file)
+        Path("trainer_state.json").write_text(json.dumps({"log_history": strategy.history}))
 
 
 def run(folder):
-    for name, ranks in (("γ-DPO", 1), ("γ-DPO, two processes", 2)):
-        here = folder / name
-        for path, text in STUBS.items():
-            (here / path).parent.mkdir(parents=True, exist_ok=True)
-            (here / path).write_text(text)
-        tiny_lm.build(here / "model")
-        (here / "train_gamma_dpo.py").write_text(replay.recipe("openrlhf"))
-        program = ["torchrun", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else ["python", "-m"]
-        replay.start(here, [*program, "clients.openrlhf"])
-        yield replay.compare(here, name, ranks=ranks, beta=BETA, **replay.SETTING, reference=True)
+    table = {"γ-DPO": {}, "γ-DPO, two processes": {"ranks": 2}}
+    files = {**STUBS, "train_gamma_dpo.py": replay.recipe("openrlhf")}
+    command = ["python", "-m", "clients.openrlhf"]
+    return replay.runs(folder, table, {"γ-DPO": {}}, {}, files, command)
 
 
 if __name__ == "__main__":

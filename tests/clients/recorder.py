@@ -17,9 +17,8 @@ def listen(module, args, kwargs, output):
         missing = tokens.shape[1] - output.logits.shape[1]  # of prompts, with logits_to_keep
 
         def whole(logits, value):
-            return torch.nn.functional.pad(
-                logits.float(), (0, 0, missing, 0), value=value
-            ).numpy(force=True)  # fmt: skip
+            logits = torch.nn.functional.pad(logits.float(), (0, 0, missing, 0), value=value)
+            return logits.numpy(force=True)
 
         call = {
             "tokens": tokens,
@@ -30,22 +29,16 @@ def listen(module, args, kwargs, output):
         }
         CALLS.append(call)
         if output.logits.requires_grad:
-            output.logits.register_hook(
-                lambda gradient: call.update(gradient=whole(gradient, 0.0))
-            )  # fmt: skip
+            output.logits.register_hook(lambda each: call.update(gradient=whole(each, 0.0)))
 
 
 def save():
-    arrays = {f"{i} {name}": call[name] for i, call in enumerate(CALLS) for name in call}
     rank = os.environ.get("RANK", 0)
-    np.savez(f"calls-{rank}-{len(glob(f'calls-{rank}-*'))}.npz", **arrays)  # a resumed run's follow
+    for i, call in enumerate(CALLS, len(glob(f"calls-{rank}-*"))):  # a resumed run's follow
+        np.savez(f"calls-{rank}-{i:05}.npz", **call)
 
 
 @functools.cache  # a trainer may import its plugin twice
 def start():
     torch.nn.modules.module.register_module_forward_hook(listen, with_kwargs=True)
     atexit.register(save)
-    if sabotage := os.environ.get("SABOTAGE"):
-        from clients import sabotages
-
-        sabotages.apply(sabotage)

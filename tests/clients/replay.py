@@ -19,6 +19,10 @@ import tiny_lm
 TESTS = str(Path(__file__).parents[1])
 QUEUE = 2048  # the default of the losses
 SETTING = {**pages.SETTING, "tau": 1.0}  # so that margins move the losses far more than rounding
+LOSSES = {  # as the clients set them
+    "γ-DPO": {"beta": 0.5, "reference": True},
+    "γ-SimPO": {"beta": 10.0, "reference": False},
+}
 ROUNDING = 1e-5  # of float32 in rewards of about 100, four of which make a gap
 GRADIENT = 3e-5  # of the largest entry of a micro-batch's gradient at the logits
 
@@ -36,15 +40,39 @@ def recipe(page):
     return "import recorder\n\nrecorder.start()\n" + code.replace("10.0", "1.0")
 
 
-def start(folder, command, **environment):
+def runs(folder, table, losses, common, files, command):
+    """Yield the runs of a table, each in a folder with a tiny model, these files and its config.
+
+    A run's name begins with the name of its loss. Two ranks are two processes.
+    """
+    for name, options in table.items():
+        loss, here = name.partition(",")[0], folder / name
+        config = {**common, **losses[loss], **options}
+        ranks, starts = config.pop("ranks", 1), config.pop("starts", [{}])
+        tiny_lm.build(here / "model")
+        for path, text in files.items():
+            (here / path).parent.mkdir(parents=True, exist_ok=True)
+            (here / path).write_text(text)
+        for change in starts:  # a second one resumes
+            (here / "config.yaml").write_text(json.dumps({**config, **change}))
+            start(here, command, ranks)
+        accumulated = config.get("gradient_accumulation_steps", 1)
+        yield compare(here, name, ranks=ranks, accumulated=accumulated, **SETTING, **LOSSES[loss])
+
+
+def start(folder, command, ranks):
     """Run a command in a folder, with this environment's programs, and show what fails."""
     shutil.copy(Path(__file__).with_name("recorder.py"), folder)
     programs = Path(sys.executable).parent
     environment = {
         **os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([".", TESTS, os.environ.get("PYTHONPATH", "")]),
-        "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo", **environment,
+        "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo", "AXOLOTL_DO_NOT_TRACK": "1",
     }  # fmt: skip
+    if ranks > 1 and command[0] == "python":
+        command = ["torchrun", f"--nproc-per-node={ranks}", *command[1:]]
+    elif ranks > 1:
+        environment["NPROC_PER_NODE"] = str(ranks)  # which ms-swift reads
     with open(folder / "log.txt", "w") as log:
         done = subprocess.run(
             command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
@@ -55,66 +83,43 @@ def start(folder, command, **environment):
 
 def calls(folder, rank):
     """Every call of the model in a process, and in the one that took up its work, in order."""
-    found = []
-    for path in sorted(folder.glob(f"calls-{rank}-*.npz")):
-        arrays = np.load(path)
-        names = ("tokens", "mask", "logits", "gradient", "policy")
-        for i in range(len(arrays.files) // len(names)):
-            found.append({name: arrays[f"{i} {name}"] for name in names})
-    return found
-
-
-def responses(call):
-    """Yield each row's tokens of the response, the places before them, and the logits there."""
-    places = [np.flatnonzero(mask) for mask in call["mask"]]
-    texts = [tokens[kept] for tokens, kept in zip(call["tokens"], places, strict=True)]
-    for i, text in enumerate(texts):
-        other = texts[i - len(texts) // 2]  # the pair's other response
-        start = next(t for t in range(len(text)) if text[t] != other[t])
-        before = places[i][start - 1 : -1]
-        yield text[start:], before, call["logits"][i][before].astype(oracles.Real)
+    return [dict(np.load(path)) for path in sorted(folder.glob(f"calls-{rank}-*.npz"))]
 
 
 def log_probabilities(call, average):
-    """The log-probabilities of the responses: a row of the chosen, one of the rejected."""
-    found = []
-    for tokens, _, logits in responses(call):
-        each = logits[range(len(tokens)), tokens] - np.log(np.exp(logits).sum(1))
-        found.append(each.mean() if average else each.sum())
-    return np.array(found).reshape(2, -1)
+    """The log-probability of each row's response, and how it changes with the logits."""
+    values, slopes = [], np.zeros(call["logits"].shape)
+    places = [np.flatnonzero(mask) for mask in call["mask"]]
+    texts = [tokens[kept] for tokens, kept in zip(call["tokens"], places, strict=True)]
+    for row, text in enumerate(texts):
+        other = texts[row - len(texts) // 2]  # the pair's other response
+        start = next(t for t in range(len(text)) if text[t] != other[t])
+        tokens, before = text[start:], places[row][start - 1 : -1]
+        logits = call["logits"][row][before].astype(oracles.Real)
+        sums = np.exp(logits).sum(1, keepdims=True)
+        chosen = np.eye(logits.shape[1])[tokens]
+        share = len(tokens) if average else 1
+        values.append((chosen * (logits - np.log(sums))).sum() / share)
+        slopes[row, before] = (chosen - np.exp(logits) / sums) / share
+    return np.array(values), slopes
 
 
-def gaps(process, beta, reference):
-    """Each micro-batch of a process, with its reward gaps. γ-SimPO averages; γ-DPO does not."""
-    found = []
+def micro_batches(process, beta, reference):
+    """Yield a process's, each with its reward gaps. γ-SimPO averages; γ-DPO does not."""
     for i, call in enumerate(process):
         if not call["policy"]:
             continue
-        logps = log_probabilities(call, average=not reference)
+        logps, slopes = log_probabilities(call, average=not reference)
         if reference:
             near = [
                 k
                 for k, other in enumerate(process)
                 if not other["policy"] and np.array_equal(other["tokens"], call["tokens"])
             ]
-            logps -= log_probabilities(process[min(near, key=lambda k: abs(k - i))], average=False)
-        found.append((call, beta * (logps[0] - logps[1])))
-    return found
-
-
-def gradient(call, weights, beta, average):
-    """The gradient of a micro-batch's mean loss at the logits, from the weights of its pairs.
-
-    The loss of a pair falls by its weight per unit of reward, a log-probability rises by one minus
-    the probability of its token.
-    """
-    found, half = np.zeros(call["logits"].shape), len(weights)
-    for row, (tokens, before, logits) in enumerate(responses(call)):
-        slope = -np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-        slope[range(len(tokens)), tokens] += 1
-        scale = beta * weights[row % half] / half / (len(tokens) if average else 1)
-        found[row, before] = (-scale if row < half else scale) * slope
-    return found
+            nearest = process[min(near, key=lambda k: abs(k - i))]
+            logps = logps - log_probabilities(nearest, average=False)[0]
+        chosen, rejected = np.split(logps, 2)
+        yield call["gradient"], slopes, beta * (chosen - rejected)
 
 
 def expected(processes, *, beta, gamma0, tau, reference):
@@ -123,19 +128,20 @@ def expected(processes, *, beta, gamma0, tau, reference):
     γ-DPO is centred, γ-SimPO is not. Of gradients there are pairs: as it was, as it should be.
     """
     queue, losses, gradients = np.empty(0), [], []
-    each = (gaps(process, beta, reference) for process in processes)
+    each = (micro_batches(process, beta, reference) for process in processes)
     for parts in zip(*each, strict=True):
-        new = np.concatenate([part for _, part in parts])
+        new = np.concatenate([gaps for _, _, gaps in parts])
         pool = np.concatenate([queue, new])
         margins = oracles.margins(pool, gamma0, tau)[0][len(queue) :]
         shift = 0 if reference else gamma0
         margins += shift - gamma0
         losses.append([oracles.simpo(new, margin).mean() for margin in (margins, shift)])
         weights = np.split(oracles.sigmoid(margins - new), len(parts))
-        for (call, _), share in zip(parts, weights, strict=True):
-            right = gradient(call, share, beta, average=not reference)
-            assert call["gradient"].shape == right.shape, "no gradient has reached the logits"
-            gradients.append((call["gradient"], right))
+        for (gradient, slopes, gaps), weight in zip(parts, weights, strict=True):
+            fall = beta * weight / len(gaps)  # of the loss, per unit of a pair's log-ratio
+            right = slopes * np.concatenate([-fall, fall])[:, None, None]
+            assert gradient.shape == right.shape, "no gradient has reached the logits"
+            gradients.append((gradient, right))
         queue = pool[-QUEUE:]
     return losses, gradients
 
@@ -147,19 +153,20 @@ def compare(folder, name, *, ranks=1, accumulated=1, **setting):
     ours, plain = np.array(losses, dtype=float).reshape(-1, accumulated, 2).mean(1).T
     theirs = np.array(logged(folder))
     assert len(theirs) == len(ours), (len(theirs), len(ours))
-    difference = np.abs(theirs - ours).max()
-    margins_do = np.abs(plain - ours).max()
-    off = max(
-        np.abs(theirs * accumulated - right).max() / np.abs(right).max()
-        for theirs, right in gradients
-    )
-    run = {"run": name, "steps": len(ours), "largest_difference": float(f"{difference:.1e}"),
-           "gradients_differ_by": float(f"{off:.1e}"),
-           "margins_change_the_loss_by": float(f"{margins_do:.1e}")}  # fmt: skip
+    found = {
+        "largest_difference": np.abs(theirs - ours).max(),
+        "gradients_differ_by": max(
+            np.abs(gradient * accumulated - right).max() / np.abs(right).max()
+            for gradient, right in gradients
+        ),
+        "margins_change_the_loss_by": np.abs(plain - ours).max(),
+    }
+    difference, gradients_differ, margins_do = found.values()
+    run = {"run": name, "steps": len(ours)} | {key: float(f"{found[key]:.1e}") for key in found}
     print(json.dumps(run, ensure_ascii=False))
     # Without margins the losses would differ by far more than float32 does.
     assert difference < ROUNDING < margins_do / 10, run
-    assert off < GRADIENT, run
+    assert gradients_differ < GRADIENT, run
     return run
 
 
