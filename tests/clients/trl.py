@@ -21,9 +21,7 @@ import trl
 PACKAGE = "trl"
 SOURCE = os.environ.get("TRL_SOURCE", "https://github.com/huggingface/trl")
 FILES = {"γ-DPO": "tests/test_dpo_trainer.py", "γ-SimPO": "tests/experimental/test_cpo_trainer.py"}
-SKIPPED = (
-    "not (VLM or Vision or Slow or liger)"  # their processors are on the hub; Liger's need a GPU
-)
+TESTS = "not (VLM or Vision or Slow or liger)"  # processors are on the hub; Liger needs a GPU
 REFUSED = {  # a part of a test's name, and with what our trainers refuse what it asks for
     "test_train_loss_types": "loss_type must hold exactly one of",
     "test_train_with_f_divergence": "f_divergence_type must be 'reverse_kl'",
@@ -79,19 +77,15 @@ def models(folder):
 def datasets(folder):
     rows = tiny_lm.pairs(20)
     talks = [tiny_lm.messages({name: text.strip() for name, text in row.items()}) for row in rows]
-
-    def prompt_inside(rows):
-        return [{key: row["prompt"] + row[key] for key in ("chosen", "rejected")} for row in rows]
-
-    kinds = {
-        "standard_preference": rows,
-        "standard_implicit_prompt_preference": prompt_inside(rows),
-        "conversational_preference": talks,
-        "conversational_implicit_prompt_preference": prompt_inside(talks),
-        "standard_unpaired_preference": [
-            {"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in rows
-        ],
-    }
+    unpaired = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in rows
+    ]
+    kinds = {"standard_unpaired_preference": unpaired}
+    for form, pairs in (("standard", rows), ("conversational", talks)):
+        kinds[f"{form}_preference"] = pairs
+        kinds[f"{form}_implicit_prompt_preference"] = [
+            {key: row["prompt"] + row[key] for key in ("chosen", "rejected")} for row in pairs
+        ]
     for kind, kept in kinds.items():
         (folder / kind).mkdir(parents=True)
         for split, part in (("train", kept[:17]), ("test", kept[17:])):
@@ -103,7 +97,7 @@ def datasets(folder):
 def results(folder, file, plugin):
     """Run a file of TRL's tests: "passed" for each test, or with what it failed or was skipped."""
     report = folder / f"{plugin}.xml"
-    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", "-k", SKIPPED]
+    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", "-k", TESTS]
     path = os.pathsep.join([".", os.environ.get("PYTHONPATH", "")])
     environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     subprocess.run(
