@@ -60,10 +60,12 @@ def inside(name):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=NAMES, help="all, if none is given")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--folder", type=Path, help="where environments are made, and found again")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if unknown := set(options.names) - set(NAMES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     if options.inside:
         found = {options.names[0]: inside(options.names[0])}
         record = (json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}) | found
