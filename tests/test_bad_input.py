@@ -12,23 +12,12 @@ import pytest
 from strategies import HARD, MILD
 
 import gamma_loss
-from gamma_loss import (
-    gamma_preference_loss,
-    gamma_simpo_loss,
-    metrics,
-    preference_loss,
-    queue_init,
-    queue_push,
-    solve_margins,
-    solve_margins_streaming,
-)
+from gamma_loss import gamma_preference_loss, preference_loss, queue_init, queue_push, solve_margins
 
 GAPS = [1.0, -2.0, 0.5]
 UNITS = {"beta": 0.5, "gamma0": 1.0, "tau": 1.0}
-REDUCTIONS = "must be one of ('mean', 'sum', 'none'), got "
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*torch.quantize_per_tensor", "ignore:The PyTorch API of MaskedTensors:UserWarning"
-)
+REDUCTIONS = "one of ('mean', 'sum', 'none'), got "
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors:UserWarning")
 
 
 def refused(error, words, call, *arguments, **more):
@@ -41,44 +30,34 @@ def refused(error, words, call, *arguments, **more):
 
 # --- each check of a setting, by one public name ---
 
-WRONG_TYPES = [
-    *(("beta", wrong, f"must be a Python number, got {type(wrong).__name__}")
-      for wrong in ("1", np.array([1.0]), True, 1j)),
-    *((name, wrong, f"must be True or False, got {wrong!r}")
-      for name, wrong in (("centered", 1), ("centered", np.True_), ("robust", "no"))),
-    *(("reduction", wrong, f"{REDUCTIONS}{type(wrong).__name__}")
-      for wrong in (None, np.array(["mean", "x"]))),
-    *(("capacity", wrong, f"must be an int, got {type(wrong).__name__}") for wrong in (2.0, True)),
-]  # fmt: skip
-WRONG_VALUES = [
-    ("beta", math.nan, "must be finite and > 0, got nan"),
-    ("beta", math.inf, "must be finite and > 0, got inf"),
-    ("beta", 10**400, "must be finite and > 0, got int beyond floats"),
-    ("beta", 0, "must be finite and > 0, got 0"),
-    ("tau", 0, "must be finite and > 0, got 0"),
-    ("gamma0", -1, "must be finite and >= 0, got -1"),
-    ("gamma0", 9.9e-15, "must be 0 or from 1e-14 to 1e12, got 9.9e-15"),
-    ("gamma0", 1.1e12, "must be 0 or from 1e-14 to 1e12, got 1100000000000.0"),
-    ("gamma0 / tau", 0.9e-9, "must be from 1e-30 to 1e+09, got 1.0 / 9e-10"),
-    ("gamma0 / tau", 5e-324, "must be from 1e-30 to 1e+09, got 1.0 / 5e-324"),
-    ("gamma0 / tau", 1.1e30, "must be from 1e-30 to 1e+09, got 1.0 / 1.1e+30"),
-    ("label_smoothing", -0.1, "must be finite and >= 0 and < 0.5, got -0.1"),
-    ("label_smoothing", 0.5, "must be finite and >= 0 and < 0.5, got 0.5"),
-    ("reduction", "max", f"{REDUCTIONS}'max'"),
-    ("impl", "cuda", "must be one of ('auto', 'eager', 'compile', 'triton'), got 'cuda'"),
-    ("capacity", 0, "must be >= 1, got 0"),
+WRONG = [  # error, argument, what it must be, and what came
+    (TypeError, "beta", "a Python number, got ", ["1", np.array([1.0]), True, 1j]),
+    (TypeError, "centered", "True or False, got ", [1, np.True_, "no"]),
+    (TypeError, "reduction", REDUCTIONS, [None, np.array(["mean", "x"])]),
+    (TypeError, "capacity", "an int, got ", [2.0, True]),
+    (ValueError, "beta", "finite and > 0, got ", [math.nan, 10**400, 0]),
+    (ValueError, "gamma0", "finite and >= 0, got ", [-1]),
+    (ValueError, "gamma0", "0 or from 1e-14 to 1e12, got ", [9.9e-15, 1.1e12]),
+    (ValueError, "gamma0 / tau", "from 1e-30 to 1e+09, got 1.0 / ", [0.9e-9, 5e-324, 1.1e30]),
+    (ValueError, "label_smoothing", "finite and >= 0 and < 0.5, got ", [-0.1, 0.5]),
+    (ValueError, "reduction", REDUCTIONS, ["max"]),
+    (ValueError, "impl", "one of ('auto', 'eager', 'compile', 'triton'), got ", ["cuda"]),
+    (ValueError, "capacity", ">= 1, got ", [0]),
 ]
 
 
 def test_a_setting_of_a_wrong_type_or_out_of_its_range_is_refused():
     row = np.array(GAPS)
-    for error, table in ((TypeError, WRONG_TYPES), (ValueError, WRONG_VALUES)):
-        for name, wrong, words in table:
+    for error, name, words, values in WRONG:
+        words = f"{name} must be {words}"
+        for wrong in values:
             if name == "capacity":
-                refused(error, f"{name} {words}", queue_init, row, wrong)
+                text = refused(error, words, queue_init, row, wrong)
             else:
                 settings = UNITS | {name.removeprefix("gamma0 / "): wrong}
-                refused(error, f"{name} {words}", gamma_simpo_loss, row, row, **settings)
+                text = refused(error, words, gamma_loss.gamma_simpo_loss, row, row, **settings)
+            came = str(wrong), repr(wrong), type(wrong).__name__, "int beyond floats"
+            assert text.removeprefix(words) in came
 
 
 def test_numbers_of_numpy_and_integers_are_numbers():
@@ -97,23 +76,21 @@ def odd(library):
     }
     if library.name == "numpy":
         small = pytest.importorskip("ml_dtypes")
+        # A library that follows only most of the standard, as MLX does, which has no `bool`.
+        most = SimpleNamespace(__name__="mlx.core", float32=None, float64=None)
         found |= {
             "masked": np.ma.array(GAPS, mask=[True, False, False]),
             "objects": np.array(GAPS, dtype=object),
             "strings": np.array(["1", "2", "3"]),
-            "dates": np.array(["2020-01-01"] * 3, dtype="datetime64[D]"),
-            "records": np.zeros(3, dtype=[("a", "f8")]),
             "bfloat16": np.array(GAPS, small.bfloat16),
-            "float8": np.array(GAPS, small.float8_e5m2),
+            "mlx": type("array", (), {"__array_namespace__": lambda self, **_: most})(),
         }
     if library.name == "torch":
         torch, gaps = library.xp, library.array(GAPS, "float32")
         found |= {
             "sparse": gaps.to_sparse(),
-            "mkldnn": gaps.to_mkldnn(),
             "nested": torch.nested.nested_tensor([gaps], layout=torch.jagged),
             "masked tensors": torch.masked.masked_tensor(gaps, gaps > 0),
-            "quantized": torch.quantize_per_tensor(gaps, 0.1, 0, torch.qint8),
         }
     return found
 
@@ -134,20 +111,10 @@ def test_what_is_no_array_of_real_numbers_is_refused(library):
         "state.gaps": lambda value: queue_push(state._replace(gaps=value), good),
         "state.mask": lambda value: queue_push(state._replace(mask=value), good),
     }  # fmt: skip
-    for (kind, value), (name, call) in (
-        (each, call) for each in odd(library).items() for call in calls.items()
-    ):
+    for (kind, value), (name, call) in itertools.product(odd(library).items(), calls.items()):
         is_right = kind == "bool" and "mask" in name
         if not is_right and not (kind == "none" and name in (*optional, "mask ")):
             assert ", got " in refused(TypeError, f"{name.strip()} must ", call, value), kind
-
-
-def test_a_library_that_follows_only_most_of_the_standard():
-    """As MLX does, which has no `bool`."""
-    most = SimpleNamespace(__name__="mlx.core", float32=None, float64=None)
-    names = {"__array_namespace__": lambda self, **_: most, "__module__": "mlx.core"}
-    words = "reward_gaps must be an array (torch, NumPy, JAX, ...), got mlx.core.array"
-    refused(TypeError, words, preference_loss, type("array", (), names)())
 
 
 def test_arrays_of_two_libraries_or_devices_are_refused(library):
@@ -287,17 +254,9 @@ def test_a_public_name_checks_its_arguments(name):
 
 def test_every_argument_of_every_public_name_is_in_the_tables():
     known = {
-        "group",
-        "context",
-        "context_mask",
-        "state",
-        "gaps",
-        "chunks",
-        "aux",
-        "mask",
-        "weights",
-    }
-    known |= {"logits", "labels", "ignore_index", "average", "shift"}  # in test_logps
+        "group", "context", "context_mask", "state", "gaps", "chunks", "aux", "mask", "weights",
+        "logits", "labels", "ignore_index", "average", "shift",  # in test_logps
+    }  # fmt: skip
     for name in gamma_loss.__all__:
         public = getattr(gamma_loss, name)
         is_tuple = isinstance(public, type) and issubclass(public, tuple)
@@ -307,7 +266,7 @@ def test_every_argument_of_every_public_name_is_in_the_tables():
 
 def test_other_names_check_theirs(torch):
     result, queue = gamma_preference_loss(np.array(GAPS), **MILD), gamma_loss.GapQueue(2)
-    refused(TypeError, "aux must be a GammaLossAux, got tuple", metrics, result)
+    refused(TypeError, "aux must be a GammaLossAux, got tuple", gamma_loss.metrics, result)
     with pytest.raises(TypeError, match="takes no beta"):
         gamma_preference_loss(np.array(GAPS), beta=1.0, **MILD)
     refused(TypeError, "gaps must be an array of the ", queue.push, np.zeros(1))
@@ -324,22 +283,18 @@ def test_other_names_check_theirs(torch):
 
 @pytest.mark.parametrize("library", ["numpy", "torch"], indirect=True)
 def test_streaming_takes_real_numbers_only(library):
-    setting = {"gamma0": 1.0, "tau": 1.0}
-    rule = solve_margins_streaming([np.array(GAPS)], **setting)
-
-    def solve(chunk):
-        return solve_margins_streaming([chunk], **setting)
-
+    call, setting = gamma_loss.solve_margins_streaming, {"gamma0": 1.0, "tau": 1.0}
+    solve = lambda chunk: call([chunk], **setting)  # noqa: E731
+    rule, errors = solve(np.array(GAPS)), (TypeError, ValueError)
     for kind, value in odd(library).items():
-        if kind in ("list", "int64", "bfloat16", "float8"):  # real numbers nevertheless
+        if kind in ("list", "int64", "bfloat16"):  # real numbers nevertheless
             expected = solve_margins(np.asarray(value).astype(np.float64), **setting).margins
             np.testing.assert_allclose(solve(value).margins(value), expected, rtol=1e-12)
         else:
-            refused((TypeError, ValueError), "chunks must ", solve, value)
-            refused((TypeError, ValueError), "reward_gaps must ", rule.margins, value)
-    for wrong in ({"gamma0": -1.0}, {"tau": 0.0}, {"gamma0": 4.0, "tau": 1e-40}):
-        call, words = solve_margins_streaming, tuple(wrong)
-        refused(ValueError, words, call, [np.array(GAPS)], **setting | wrong)
+            refused(errors, "chunks must ", solve, value)
+            refused(errors, "reward_gaps must ", rule.margins, value)
+    for name, wrong in (("gamma0", -1.0), ("tau", 0.0)):
+        refused(ValueError, f"{name} must be", call, [np.array(GAPS)], **setting | {name: wrong})
     for chunks, words in (
         (iter([np.zeros(2)]), "be readable several times, got list_iterator"),
         (None, "be readable several times, got NoneType"),
@@ -347,7 +302,6 @@ def test_streaming_takes_real_numbers_only(library):
         ([3.0], "be 1-D, one entry a pair, got shape ()"),
         ([np.array([np.nan])], "hold at least one finite gap, got none"),
     ):
-        call, errors = solve_margins_streaming, (TypeError, ValueError)
         refused(errors, f"chunks must {words}", call, chunks, **setting)
 
 
@@ -360,12 +314,11 @@ def losses(library):
 
     def made(name):
         public, parameters = function(name)
-        own = {"beta": 1.0, "queue_size": 4}
-        own = {key: own[key] for key in parameters & set(own)}
+        own = {"beta": 1.0} if "beta" in parameters else {}
 
-        def call(gaps, dtype="float64", **more):
-            rows = dict.fromkeys(LOSSES[name], library.array([0.0] * len(gaps), dtype))
-            rows[LOSSES[name][0]] = library.array(gaps, dtype)
+        def call(gaps, **more):
+            rows = dict.fromkeys(LOSSES[name], library.array([0.0] * len(gaps)))
+            rows[LOSSES[name][0]] = library.array(gaps)
             return public(**rows, **MILD | own | more)
 
         return call
@@ -374,22 +327,21 @@ def losses(library):
 
 
 def test_a_gap_that_is_not_finite_takes_no_part_and_shows_in_its_own_loss(library, losses):
-    cases = ("float32", MILD, math.nan), ("float64", HARD, math.inf), ("float64", MILD, -math.inf)
-    for lose, (dtype, setting, bad) in zip(losses, itertools.cycle(cases), strict=False):
+    cases = (MILD, math.nan), (HARD, math.inf), (MILD, -math.inf)
+    for lose, (setting, bad) in zip(losses, itertools.cycle(cases), strict=False):
         options = {"centered": False, "label_smoothing": 0.1, "reduction": "none", **setting}
-        close = {"rtol": 1e-5 if dtype == "float32" else 1e-12}
         kept, gaps = [0, 2], np.array([1.0, bad, -2.0])
         expected, known = gamma_preference_loss(gaps[kept], **options)
-        single, aux = lose(gaps, dtype, **options)
+        single, aux = lose(gaps, **options)
         single, margins = library.numpy(single), library.numpy(aux.margins)
-        np.testing.assert_allclose(single[kept], expected, **close)
-        np.testing.assert_allclose(margins[kept], known.margins, **close)
+        np.testing.assert_allclose(single[kept], expected, rtol=1e-12)
+        np.testing.assert_allclose(margins[kept], known.margins, rtol=1e-12)
         assert not np.isfinite(single[1])
         assert np.isnan(margins[1])
-        assert not np.isfinite(float(lose(gaps, dtype, **options | {"reduction": "mean"})[0]))
-        logs = metrics(aux)
+        assert not np.isfinite(float(lose(gaps, **options | {"reduction": "mean"})[0]))
+        logs = gamma_loss.metrics(aux)
         assert not np.isfinite(float(logs["rewards/margins"]))
-        assert float(logs["gamma/error_bound"]) < 1e-4
+        assert float(logs["gamma/error_bound"]) < 1e-12
 
 
 @pytest.mark.filterwarnings("ignore:no pair of the first batch takes part")
@@ -401,7 +353,7 @@ def test_with_every_pair_masked_the_loss_is_0_and_the_margins_gamma0(library, lo
         assert float(loss) == 0
         np.testing.assert_array_equal(library.numpy(aux.pair_weights), 0.0)
         np.testing.assert_array_equal(library.numpy(aux.margins), setting["gamma0"])
-        assert all(np.isfinite(library.numpy(each)) for each in metrics(aux).values())
+        assert all(np.isfinite(library.numpy(each)) for each in gamma_loss.metrics(aux).values())
 
 
 def test_gamma0_of_zero_gives_no_margins(library, losses):
@@ -434,30 +386,24 @@ def test_no_look_at_values_on_the_device(torch):
         options = {"mask": rows[0] > 0, "context": rows[0], **setting}
         loss, aux = gamma_loss.gamma_dpo_loss(*rows, beta=0.5, **options)
         state = queue_push(queue_init(rows[0], 3), rows[0], rows[0] > 0)
-        for each in (loss, *aux, *state, *metrics(aux).values()):
+        for each in (loss, *aux, *state, *gamma_loss.metrics(aux).values()):
             assert each.device.type == "meta"
 
 
 def test_a_default_device_at_the_first_call_leaves_no_trace(torch):
     """In a process of its own, where nothing has been called before."""
     code = f"""
-import torch, gamma_loss
+import torch, gamma_loss as g
 def everything():
     gaps = torch.tensor({GAPS}, device="cpu")
-    loss, aux = gamma_loss.gamma_preference_loss(gaps, **{HARD})
-    rule = gamma_loss.solve_margins_streaming([gaps], **{HARD})
-    return [
-        loss, *aux, *gamma_loss.metrics(aux).values(),
-        gamma_loss.label_smoothing_from_shift(gaps, aux.shifts),
-        gamma_loss.shift_from_label_smoothing(gaps, 0.1),
-        *gamma_loss.queue_push(gamma_loss.queue_init(gaps, 4), gaps),
-        torch.from_numpy(rule.margins(gaps)),
-    ]
+    loss, aux = g.gamma_preference_loss(gaps, **{HARD})
+    rule = g.solve_margins_streaming([gaps], **{HARD})
+    return [loss, *aux, *g.metrics(aux).values(), g.label_smoothing_from_shift(gaps, aux.shifts),
+            g.shift_from_label_smoothing(gaps, 0.1), *g.queue_push(g.queue_init(gaps, 4), gaps),
+            torch.from_numpy(rule.margins(gaps))]
 with torch.device("meta"):
     first = everything()
-assert all(each.device.type == "cpu" for each in first)
-for one, other in zip(first, everything(), strict=True):
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
+torch.testing.assert_close(first, everything(), rtol=0, atol=0)  # and so on the same device
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
