@@ -55,7 +55,7 @@ MUTANTS = [  # file (in gamma_loss), the edit as «old→new» in its text, word
     ("_backend.py", "return «self.jax.lax.stop_gradient(array)→array»", "losses only_the_loss"),
     ("_backend.py", "steps_per_read = False, «4→400»", "margins is_read"),
     ("_backend.py",
-     "if «self.finfo(array.dtype).bits < 32→False» else array", "margins half_precision_is_upcast"),
+     "if «self.finfo(array.dtype).bits < 32→False» else array", "losses half_precision_is_upcast"),
     # ranks, a mesh
     ("_ranks.py", "«dist.ReduceOp.MAX→dist.ReduceOp.SUM»", "distributed equals_whole 3-reduce"),
     ("_ranks.py", "self.sizes)[«self.rank→0»]", "distributed equals_whole 3-gather"),

@@ -15,22 +15,12 @@ from hypothesis import strategies as st
 from strategies import HARD, MILD, gamma0s, pools, taus
 
 import gamma_loss
-from gamma_loss import (
-    gamma_dpo_loss,
-    gamma_preference_loss,
-    gamma_simpo_loss,
-    label_smoothing_from_shift,
-    metrics,
-    preference_loss,
-    queue_init,
-    queue_push,
-    shift_from_label_smoothing,
-    solve_margins,
-)
+from gamma_loss import gamma_dpo_loss, gamma_preference_loss, preference_loss, solve_margins
 
 EPS = np.finfo(np.float64).eps
 SETTING = {"beta": 0.5, "gamma0": 2.0, "tau": 1.5}
 SMOOTHING = [(0.0, False), (0.1, False), (0.0, True), (0.2, True)]
+LOSSES = {1: gamma_preference_loss, 2: gamma_loss.gamma_simpo_loss, 4: gamma_dpo_loss}
 MILD_AND_HARD = pytest.mark.parametrize("setting", [MILD, HARD], ids=["mild", "hard"])
 
 
@@ -49,12 +39,10 @@ def test_preference_loss_is_the_papers_formula(gaps, margin, epsilon, robust):
 
 
 def test_preference_loss_keeps_small_losses_and_takes_arrays_of_margins(library):
-    far = [[40.0, -800.0], [0.0, 700.0]]
-    losses = library.numpy(preference_loss(library.array(far)))
-    np.testing.assert_allclose(losses, oracles.dpo(far).astype(float), rtol=1e-15)
-    gaps, margins = library.array([1.0, 2.0]), library.array([0.5, -1.0])
-    losses = library.numpy(preference_loss(gaps, margins))
-    np.testing.assert_allclose(losses, oracles.dpo([0.5, 3.0]).astype(float), rtol=1e-15)
+    gaps, margins = [[40.0, -800.0], [1.0, 700.0]], [[0.0, 0.0], [0.5, 0.0]]
+    losses = library.numpy(preference_loss(library.array(gaps), library.array(margins)))
+    expected = oracles.simpo(gaps, np.array(margins)).astype(float)
+    np.testing.assert_allclose(losses, expected, rtol=1e-15)
 
 
 @pytest.mark.parametrize("method", ["dpo", "simpo", "gaps"])
@@ -62,7 +50,7 @@ def test_values_and_aux_in_every_library(library, method):
     rows = logps()
     given = {"dpo": rows, "simpo": rows[:2], "gaps": rows[:1] - rows[1]}[method]
     beta = 1.0 if method == "gaps" else 0.5
-    loss_of = {1: gamma_preference_loss, 2: gamma_simpo_loss, 4: gamma_dpo_loss}[len(given)]
+    loss_of = LOSSES[len(given)]
     chosen, rejected, *references = (*given, np.zeros(7)) if method == "gaps" else given
     if references:
         chosen, rejected = chosen - references[0], rejected - references[1]
@@ -99,12 +87,14 @@ def test_values_and_aux_in_every_library(library, method):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_gradients_are_pair_weights(torch, jax, reduction):
     """Of a masked pair they are 0, whatever its gap; so are those of the references."""
-    rows = logps()
+    rows, settings = logps(), (MILD, HARD, MILD, HARD)
     rows[0][1], rows[0][4] = math.nan, math.inf
     mask = np.array([True, False, True, True, False, True, True])
-    for (epsilon, robust), weighted in zip(SMOOTHING, (False, True, True, False), strict=True):
+    for i, (epsilon, robust) in enumerate(SMOOTHING):
+        weighted = i in (1, 2)
         weights = np.array([2.0, 1.0, 0.5, 0.0, 1.0, 1.5, 1.0]) if weighted else np.ones(7)
-        options = {**SETTING, "label_smoothing": epsilon, "robust": robust, "reduction": reduction}
+        options = {"label_smoothing": epsilon, "robust": robust, "reduction": reduction}
+        options |= {"beta": 0.5, **settings[i]}
         given = {"mask": mask} | ({"weights": weights} if weighted else {})
 
         def total(*logps, make, options=options, given=given):
@@ -120,7 +110,7 @@ def test_gradients_are_pair_weights(torch, jax, reduction):
         for tensor, sign in zip(tensors[:2], (-1, 1), strict=True):
             np.testing.assert_allclose(tensor.grad.numpy(), sign * step, rtol=1e-13)
         assert np.all((step != 0) == mask & (weights > 0))
-        assert aux.margins[1] == aux.margins[4] == 2.0
+        assert aux.margins[1] == aux.margins[4] == 4.0
         assert tensors[2].grad is tensors[3].grad is None
 
         of_jax = functools.partial(total, make=jax.numpy.asarray)
@@ -132,27 +122,24 @@ def test_gradients_are_pair_weights(torch, jax, reduction):
 
 
 @MILD_AND_HARD
-def test_a_masked_pair_leaves_no_nan_in_a_gradient_and_another_only_its_own(torch, jax, setting):
-    gaps = np.array([1.0, math.nan, -1.0])
-    mask = np.isfinite(gaps)
+def test_a_masked_pair_leaves_no_nan_in_a_gradient_and_another_only_its_own(torch, setting):
+    gaps = torch.tensor([1.0, math.nan, -1.0], dtype=torch.float64, requires_grad=True)
+    kept = gaps.detach().isfinite()
 
-    def loss(gaps, **more):
-        return gamma_preference_loss(gaps, **more, **setting)[0]
+    def loss(gaps, mask):
+        return gamma_preference_loss(gaps, mask=mask, **setting)[0]
 
-    slopes = jax.grad(lambda g: loss(g, mask=jax.numpy.asarray(mask)))(jax.numpy.asarray(gaps))
-    assert np.isfinite(slopes).all()
+    (slopes,) = torch.autograd.grad(loss(gaps, kept), gaps)
+    assert slopes.isfinite().all()
     assert slopes[1] == 0
-    leaf, kept = torch.tensor(gaps, requires_grad=True), torch.tensor(mask)
-    (found,) = torch.autograd.grad(loss(leaf, mask=kept), leaf)
+    found = torch.func.grad(loss)(gaps.detach(), kept)
     np.testing.assert_allclose(found, slopes, rtol=1e-11)
-    found = torch.func.grad(lambda g: loss(g, mask=kept))(torch.tensor(gaps))
-    np.testing.assert_allclose(found, slopes, rtol=1e-11)
-    (found,) = torch.autograd.grad(loss(leaf, mask=kept & False), leaf)
+    (found,) = torch.autograd.grad(loss(gaps, kept & False), gaps)
     assert found.tolist() == [0.0, 0.0, 0.0]
-    unmasked, aux = gamma_preference_loss(leaf, **setting)
+    unmasked, aux = gamma_preference_loss(gaps, **setting)
     assert unmasked.isnan()
-    (found,) = torch.autograd.grad(unmasked, leaf)
-    np.testing.assert_allclose(found[mask], -aux.pair_weights[mask] / 3, rtol=1e-12)
+    (found,) = torch.autograd.grad(unmasked, gaps)
+    np.testing.assert_allclose(found[kept], -aux.pair_weights[kept] / 3, rtol=1e-12)
 
 
 @MILD_AND_HARD
@@ -188,13 +175,11 @@ def test_references_of_inference_mode(torch, setting):
     rows[0].requires_grad_()
     with torch.inference_mode():
         inferred = [each.clone() for each in (*rows[2:], context)]
-
-    def gradient(*references, context):
-        loss, _ = gamma_dpo_loss(*rows[:2], *references, beta=0.5, context=context, **setting)
-        return torch.autograd.grad(loss, rows[0])
-
-    found = gradient(*inferred[:2], context=inferred[2])
-    torch.testing.assert_close(found, gradient(*rows[2:], context=context), rtol=0, atol=0)
+    slopes = []
+    for *references, others in (inferred, (*rows[2:], context)):
+        loss, _ = gamma_dpo_loss(*rows[:2], *references, beta=0.5, context=others, **setting)
+        slopes += torch.autograd.grad(loss, rows[0])
+    torch.testing.assert_close(*slopes, rtol=0, atol=0)
 
 
 def test_the_uncentred_gradient_is_that_of_the_minimised_objective():
@@ -224,14 +209,11 @@ def test_no_output_shares_memory_with_another_array(torch, name):
     is_numpy = name == "numpy"
     array = np.array if is_numpy else torch.tensor
     options = {**MILD, **({} if is_numpy else {"impl": name})}
-    methods = (gamma_dpo_loss, 4), (gamma_simpo_loss, 2), (gamma_preference_loss, 1)
-    for (loss_of, count), masked in product(methods, (False, True)):
-        rows, inputs = [array(row) for row in logps()[:count]], {}
+    for (count, loss_of), masked in product(LOSSES.items(), (False, True)):
+        rows, beta = [array(row) for row in logps()[:count]], {"beta": 1.0} if count > 1 else {}
         if not is_numpy:
             rows[0].requires_grad_()
-        if masked:
-            inputs = {"mask": array(np.arange(7) != 2), "weights": array(np.ones(7))}
-        beta = {"beta": 1.0} if count > 1 else {}
+        inputs = {"mask": array(np.arange(7) != 2), "weights": array(np.ones(7))} if masked else {}
         loss, aux = loss_of(*rows, **inputs, reduction="none", **options, **beta)
         plain = np.asarray if is_numpy else lambda each: each.detach().numpy()
         others = [plain(each) for each in (*rows, *inputs.values())]
@@ -249,21 +231,19 @@ def test_no_output_shares_memory_with_another_array(torch, name):
 def test_good_input_makes_no_nan_in_jax(jax):
     """Which jax_debug_nans would raise for, outside of jit."""
     rows = [jax.numpy.asarray(row) for row in logps()]
-    mask, weights = jax.numpy.arange(7) != 2, jax.numpy.ones(7)
-    jax.config.update("jax_debug_nans", True)
-    try:
+    mask = jax.numpy.arange(7) != 2
+    with jax.debug_nans(True):
         for setting, flags in ((HARD, mask), (MILD, mask & False)):
-            options = {"mask": flags, "weights": weights, "context": rows[0], **setting}
-            loss, aux = gamma_dpo_loss(*rows, beta=0.5, **options)
-            metrics(aux)
-            jax.grad(lambda x, s=setting: gamma_preference_loss(x, **s)[0])(rows[0])
+            options = {"mask": flags, "context": rows[0], **setting}
+            (loss, aux), _ = jax.value_and_grad(gamma_preference_loss, has_aux=True)(
+                rows[0], weights=jax.numpy.ones(7), **options
+            )
+            gamma_loss.metrics(aux)
+            assert np.isfinite(loss)
         for kind, match in product(("robust", "conservative"), ("value", "slope")):
-            label_smoothing_from_shift(rows[0], rows[1], kind=kind, match=match)
-            shift_from_label_smoothing(rows[0], 0.01, kind=kind, match=match)
-        queue_push(queue_init(rows[0], 3), rows[0])
-        assert np.isfinite(loss)
-    finally:
-        jax.config.update("jax_debug_nans", False)
+            epsilon = gamma_loss.label_smoothing_from_shift(*rows[:2], kind=kind, match=match)
+            gamma_loss.shift_from_label_smoothing(rows[0], epsilon, kind=kind, match=match)
+        gamma_loss.queue_push(gamma_loss.queue_init(rows[0], 3), rows[0])
 
 
 def test_an_eager_loss_takes_few_calls(torch):
@@ -286,13 +266,17 @@ def test_an_eager_loss_takes_few_calls(torch):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_is_upcast_before_the_first_subtraction(torch, dtype):
-    dtype = getattr(torch, dtype)
-    # Both are exact in half precision; their difference's product with beta is not.
-    chosen, rejected = torch.tensor([-256.0], dtype=dtype), torch.tensor([-258.0], dtype=dtype)
-    loss, aux = gamma_simpo_loss(chosen, rejected, beta=0.1001, gamma0=1.0, tau=1.0)
-    assert loss.dtype == aux.margins.dtype == torch.float32
-    torch.testing.assert_close(aux.reward_gaps, torch.tensor([0.2002]), rtol=1e-4, atol=0)
+def test_half_precision_is_upcast_before_the_first_subtraction(torch, jax, dtype):
+    # All are exact in half precision; their differences' products with beta are not.
+    rows = np.array([[-256.0, -256.0], [-258.0, -260.0]])
+    gaps = 0.1001 * (rows[0] - rows[1])
+    expected = oracles.margins(gaps, 1.0, 1.0)[0].astype(float)
+    for library, make in ((torch, torch.tensor), (jax.numpy, jax.numpy.asarray)):
+        chosen, rejected = (make(row, dtype=getattr(library, dtype)) for row in rows)
+        loss, aux = LOSSES[2](chosen, rejected, beta=0.1001, gamma0=1.0, tau=1.0)
+        assert loss.dtype == aux.margins.dtype == library.float32
+        np.testing.assert_allclose(np.asarray(aux.reward_gaps), gaps, rtol=1e-6)
+        np.testing.assert_allclose(np.asarray(aux.margins), expected, rtol=1e-5)
 
 
 # -- limits, reductions, contexts and weights
