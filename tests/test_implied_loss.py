@@ -5,14 +5,13 @@ import oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import brentq, minimize_scalar
+from scipy.optimize import brentq
 
 from gamma_loss import solve_margins
 
 few = settings(max_examples=25)
 seeds = st.integers(0, 2**32 - 1)
 gamma0s = st.floats(0.1, 8.0)
-gaps_at = st.floats(-12.0, 12.0)
 
 
 def pool(seed, count=30):
@@ -24,28 +23,6 @@ def sigmoid(x):
     return oracles.sigmoid(x).astype(float)
 
 
-def loss(gap, gamma0, tau, nu):
-    """L by numerical minimisation over the margin, with that margin."""
-
-    def inside(log_x):
-        x = np.exp(log_x)
-        return float(oracles.softplus(gamma0 * x - gap)) + tau * (x * log_x - (1 + nu) * x)
-
-    bounds = nu - gamma0 / tau - 1e-3, nu + 1e-3
-    found = minimize_scalar(inside, bounds=bounds, method="bounded", options={"xatol": 1e-13})
-    return found.fun, gamma0 * np.exp(found.x)
-
-
-def x_at(gap, gamma0, tau, nu):
-    """The root of the optimality condition for any gap, by bracketing."""
-    a = gamma0 / tau
-
-    def condition(u):
-        return u + a * float(sigmoid(gamma0 * np.exp(u) - gap)) - nu
-
-    return np.exp(brentq(condition, nu - a - 1e-6, nu + 1e-6, xtol=1e-15, rtol=1e-14))
-
-
 @few
 @given(seeds, gamma0s, st.floats(-2.0, 3.0).map(lambda power: 10.0**power))
 def test_weights_are_linear_in_the_log_margins(seed, gamma0, tau):
@@ -55,44 +32,6 @@ def test_weights_are_linear_in_the_log_margins(seed, gamma0, tau):
     # log x is rounded to some 1e-15 (1 + its size, at most a), and is divided by a.
     error = np.abs((nu - np.log(margins / gamma0)) / a - sigmoid(margins - gaps))
     assert error.max() <= 1e-13 * (1 + 1 / a)
-
-
-@few
-@given(seeds, gamma0s, st.floats(0.05, 50.0), gaps_at)
-def test_the_loss_is_an_infimal_convolution_and_flatter_than_the_logistic(seed, gamma0, tau, gap):
-    gaps = pool(seed, 12)
-    margins, nu = oracles.margins(gaps, gamma0, tau)
-    nu = float(nu)
-    minimum = float(oracles.objective(margins / gamma0, gaps, gamma0, tau))
-    total = np.mean([loss(g, gamma0, tau, nu)[0] for g in gaps]) + tau * (1 + nu)
-    assert total == pytest.approx(minimum, abs=1e-9 * (1 + tau))
-
-    value, margin = loss(gap, gamma0, tau, nu)
-    x = x_at(gap, gamma0, tau, nu)
-    # A minimum to float64's rounding is found to the root of that over its curvature in log x, at
-    # least τ x; the search itself ends within some 1e-8 of its place.
-    rounding = np.finfo(float).eps * (1 + abs(value))
-    assert margin == pytest.approx(gamma0 * x, rel=1e-6 + 4 * np.sqrt(rounding / (tau * x)))
-    step = 1e-3
-    ends = [loss(g, gamma0, tau, nu)[0] for g in (gap - step, gap + step)]
-    slope, weight = (ends[1] - ends[0]) / (2 * step), float(sigmoid(gamma0 * x - gap))
-    # Truncation step² / 6 times |L'''| < 1; rounding of values of order (1 + τ (1 + ν)) / step.
-    assert abs(slope + weight) < 1e-6 + 1e-12 * (1 + abs(value))
-    assert -1 < slope <= 1e-9
-    # Curvatures add like resistances. Truncation step² / 6 times a third derivative below 1.
-    step = 1e-4
-    low, high, other = (
-        float(sigmoid(gamma0 * x_at(g, gamma0, tau, nu) - g))
-        for g in (gap - step, gap + step, -gap)
-    )
-    resistance = 1 / (weight * (1 - weight)) + gamma0**2 / tau * x
-    assert abs((low - high) / (2 * step) - 1 / resistance) < 1e-8
-    # It is not symmetric: the weight falls with the gap.
-    x_other = x_at(-gap, gamma0, tau, nu)
-    closed = np.log(x / x_other) / (2 * nu - np.log(x * x_other))
-    found = (other - weight) / (other + weight)
-    assert found == pytest.approx(closed, abs=1e-11 * (1 + tau / gamma0))
-    assert (other - weight) * gap >= 0
 
 
 def water_level(gaps, gamma0):
