@@ -44,10 +44,10 @@ def test_values_over_unmasked_pairs(library):
 
 
 def test_without_margins_or_pairs_they_are_0(library):
-    logs = metrics(gamma_preference_loss(library.array([1.0, 2.0]), gamma0=0.0, tau=2.0)[1])
+    gaps, nobody = library.array(np.arange(6.0)), library.array(np.zeros(6), "bool")
+    logs = metrics(gamma_preference_loss(gaps, gamma0=0.0, tau=2.0)[1])
     assert float(logs["gamma/mean"]) == float(logs["gamma/max"]) == float(logs["gamma/kl"]) == 0
-    gaps, mask = library.array([1.0, 2.0]), library.array([False, False], "bool")
-    logs = metrics(gamma_preference_loss(gaps, gamma0=3.0, tau=2.0, mask=mask)[1])
+    logs = metrics(gamma_preference_loss(gaps, gamma0=3.0, tau=2.0, mask=nobody)[1])
     values = {name: float(value) for name, value in logs.items()}
     assert values.pop("gamma/min") == values.pop("gamma/max") == 3.0
     assert values.pop("gamma/error_bound") < 1e-14  # which contains rounding error
