@@ -284,7 +284,10 @@ def test_other_names_check_theirs(torch):
 @pytest.mark.parametrize("library", ["numpy", "torch"], indirect=True)
 def test_streaming_takes_real_numbers_only(library):
     call, setting = gamma_loss.solve_margins_streaming, {"gamma0": 1.0, "tau": 1.0}
-    solve = lambda chunk: call([chunk], **setting)  # noqa: E731
+
+    def solve(chunk):
+        return call([chunk], **setting)
+
     rule, errors = solve(np.array(GAPS)), (TypeError, ValueError)
     for kind, value in odd(library).items():
         if kind in ("list", "int64", "bfloat16"):  # real numbers nevertheless
@@ -297,9 +300,7 @@ def test_streaming_takes_real_numbers_only(library):
         refused(ValueError, f"{name} must be", call, [np.array(GAPS)], **setting | {name: wrong})
     for chunks, words in (
         (iter([np.zeros(2)]), "be readable several times, got list_iterator"),
-        (None, "be readable several times, got NoneType"),
         ([np.zeros((2, 1))], "be 1-D, one entry a pair, got shape (2, 1)"),
-        ([3.0], "be 1-D, one entry a pair, got shape ()"),
         ([np.array([np.nan])], "hold at least one finite gap, got none"),
     ):
         refused(errors, f"chunks must {words}", call, chunks, **setting)

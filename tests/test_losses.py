@@ -17,7 +17,6 @@ import gamma_loss
 from gamma_loss import gamma_dpo_loss, gamma_preference_loss, preference_loss, solve_margins
 
 EPS = np.finfo(np.float64).eps
-SETTING = {"beta": 0.5, "gamma0": 2.0, "tau": 1.5}
 SMOOTHING = [(0.0, False), (0.1, False), (0.0, True), (0.2, True)]
 LOSSES = {1: gamma_preference_loss, 2: gamma_loss.gamma_simpo_loss, 4: gamma_dpo_loss}
 MILD_AND_HARD = pytest.mark.parametrize("setting", [MILD, HARD], ids=["mild", "hard"])
@@ -55,10 +54,9 @@ def test_values_and_aux_in_every_library(library, method):
     chosen, rejected = beta * chosen, beta * rejected
     gaps = chosen - rejected
     margins = oracles.margins(gaps, 2.0, 1.5)[0]
-    for i, (epsilon, robust) in enumerate(SMOOTHING):
-        centered = i in (0, 3)
+    for (epsilon, robust), centered in zip(SMOOTHING, (True, False, False, True), strict=True):
         options = {"centered": centered, "label_smoothing": epsilon, "robust": robust}
-        options |= SETTING if method != "gaps" else {"gamma0": 2.0, "tau": 1.5}
+        options |= {"gamma0": 2.0, "tau": 1.5} | ({"beta": beta} if method != "gaps" else {})
         loss, aux = loss_of(*map(library.array, given), **options)
         used = margins - 2.0 if centered else margins
         expected = (oracles.rdpo if robust else oracles.cdpo)(gaps, epsilon, used)

@@ -14,7 +14,6 @@ TWO = [
     ([0.5, -1.0], 4.0, 10.0),
     ([1e4, -1e4], 100.0, 1e-3),
     ([90.0, 110.0], 100.0, 1e-3),
-    ([22.67784608, 3580.15056838], 82.10179909, 6.29615817),
     ([-30.0, 5.0], 1.0, 1e-3),
     ([3.0, 3.0], 1e-3, 1e3),
 ]
@@ -52,21 +51,14 @@ def test_condition_bounds_what_a_change_of_the_numbers_does(gaps, gamma0, tau, s
     assert np.max(moved / (1 + x)) <= 2.1 * size * condition  # τ and γ0 both change a
 
 
-ILL = [  # few pairs with nearly all of the mass, of which hardly any can move: values, counts
-    ([10_000.0, -1.6638433722704753, -1.294518389395866], [10, 73_563, 1],
-     1.3593585065766032, 0.0010027109377336572, 1e4),
-    ([-4.6864013671875, 10_000.0, 458.3445129394531, 17.426937103271484, 1.3230886679593823e-06],
-     [29_927, 4, 1, 4, 1], 1.3537779223650013, 0.005570714910570129, 5e3),
-]  # fmt: skip
-
-
-def test_condition_of_pools_that_are_ill_conditioned():
+def test_condition_of_a_pool_that_is_ill_conditioned():
     """A rounding error of the large gaps alone moves another margin by a good share of it."""
-    for values, counts, gamma0, tau, least in ILL:
-        gaps, size = np.repeat(values, counts), 1e-9
-        exact, nu = oracles.margins(gaps, gamma0, tau)
-        condition = oracles.condition(exact, nu, gaps, gamma0, tau)
-        assert condition >= least
-        changed, _ = oracles.margins(np.where(gaps == 1e4, 1e4 * (1 + size), gaps), gamma0, tau)
-        moved = np.max(np.abs(changed - exact) / (gamma0 + exact))
-        assert condition * size / 20 <= moved <= condition * size
+    # Few pairs have nearly all of the mass, and hardly any of them can move.
+    gaps = np.repeat([10_000.0, -1.6638433722704753, -1.294518389395866], [10, 73_563, 1])
+    gamma0, tau, size = 1.3593585065766032, 0.0010027109377336572, 1e-9
+    exact, nu = oracles.margins(gaps, gamma0, tau)
+    condition = oracles.condition(exact, nu, gaps, gamma0, tau)
+    assert condition >= 1e4
+    changed, _ = oracles.margins(np.where(gaps == 1e4, 1e4 * (1 + size), gaps), gamma0, tau)
+    moved = np.max(np.abs(changed - exact) / (gamma0 + exact))
+    assert condition * size / 20 <= moved <= condition * size
