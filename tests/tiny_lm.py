@@ -7,7 +7,7 @@ margin gap reward pair noise label clear wrong right exact fast slow queue rank 
 WORDS = TEXT.split()
 
 
-def build(folder):
+def build(folder, initializer_range=0.3):
     """Save model and tokenizer under ``folder``, as a user's would come from the hub."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -24,7 +24,7 @@ def build(folder):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=64, initializer_range=0.3,
+        num_attention_heads=2, max_position_embeddings=64, initializer_range=initializer_range,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
