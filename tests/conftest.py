@@ -23,6 +23,10 @@ from gamma_loss import MarginSolution, _solver, solve_margins
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")  # for a mesh
+# Inductor need not try whether the processor has the vectors that it says it has, nor compile
+# headers beforehand: here both cost more than they save.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 # Random examples on a developer's machine, the same ones every time where CI is to be repeatable.
 hypothesis.settings.register_profile(
     "default", deadline=None, print_blob=True, derandomize=bool(os.environ.get("CI"))
@@ -89,8 +93,8 @@ def jax():
 
 
 IMPLEMENTATIONS = ("numpy", "auto", "torch", "jax", "array_api_strict", "compile", "triton")
-# How many of the random problems a slow one can bear; and the sizes that JAX pads to are few.
-SHARES = {"jax": 2, "compile": 2, "triton": 12}
+SHARES = {"jax": 2, "compile": 2, "triton": 12}  # one in so many random problems, where it is slow
+SIZES = 64, 2**10, 2**17  # of all pools in JAX, which compiles a program for each
 
 
 class Solver:
@@ -127,7 +131,7 @@ class Solver:
     def some(self, problems: list, share: int = 0) -> list:
         """As many of the problems (gaps, γ0, τ, ...) as it can bear.
 
-        Inductor takes some 13 s for each program, of which a number of mild passes, a dtype, and
+        Inductor takes some 20 s for each program, of which a number of mild passes, a dtype, and
         weights or none are one each: four mild ones are left out, and each step is in two others.
         """
         if self.name == "compile":
@@ -146,7 +150,7 @@ def padded(arrays):
         if name in arrays:
             arrays.setdefault(mask, np.ones(len(arrays[name]), dtype=bool))
     return {
-        name: np.pad(each, (0, max(64, 1 << (len(each) - 1).bit_length()) - len(each)))
+        name: np.pad(each, (0, min(size for size in SIZES if size >= len(each)) - len(each)))
         for name, each in arrays.items()
     }
 
