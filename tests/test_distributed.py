@@ -182,68 +182,52 @@ def test_gaps_that_are_not_finite_cost_ranks_that_reduce_no_step(ranks):
 
 LOSS, MODULE = "gamma_preference_loss", "GammaPreferenceLoss"
 STREAMING = "solve_margins_streaming"
-OTHERS = {  # a setting, its value on two ranks and on the third
-    "solve_margins": [("tau", 10.0, 0.1), ("dtype", "torch.float64", "torch.float32")],
-    "gamma_simpo_loss": [("beta", 1.0, 2.0)],
-    LOSS: [
-        ("gamma0", 4.0, 0.0),
-        ("reduction", "mean", "sum"),
-        ("centered", False, True),
-        ("label_smoothing", 0.0, 0.1),
-        ("robust", False, True),
-    ],
-    MODULE: [
-        ("queue_size", 4, 8),
-        ("queue_size", 4, 0),
-        ("training", True, False),
-        ("centered", False, True),
-    ],
-    STREAMING: [("tau", 10.0, 0.1), ("gamma0", 4.0, 0.0)],
-}
+OTHERS = [  # a setting, its value on two ranks and on the third
+    ("solve_margins", "tau", 10.0, 0.1),
+    ("solve_margins", "dtype", "torch.float64", "torch.float32"),
+    ("gamma_simpo_loss", "beta", 1.0, 2.0),
+    (LOSS, "gamma0", 4.0, 0.0),
+    (LOSS, "reduction", "mean", "sum"),
+    (LOSS, "centered", False, True),
+    (LOSS, "label_smoothing", 0.0, 0.1),
+    (LOSS, "robust", False, True),
+    (MODULE, "queue_size", 4, 8),
+    (MODULE, "queue_size", 4, 0),
+    (MODULE, "training", True, False),
+    (STREAMING, "tau", 10.0, 0.1),
+]
 
 
-@pytest.mark.parametrize("function", OTHERS)
-def test_ranks_with_other_settings_are_told(ranks, function):
-    setting = MILD | ({"beta": 1.0} if function == "gamma_simpo_loss" else {})
-    gaps = [np.zeros(3)] if function == STREAMING else [1.0, 2.0, 3.0]
-    for name, first, other in OTHERS[function]:
+def test_ranks_with_other_settings_are_told(ranks):
+    for function, name, first, other in OTHERS:
+        setting = MILD | ({"beta": 1.0} if function == "gamma_simpo_loss" else {})
+        gaps = [np.zeros(3)] if function == STREAMING else [1.0, 2.0, 3.0]
         of_rank = [(gaps, setting | {name: value}) for value in (first, first, other)]
         for error in ranks.run(3, work.refused, function, of_rank):
             assert error == (
                 "ValueError: all ranks of a group must have the same settings: "
                 f"{name} is {first!r} on rank 0 and {other!r} on 2"
             )
-    assert ranks.run(3, work.refused, function, of_rank[:1] * 3) == [None] * 3  # it goes on
+        assert ranks.run(3, work.refused, function, of_rank[:1] * 3) == [None] * 3  # it goes on
 
 
-WRONG = {  # gaps and options of one of three ranks
-    "solve_margins": [
-        ([[1.0]], {}, "ValueError: reward_gaps must be 1-D"),
-        ([1.0], {"tau": -1.0}, "ValueError: tau must be"),
-        ([1.0], {"impl": "triton"}, "ValueError: impl must be"),
-        ([1.0], {"impl": "compile"}, "ValueError: impl must be"),
-    ],
-    LOSS: [
-        ([1.0], {"reduction": "max"}, "ValueError: reduction must be one of"),
-        ([1.0], {"label_smoothing": 0.7}, "ValueError: label_smoothing must be"),
-    ],
-    MODULE: [
-        ([1.0], {"gamma0": -1.0}, "ValueError: gamma0 must be"),
-        ([1.0], {"queue_size": -1}, "ValueError: queue_size must be"),
-    ],
-    STREAMING: [
-        ([np.zeros((2, 2))], {}, "ValueError: chunks must be 1-D"),
-        (iter([]), {}, "TypeError: chunks must be readable"),
-        ([np.zeros(2)], {"gamma0": -1.0}, "ValueError: gamma0 must be"),
-        (work.FailsLater(), {}, "OSError: no disk"),
-    ],
-}
+WRONG = [  # gaps and options of one of three ranks
+    ("solve_margins", [[1.0]], {}, "ValueError: reward_gaps must be 1-D"),
+    ("solve_margins", [1.0], {"tau": -1.0}, "ValueError: tau must be"),
+    ("solve_margins", [1.0], {"impl": "compile"}, "ValueError: impl must be"),
+    (LOSS, [1.0], {"reduction": "max"}, "ValueError: reduction must be one of"),
+    (MODULE, [1.0], {"gamma0": -1.0}, "ValueError: gamma0 must be"),
+    (MODULE, [1.0], {"queue_size": -1}, "ValueError: queue_size must be"),
+    (STREAMING, [np.zeros((2, 2))], {}, "ValueError: chunks must be 1-D"),
+    (STREAMING, iter([]), {}, "TypeError: chunks must be readable"),
+    (STREAMING, [np.zeros(2)], {"gamma0": -1.0}, "ValueError: gamma0 must be"),
+    (STREAMING, work.FailsLater(), {}, "OSError: no disk"),
+]
 
 
-@pytest.mark.parametrize("function", WRONG)
-def test_an_error_of_one_rank_reaches_the_others(ranks, function):
-    right = [np.array([-1.0, 3.0])] if function == STREAMING else [-1.0, 3.0]
-    for gaps, options, message in WRONG[function]:
+def test_an_error_of_one_rank_reaches_the_others(ranks):
+    for function, gaps, options, message in WRONG:
+        right = [np.array([-1.0, 3.0])] if function == STREAMING else [-1.0, 3.0]
         of_rank = [(right, MILD), (gaps, MILD | options), (right, MILD)]
         errors = ranks.run(3, work.refused, function, of_rank)
         assert errors[1].startswith(message)
