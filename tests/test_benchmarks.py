@@ -6,7 +6,6 @@ import math
 import re
 import sys
 import warnings
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,22 +83,6 @@ def test_what_cannot_run_is_left_out_with_its_reason_and_the_rest_agrees(monkeyp
     assert harness.warm_up(calls, "cpu", skipped) == {"one": 1}
     assert list(calls) == ["one"]
     assert skipped == {"fails": "ZeroDivisionError: division by zero"}
-
-
-def test_counts_kernels_and_their_time_from_a_profile(monkeypatch):
-    events = [
-        SimpleNamespace(
-            name=name, is_user_annotation=name == "Region",
-            device_type=torch.autograd.DeviceType.CPU if name == "launch" else "CUDA",
-            time_range=SimpleNamespace(elapsed_us=lambda time=time: time),
-        )
-        for name, time in [("a", 40), ("b", 44), ("Memcpy", 6), ("Region", 5), ("launch", 3)]
-    ]  # fmt: skip
-    profiler = SimpleNamespace(events=lambda: events)
-    monkeypatch.setattr(torch.profiler, "profile", lambda **_: nullcontext(profiler))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    counted = harness.launches(lambda: None, calls=2)
-    assert counted == {"kernels": 1.0, "copies": 0.5, "device_microseconds": 45.0}
 
 
 def test_wrong_arguments_end_in_one_line_before_anything_runs(start, monkeypatch):

@@ -124,15 +124,6 @@ def test_no_gap_anywhere(ranks, limit):
             np.testing.assert_array_equal(each["margins"], np.full(size, gamma0))
 
 
-def test_metrics_of_a_rank_without_pairs(ranks):
-    logs, _ = losses(ranks, work.shards((0, 2), gaps=np.zeros(2)), MILD)
-    logs = {name: value for name, value in logs.items() if name.startswith("gamma/")}
-    assert np.isnan(logs.pop("gamma/min"))
-    assert np.isnan(logs.pop("gamma/max"))
-    assert logs.pop("gamma/error_bound") <= 1e-10
-    assert set(logs.values()) == {0.0}
-
-
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_other_reductions_are_over_the_ranks_own_pairs(ranks, reduction):
     gaps, sizes = work.pool(16), (4, 12)

@@ -295,7 +295,7 @@ def test_the_commands_and_blocks_of_the_page():
         assert len(list(_common.reader(f"{name}.jsonl")())) == len(rows[name])
 
 
-def test_the_page_has_the_measured_numbers():
+def test_the_table_of_the_page_has_the_measured_numbers():
     text = PAGE.read_text("utf-8")
     results = PAGE.parents[1] / "benchmarks/results/suspects_cpu.json"
     measured = json.loads(results.read_text("utf-8"))
@@ -306,11 +306,3 @@ def test_the_page_has_the_measured_numbers():
     for of, row in zip((measured[name] for name in names), rows, strict=True):
         areas = (f"{x + 1e-9:.3f}" for x in (of["auc"], *of["interval"]))
         assert row == (*areas, str(of["wrong_in_100"]))
-    wrong, pairs = measured["wrong"], measured["pairs"]
-    for words in [
-        f"{wrong} of {pairs}",
-        f"gave {pairs - measured['dpo_seen']['negative']} of them a positive",
-        f"{measured['steps']} steps of {measured['batch']} pairs",
-        f"{100 * wrong / pairs:.0f} of 100 is what guessing",
-    ]:
-        assert words in text
