@@ -112,13 +112,8 @@ def _compile(exported: Any, path: Path) -> None:
     """Compile a program into a package that appears at ``path`` whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        package, options = f"{folder}/{path.name}", {}
-        if hasattr(torch._inductor.config.aot_inductor, "precompile_headers"):
-            # They take as long to compile as a program does, and most runs need one program.
-            options["aot_inductor.precompile_headers"] = False
-        torch._inductor.aoti_compile_and_package(
-            exported, package_path=package, inductor_configs=options
-        )
+        package = f"{folder}/{path.name}"
+        torch._inductor.aoti_compile_and_package(exported, package_path=package)
         os.replace(package, path)
 
 
