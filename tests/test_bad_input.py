@@ -115,6 +115,7 @@ def test_what_is_no_array_of_real_numbers_is_refused(library):
         is_right = kind == "bool" and "mask" in name
         if not is_right and not (kind == "none" and name in (*optional, "mask ")):
             assert ", got " in refused(TypeError, f"{name.strip()} must ", call, value), kind
+    assert refused(TypeError, "reward_gaps must ", preference_loss, GAPS).endswith(", got list")
 
 
 def test_arrays_of_two_libraries_or_devices_are_refused(library):
@@ -270,6 +271,7 @@ def test_other_names_check_theirs(torch):
     with pytest.raises(TypeError, match="takes no beta"):
         gamma_preference_loss(np.array(GAPS), beta=1.0, **MILD)
     refused(TypeError, "gaps must be an array of the ", queue.push, np.zeros(1))
+    refused(ValueError, "k must be >= 1, got 0", queue.sample, 0)
     refused(ValueError, "k must be at most the capacity, 2, got 3", queue.sample, 3)
     refused(ValueError, "dtype must be one of", gamma_loss.GapQueue, dtype=torch.float16)
     with pytest.raises(AttributeError, match="has no attribute 'GammaFooLoss'"):
