@@ -3,8 +3,8 @@
 Tests call public names. The internals that they may call as well are few:
 - `_solver`: its steps and its problem, with `_backend.get_backend`, which gives it a library;
 - `kernels.launch` and `kernels.solve`: the kernel by itself;
-- what a test sets: `_backend._torch_kind`, `_comm.GATHER_LIMIT`, `_compile._programs`,
-  `_operator._without_triton`, `streaming._MAX_READINGS`, `torch.logps`'s limits of a chunk.
+- what a test sets: `_backend._torch_kind`, `_comm.GATHER_LIMIT`, `_compile`'s programs,
+  `_operator._without_triton` and `launcher`, `streaming._MAX_READINGS`, `torch.logps`'s limits.
 """
 
 import contextlib
