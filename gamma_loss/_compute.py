@@ -95,8 +95,8 @@ def loss(
         _checks.pairs(group is not None, **logps)
         name, first = next(iter(logps)), arrays[0]
         inputs = check_inputs(name, first, xp, group, context, context_mask, mask, weights)
-        agreed = {} if group is None else vars(settings)
-        comm = as_comm(group, first, xp, settings.impl, **agreed)
+        to_compare = {} if group is None else vars(settings)
+        comm = as_comm(group, first, xp, settings.impl, **to_compare)
     except Exception as error:
         broadcast_error(group, error)
         raise

@@ -200,9 +200,9 @@ def _rows(history: History, *names: str) -> list[Vector]:
     return list(np.array(rows).T)
 
 
-def _colour(drawn: Sequence[Any]) -> str:
+def _colour(artists: Sequence[Any]) -> str:
     """Return the colour that comes next on axes."""
-    return COLOURS[len(drawn) % len(COLOURS)]
+    return COLOURS[len(artists) % len(COLOURS)]
 
 
 def _axes(ax: Axes | None, x: str, y: str) -> Axes:

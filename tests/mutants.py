@@ -106,7 +106,7 @@ MUTANTS = [  # file (in gamma_loss), the edit as «old→new» in its text, word
     # plots
     ("plots.py", 'style = {"color": «_colour(ax.collections)→COLOURS[0]», "label"', "plots"),
     ("plots.py", "«gaps = gaps[np.isfinite(gaps)]→pass»", "plots"),
-    ("plots.py", "return COLOURS[«len(drawn) % len(COLOURS)→0»]", "plots"),
+    ("plots.py", "return COLOURS[«len(artists) % len(COLOURS)→0»]", "plots"),
     # the kernel
     ("kernels/math.py", "return 1 / (1 + tl.exp(«-x→x»))", "kernels up_to_the_limit"),
     ("kernels/math.py", "«14 if x.dtype == tl.float64→7 if True» else 8", "kernels exact_near_0"),

@@ -213,7 +213,8 @@ def test_worst_case_keeps_pools_and_goes_on_where_it_was(start, monkeypatch, tmp
 
 
 def test_the_deques_do_what_the_queue_does():
-    calls = distributed.queue_calls(batch := torch.randn(5))
+    batch = torch.randn(5)
+    calls = distributed.queue_calls(batch)
     gaps, mask = calls["GapQueue"]()
     assert mask.all()
     assert torch.equal(gaps, calls["deque"]())

@@ -47,6 +47,7 @@ def test_flips_have_their_rate_and_follow_their_model():
     first, second = flips("call", 0.2).view(-1, 2).T
     assert torch.equal(first, second)
     assert has_rate(first, 0.2)
+    # Five standard errors of a share of 0.2 among 10,000.
     assert abs((first[1:] == first[:-1]).double().mean() - (0.2**2 + 0.8**2)) < 0.02
 
 

@@ -125,7 +125,7 @@ def columns_of(row: Row, args: Namespace) -> tuple[str, ...]:
     return SCORES
 
 
-def survey(args: Namespace) -> Source:
+def check_pairs(args: Namespace) -> Source:
     """Check every pair."""
     lines, numbers, digest = [], [], hashlib.sha256()
     columns: tuple[str, ...] = ()
@@ -376,7 +376,7 @@ def draw(out: Path, gaps: np.ndarray, margins: np.ndarray, gamma0: float) -> Non
 def main() -> None:
     """Score the pairs, write them with their ranks, and say which are suspect."""
     args = arguments()
-    source = survey(args)
+    source = check_pairs(args)
     numbers, columns = source.numbers, {}
     if args.model:
         numbers, cut = log_probabilities(args, source, prepare(args, source))
